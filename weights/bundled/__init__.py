@@ -1,0 +1,35 @@
+"""The models that ship with the repository, and how a base's name becomes a folder."""
+
+from pathlib import Path
+
+BUNDLED = Path(__file__).resolve().parent
+STUDENTS = BUNDLED / "students"
+DATA = BUNDLED / "emoji-data"
+
+
+def bundled_bases() -> dict[str, Path]:
+    """The bundled diffusers pipelines, by name."""
+    return {path.parent.name: path.parent for path in sorted(BUNDLED.glob("*/model_index.json"))}
+
+
+def resolve_base(source: str | Path) -> Path:
+    """The folder of a base: bundled by name, a folder on this machine, or a snapshot from the hub.
+
+    Raises:
+        FileNotFoundError: it is none of these, or the hub cannot be reached.
+    """
+    if str(source) in bundled_bases():
+        return bundled_bases()[str(source)]
+    folder = Path(source)
+    if (folder / "model_index.json").is_file():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
+
+    try:
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # the hub's client has a dozen ways to say that it cannot be had
+        raise FileNotFoundError(
+            f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is no folder with a model_index.json, "
+            f"and could not be fetched from the hub ({type(error).__name__}: {error})"
+        ) from error

@@ -1,0 +1,224 @@
+"""Everything that crosses a process: job specs, student manifests, progress events.
+
+These models are the only things that the service and the distillers share. They are strict (an unknown field is an
+error), frozen, and say in their error what was given and what is allowed.
+"""
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+FORMAT_VERSION = 1
+
+
+def check_name(name: str) -> str:
+    """The name, if it can be a folder of the store and no path out of it.
+
+    Raises:
+        ValueError: it holds anything but lower-case letters, digits, '.', '_' and '-', or '..'.
+    """
+    if not NAME_PATTERN.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"{name!r} is no valid name: use 1 to 64 lower-case letters, digits, '.', '_' or '-', "
+            "starting and ending with a letter or digit, without '..'"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+UnitTime = Annotated[float, Field(gt=0, le=1)]
+
+
+class Contract(BaseModel):
+    """Base of every contract: frozen, and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Contract):
+    """What the job trains on."""
+
+    source: str = Field("emoji", description="'emoji' (bundled), or a folder with metadata.jsonl and pictures")
+    prompts: str | None = Field(None, description="text file with one prompt a line, instead of the source's captions")
+
+
+class LoraSpec(Contract):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = Field(64, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0, description="scale; the rank when left out")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class TrainSpec(Contract):
+    """The trainer's settings, the same for every method."""
+
+    iterations: int = Field(1000, ge=1, description="iterations of the method's full cycle (critic and student steps)")
+    max_minutes: float | None = Field(None, gt=0, description="stop (and publish) after this much training time")
+    batch_size: int = Field(32, ge=1, description="pictures per forward pass and device")
+    gradient_accumulation: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
+    gradient_clip: float = Field(10.0, gt=0, description="largest gradient norm")
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(200, ge=1)
+    sample_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class DistillJob(Contract):
+    """One distillation: which base, by which method, on what, for how long, published as what."""
+
+    student: Name = Field(description="name to publish the student under")
+    method: str = Field(description="name of a method in distillers/methods")
+    base: str = Field("emoji-base", description="bundled base, a diffusers pipeline folder, or a hub id")
+    family: str = Field("stable_diffusion", description="name of a family in weights/families")
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    lora: LoraSpec | None = Field(None, description="train adapters of this shape; full fine-tuning when left out")
+    config: dict[str, Any] = Field(default_factory=dict, description="the method's own Config")
+    licence: str = Field("unspecified", description="licence of the student's weights")
+
+
+class StepSchedule(Contract):
+    """How a student draws in a given number of steps.
+
+    ``timesteps[i]`` is the noise level of the state that step i denoises; ``conditioning[i]`` is the time the network is
+    told (and whose alpha and sigma convert its output). They differ only for students such as SDXL's one-step DMD2,
+    which takes pure noise at conditioning timestep 399 of 1000.
+    """
+
+    timesteps: list[UnitTime] = Field(min_length=1, max_length=64, description="falling, t = 1 is noise")
+    conditioning: list[UnitTime] | None = Field(None, description="as long as timesteps; the same times when left out")
+    sampler: Literal["consistency", "ddim"] = Field(
+        "consistency", description="consistency: predict x0, add fresh noise for the next level; ddim: with eta"
+    )
+    eta: float = Field(0.0, ge=0, le=1, description="ddim only: 0 is deterministic, 1 is ancestral")
+
+    @model_validator(mode="after")
+    def _times_fall(self) -> Self:
+        if any(b >= a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            raise ValueError(f"timesteps must fall from noise to picture, got {self.timesteps}")
+        if self.conditioning is not None and len(self.conditioning) != len(self.timesteps):
+            raise ValueError(f"{len(self.conditioning)} conditioning times for {len(self.timesteps)} timesteps")
+        return self
+
+    @property
+    def network_times(self) -> list[float]:
+        """The times to tell the network, one a step."""
+        return self.conditioning if self.conditioning is not None else self.timesteps
+
+
+class BaseReference(Contract):
+    """The base a student was made from, which also supplies the components that training left alone."""
+
+    id: str = Field(description="bundled name, folder, or hub id")
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_folder")
+
+
+class FileRecord(Contract):
+    """One file of a student, as it was published."""
+
+    sha256: str = Field(pattern=SHA256_PATTERN)
+    size: int = Field(ge=0, description="bytes")
+
+
+class GuidanceConvention(Contract):
+    """Classifier-free guidance (``uncond + w (cond - uncond)``, 1.0 is off) at training and at drawing."""
+
+    trained_scale: float = Field(1.0, ge=0, description="teacher guidance that training baked into the student")
+    default_scale: float = Field(1.0, ge=0, description="what to draw with when a request does not say")
+
+
+class Diversity(Contract):
+    """The base's first step in the student's place: its calibration (see 'Distilling Diversity and Control')."""
+
+    base_steps: int = Field(1, ge=1, le=8, description="network evaluations by the base before the student takes over")
+    base_guidance: float = Field(1.0, ge=0, description="guidance of the base leg; anything but 1.0 doubles its cost")
+    skip: int = Field(1, ge=1, description="index of the student's step that takes the latent over")
+
+
+class Router(Contract):
+    """A multi-student's choice by prompt: the nearest centroid in the text encoder's space."""
+
+    centroids: list[list[float]] = Field(min_length=1)
+    students: list[Name] = Field(min_length=1)
+
+
+class StudentManifest(Contract):
+    """``student.json``: what a student is, how to draw with it, and what it was measured to be."""
+
+    format_version: Literal[1] = 1
+    name: Name
+    created_at: datetime
+    method: str
+    family: str
+    base: BaseReference
+    adapter: Literal["full", "lora"] = "full"
+    lora_alpha: float | None = None
+    schedules: dict[int, StepSchedule] = Field(min_length=1, description="by number of steps")
+    guidance: GuidanceConvention = GuidanceConvention()
+    diversity: Diversity | None = None
+    router: Router | None = None
+    job: DistillJob | None = None
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    licence: str = "unspecified"
+    code_version: str
+    files: dict[str, FileRecord] = Field(default_factory=dict, description="by path relative to the student's folder")
+
+    @model_validator(mode="after")
+    def _schedules_have_their_length(self) -> Self:
+        for steps, schedule in self.schedules.items():
+            if len(schedule.timesteps) != steps:
+                raise ValueError(f"schedule {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
+        return self
+
+
+class Event(Contract):
+    """One line that a running job writes to its events file and its standard output."""
+
+    at: datetime
+    step: int = Field(ge=0)
+
+
+class Started(Event):
+    kind: Literal["started"] = "started"
+    iterations: int
+    resumed_from: int = 0
+
+
+class Progress(Event):
+    kind: Literal["progress"] = "progress"
+    iterations: int
+    metrics: dict[str, float]
+    seconds_left: float | None = None
+
+
+class Saved(Event):
+    kind: Literal["checkpoint", "samples"]
+    path: str = Field(description="relative to the job's folder")
+
+
+class Finished(Event):
+    kind: Literal["finished"] = "finished"
+    student: Name
+    seconds: float
+    metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+class Failed(Event):
+    kind: Literal["failed"] = "failed"
+    message: str
+    last_checkpoint: str | None = None
+
+
+AnyEvent = Annotated[Started | Progress | Saved | Finished | Failed, Field(discriminator="kind")]
+EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

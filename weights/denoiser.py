@@ -1,0 +1,74 @@
+"""Denoisers: networks seen as ``D(x_t, t, cond) -> x0``, whatever they predict inside.
+
+Everything above the families (losses, samplers, methods, engine) speaks only of x0. Conventions, pinned for the project:
+``x_t = alpha_t x_0 + sigma_t eps``, t in [0, 1], t = 1 is noise; guidance 1.0 is off.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from weights.diffusion.schedules import Schedule
+
+Cond = Mapping[str, Tensor]
+"""What a picture is conditioned on: named tensors, each with the batch as its first dimension."""
+
+
+class Denoiser(nn.Module, ABC):
+    """A network that estimates ``E[x_0 | x_t, cond]``."""
+
+    schedule: Schedule
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The estimate of x_0.
+
+        Args:
+            x_t: noisy latents, ``(B, ...)``.
+            t: times in [0, 1], ``(B,)``; 1 is noise.
+            cond: conditions with B rows.
+
+        Returns:
+            ``(B, ...)``, float32.
+        """
+
+    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        """The estimate and inner features ``[(B, C, h, w), ...]`` for a critic's heads, in one evaluation.
+
+        Raises:
+            TypeError: this denoiser has no inner features.
+        """
+        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot carry a critic's head")
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """The features alone, where a network can stop early to save work; the same tensors as `with_features`."""
+        return self.with_features(x_t, t, cond)[1]
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of each tensor that `with_features` returns; empty when it has none."""
+        return []
+
+
+def cond_rows(cond: Cond, rows: Tensor | slice) -> dict[str, Tensor]:
+    """Those rows of every tensor."""
+    return {name: tensor[rows] for name, tensor in cond.items()}
+
+
+def cond_cat(conds: Sequence[Cond]) -> dict[str, Tensor]:
+    """One batch of several; all must have the same names."""
+    return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
+
+
+def cond_repeat(cond: Cond, count: int) -> dict[str, Tensor]:
+    """A single row (or each row) repeated ``count`` times, in order."""
+    return {name: tensor.repeat_interleave(count, dim=0) for name, tensor in cond.items()}
+
+
+def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The conditions on a device; floating tensors in ``dtype`` where one is given."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in cond.items()
+    }
