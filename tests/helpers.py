@@ -1,0 +1,92 @@
+"""Small stand-ins that are real where it matters: a diffusers pipeline with random weights, in milliseconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = "red green blue apple dog cat flag face grinning sun food drink animals nature of with and noto twemoji fluent".split()
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """8x8 latents, three levels, 50 thousand weights."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+
+
+def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Writes a StableDiffusionPipeline of the bundled teacher's classes, 32x32 pictures, random weights; its folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ",", *"abcdefghijklmnopqrstuvwxyz"]))
+    tokenizer = BertTokenizerFast(str(vocabulary), model_max_length=8)
+    text_encoder = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=16,
+        )
+    )
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(0, 1, 1),
+        num_decoder_blocks=(1, 1, 0),
+        latent_channels=4,
+    )
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,  # unused by trailing spacing; the pipeline warns about 0
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    vocabulary.unlink()
+    return folder
+
+
+def picture_folder(folder: Path, count: int = 6, size: int = 32, seed: int = 0) -> Path:
+    """Writes coloured squares with captions and a metadata.jsonl; every third has two captions, the last is held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        pixels = np.full((size, size, 3), generator.integers(0, 256, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        text: str | list[str] = f"red apple {WORDS[number % len(WORDS)]}"
+        if number % 3 == 0:
+            text = [text, "red apple"]
+        split = "held_out" if number == count - 1 else "train"
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": text, "split": split}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

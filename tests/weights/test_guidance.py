@@ -1,0 +1,97 @@
+"""Guidance as a denoiser that wraps a denoiser."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weights.denoiser import Cond, Denoiser
+from weights.diffusion.guidance import Guided
+from weights.diffusion.schedules import RectifiedFlow
+
+
+class Recorder(Denoiser):
+    """A denoiser whose answer depends on all that it is given, and which notes the size of every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = RectifiedFlow()
+        self.batches: list[int] = []
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.batches.append(len(x_t))
+        row = (-1, *[1] * (x_t.ndim - 1))
+        return torch.tanh(x_t) * (1 + t.view(row)) + cond["c"].mean(1).view(row)
+
+
+X_T = torch.linspace(-2, 2, 24).reshape(3, 2, 2, 2)
+T = torch.tensor([0.2, 0.5, 0.9])
+COND = {"c": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]])}
+UNCOND = {"c": torch.tensor([[-1.0, 0.5]])}
+
+
+def each(uncond: Cond) -> Cond:
+    return {"c": uncond["c"].repeat(3, 1)}
+
+
+def test_scale_one_is_the_plain_denoiser_in_a_single_call() -> None:
+    plain = Recorder()
+    assert torch.equal(Guided(plain, UNCOND, 1.0)(X_T, T, COND), Recorder()(X_T, T, COND))
+    assert plain.batches == [3]
+
+
+def test_scale_zero_is_the_unconditional_one_in_a_single_call() -> None:
+    plain = Recorder()
+    assert torch.equal(Guided(plain, UNCOND, 0.0)(X_T, T, COND), Recorder()(X_T, T, each(UNCOND)))
+    assert plain.batches == [3]
+
+
+@settings(deadline=None, max_examples=25)
+@given(w=st.floats(0, 20, width=32, allow_subnormal=False))
+def test_the_estimate_is_linear_in_the_scale_and_costs_one_doubled_call(w: float) -> None:
+    plain = Recorder()
+    guided = Guided(plain, UNCOND, w)(X_T, T, COND)
+    without, given_cond = Recorder()(X_T, T, each(UNCOND)), Recorder()(X_T, T, COND)
+    torch.testing.assert_close(guided, without + w * (given_cond - without))
+    assert plain.batches == ([3] if w in (0.0, 1.0) else [6])
+
+
+def test_a_scale_and_an_uncond_for_each_picture() -> None:
+    plain, uncond = Recorder(), {"c": torch.arange(6.0).reshape(3, 2)}
+    guided = Guided(plain, uncond, torch.tensor([1.0, 2.0, 0.0]))(X_T, T, COND)
+    without, given_cond = Recorder()(X_T, T, uncond), Recorder()(X_T, T, COND)
+    expected = torch.stack([given_cond[0], 2 * given_cond[1] - without[1], without[2]])
+    torch.testing.assert_close(guided, expected)
+    assert plain.batches == [6]
+
+
+def test_an_interval_guides_only_inside() -> None:
+    plain = Recorder()
+    guided = Guided(plain, UNCOND, 3.0, interval=(0.4, 0.6))
+    x0 = guided(X_T, T, COND)
+    unguided, everywhere = Recorder()(X_T, T, COND), Guided(Recorder(), UNCOND, 3.0)(X_T, T, COND)
+    torch.testing.assert_close(x0[[0, 2]], unguided[[0, 2]])
+    torch.testing.assert_close(x0[1], everywhere[1])
+    assert plain.batches == [6]
+    guided(X_T, torch.full((3,), 0.1), COND)
+    assert plain.batches == [6, 3]
+
+
+def test_it_can_be_guided_again_and_keeps_the_schedule() -> None:
+    plain = Recorder()
+    nested = Guided(Guided(plain, UNCOND, 1.0), UNCOND, 1.0)
+    assert nested.schedule is plain.schedule
+    assert torch.equal(nested(X_T, T, COND), Recorder()(X_T, T, COND))
+    assert nested.feature_channels == []
+    with pytest.raises(TypeError, match="Guided has no inner features"):
+        nested.with_features(X_T, T, COND)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="guidance scale -1 is negative"):
+        Guided(Recorder(), UNCOND, -1)
+    with pytest.raises(ValueError, match=r"interval \(0.5, 0.2\)"):
+        Guided(Recorder(), UNCOND, 2.0, interval=(0.5, 0.2))
+    with pytest.raises(ValueError, match=r"uncond has \[2\] rows for a batch of 3"):
+        Guided(Recorder(), {"c": torch.zeros(2, 2)}, 2.0)(X_T, T, COND)

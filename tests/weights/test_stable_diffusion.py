@@ -1,0 +1,180 @@
+"""The Stable Diffusion family against diffusers itself: the same pixels, from a base, a student and an export."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from tests.helpers import tiny_pipeline
+from weights.contracts import StepSchedule, StudentManifest
+from weights.diffusion.samplers import trailing_times
+from weights.drawing import draw, draw_base
+from weights.export import export
+from weights.families import load
+from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
+from weights.store import Store, digest_folder
+from weights.students import WrongBase, base_reference, check_base, load_student
+
+PROMPT = "red apple, noto"
+FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(base_folder: Path) -> StableDiffusion:
+    model = load("stable_diffusion", base_folder)
+    assert isinstance(model, StableDiffusion)
+    return model
+
+
+def manifest(base_folder: Path, **changes: object) -> StudentManifest:
+    fields = {
+        "name": "student",
+        "created_at": datetime.now(UTC),
+        "method": "test",
+        "family": "stable_diffusion",
+        "base": base_reference(str(base_folder)),
+        "schedules": {4: FOUR},
+        "code_version": "test",
+    }
+    return StudentManifest.model_validate({**fields, **changes})
+
+
+def published(store: Store, base: StableDiffusion, base_folder: Path, tmp_path: Path, **changes: object) -> None:
+    student = base.copy()
+    with torch.no_grad():
+        for parameter in student.network.parameters():
+            parameter.mul_(1.05)
+    student.save_network(tmp_path / "work", torch.float32)
+    store.publish(manifest(base_folder, **changes), tmp_path / "work")
+
+
+def diffusers_pixels(pipeline: StableDiffusionPipeline, steps: int, guidance: float, seed: int) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        PROMPT,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    ).images
+
+
+def test_the_base_draws_what_diffusers_draws(base: StableDiffusion, base_folder: Path) -> None:
+    drawing = draw_base(base, base.encode_prompts([PROMPT]), base.encode_prompts([""]), [5], 5, 3.0)
+    pipeline = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    theirs = diffusers_pixels(pipeline, 5, 3.0, seed=5)
+    assert drawing.evaluations == 10
+    assert torch.allclose((base.decode(drawing.latents) + 1) / 2, theirs, atol=1e-4)
+
+
+def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
+    base: StableDiffusion, base_folder: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    published(store, base, base_folder, tmp_path)
+    student = load_student(store.open("student"), base)
+    ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
+    pipeline = DiffusionPipeline.from_pretrained(
+        export(store, "student", tmp_path / "out", 4), dtype=torch.float32
+    )
+    theirs = diffusers_pixels(pipeline, 4, 1.0, seed=7)
+    assert (ours - theirs).abs().mean() * 255 < 0.01
+    base_pixels = (base.decode(draw(base, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
+    assert (ours - base_pixels).abs().mean() * 255 > 0.01, "the student's own weights must show"
+
+
+def test_export_refuses_what_diffusers_cannot_run(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:
+    schedules = {
+        1: StepSchedule(timesteps=[1.0], conditioning=[0.4]),
+        2: StepSchedule(timesteps=[1.0, 0.5], sampler="ddim"),
+        3: StepSchedule(timesteps=[1.0, 0.9, 0.8]),
+    }
+    store = Store(tmp_path / "store")
+    published(store, base, base_folder, tmp_path, schedules=schedules)
+    for steps, message in ((1, "conditions"), (2, "consistency"), (3, "LCMScheduler"), (4, "no 4-step")):
+        with pytest.raises(ValueError, match=message):
+            export(store, "student", tmp_path / "out", steps)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out-*")), "a refused export leaves nothing behind"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="new folder"):
+        export(store, "student", tmp_path / "out", 4)
+
+
+def test_lora_adapters_are_merged_into_a_copy_of_the_network(base: StableDiffusion, tmp_path: Path) -> None:
+    adapted = base.copy()
+    adapted.network.add_adapter(
+        LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    )
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(adapted.network), unet_lora_adapter_metadata=None
+    )
+    assert (tmp_path / LORA_FILE).is_file()
+    x_t, t, cond = torch.randn(1, *base.latent_shape()), torch.tensor([0.5]), base.encode_prompts([PROMPT])
+    with torch.no_grad():
+        before = base.denoiser(x_t, t, cond)
+        merged = base.load_network(tmp_path)
+        assert not torch.allclose(merged.denoiser(x_t, t, cond), before, atol=1e-3)
+        assert torch.equal(base.denoiser(x_t, t, cond), before), "the base itself must stay as it was"
+    assert merged.text_encoder is base.text_encoder
+    assert merged.vae is base.vae
+
+
+def test_features_stop_early_and_are_the_same(base: StableDiffusion) -> None:
+    x_t, t, cond = torch.randn(2, *base.latent_shape()), torch.tensor([0.5, 1.0]), base.encode_prompts([PROMPT, ""])
+    calls = []
+    handle = base.network.conv_out.register_forward_hook(lambda *_: calls.append(1))
+    x0, features = base.denoiser.with_features(x_t, t, cond)
+    assert len(calls) == 1
+    early = base.denoiser.features(x_t, t, cond)
+    handle.remove()
+    assert len(calls) == 1, "features alone must not run the up blocks"
+    assert torch.equal(early[0], features[0])
+    assert torch.equal(x0, base.denoiser(x_t, t, cond))
+    assert [f.shape[1] for f in early] == base.denoiser.feature_channels
+
+
+def test_prompts_are_points_of_length_one_and_latents_round_trip_in_shape(base: StableDiffusion) -> None:
+    points = base.embed_prompts([PROMPT, "blue dog", PROMPT])
+    assert torch.allclose(points.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert torch.allclose(points[0], points[2])
+    assert not torch.allclose(points[0], points[1], atol=1e-3)
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = base.encode(pictures)
+    assert latents.shape[1:] == base.latent_shape()
+    decoded = base.decode(latents)
+    assert decoded.shape == pictures.shape
+    assert decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 8), (-32, 32)])
+def test_a_size_that_cannot_be_drawn_is_refused(base: StableDiffusion, height: int, width: int) -> None:
+    with pytest.raises(ValueError, match="multiples of 16"):
+        base.latent_shape(height, width)
+
+
+def test_a_student_is_refused_another_base(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    published(store, base, base_folder, tmp_path)
+    folder = store.open("student")
+    check_base(folder, digest_folder(base_folder))
+    with pytest.raises(WrongBase, match="was made from base"):
+        check_base(folder, digest_folder(tiny_pipeline(tmp_path / "other", seed=1)))
+    published(store, base, base_folder, tmp_path / "b", name="stranger", family="gaussian_mixture")
+    with pytest.raises(WrongBase, match="of family"):
+        load_student(store.open("stranger"), base)
+
+
+def test_a_guided_base_at_the_first_trailing_time_sees_pure_noise(base: StableDiffusion) -> None:
+    assert trailing_times(4)[0] == 1.0
+    assert float(base.denoiser.schedule.alpha(torch.tensor([1.0]))) < 1e-6, "zero terminal SNR must survive loading"

@@ -1,0 +1,74 @@
+"""Guidance: a denoiser that wraps a denoiser.
+
+Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6, in the convention that is
+pinned here): ``D = D_uncond + w (D_cond - D_uncond)``; w = 1 is off. x_0 is an affine function of what a network
+predicts, with coefficients that both estimates share, so guiding x_0 equals guiding the network's own output.
+"""
+
+import torch
+from torch import Tensor
+
+from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_to
+from weights.diffusion.schedules import expand
+
+
+class Guided(Denoiser):
+    """A denoiser under classifier-free guidance, in one call of twice the batch.
+
+    Args:
+        denoiser: the one to guide.
+        uncond: the unconditional (or negative) prompt: one row for all pictures, or a row each.
+        scale: w, at least 0: one for all, or a tensor ``(B,)``. 1.0 costs a single call (and is exactly the plain
+            denoiser); so does 0.0, which is the unconditional one.
+        interval: guide only where ``low <= t <= high`` (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+            A call whose times all lie outside costs a single one.
+
+    Raises:
+        ValueError: a negative scale, or an interval that is not inside [0, 1].
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        uncond: Cond,
+        scale: float | Tensor,
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if (float(scale.min()) if isinstance(scale, Tensor) else scale) < 0:
+            raise ValueError(f"guidance scale {scale} is negative: 1.0 is off, more than 1.0 guides")
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance interval {interval} must be (low, high) with 0 <= low <= high <= 1")
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.uncond = uncond
+        self.scale = scale
+        self.interval = interval
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The guided estimate of x_0; shapes as in `Denoiser.forward`."""
+        scale = torch.as_tensor(self.scale, dtype=torch.float32, device=x_t.device).expand(x_t.shape[0])
+        if self.interval is not None:
+            low, high = self.interval
+            scale = torch.where((t >= low) & (t <= high), scale, torch.ones_like(scale))
+        if bool((scale == 1).all()):
+            return self._single(x_t, t, cond)
+        uncond = self._uncond_rows(x_t)
+        if bool((scale == 0).all()):
+            return self._single(x_t, t, uncond)
+        both: Tensor = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond_cat([uncond, cond]))
+        without, given = both.chunk(2)
+        return without + expand(scale, given) * (given - without)
+
+    def _single(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0: Tensor = self.denoiser(x_t, t, cond)
+        return x0
+
+    def _uncond_rows(self, x_t: Tensor) -> dict[str, Tensor]:
+        rows = {len(tensor) for tensor in self.uncond.values()}
+        uncond = cond_to(self.uncond, x_t.device)
+        if rows == {1}:
+            return cond_repeat(uncond, len(x_t))
+        if rows != {len(x_t)}:
+            raise ValueError(f"uncond has {sorted(rows)} rows for a batch of {len(x_t)}: give 1, or one a picture")
+        return uncond

@@ -1,0 +1,134 @@
+r"""What networks predict, and the x_0 that it means. Conventions: ``x_t = alpha x_0 + sigma eps``.
+
+| prediction | the network's output F | x_0 |
+|---|---|---|
+| ``eps`` | eps | (x_t - sigma F) / alpha |
+| ``v`` | alpha eps - sigma x_0 (Salimans & Ho 2022, https://arxiv.org/abs/2202.00512) | (alpha x_t - sigma F) / (alpha^2 + sigma^2) |
+| ``x0`` | x_0 | F |
+| ``flow`` | eps - x_0 (Liu et al. 2022, https://arxiv.org/abs/2209.03003) | (x_t - sigma F) / (alpha + sigma) |
+| ``edm`` | EDM's F (Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 7) | c_skip x_t + c_out F |
+
+They hold for every alpha and sigma, not only the schedule each was invented for: v and flow are combinations of x_0 and
+eps whose matrix never becomes singular, and EDM's coefficients are those of the rescaled input ``x_t / alpha`` at noise
+``sigma / alpha``, written so that alpha = 0 is finite. Only ``eps`` has no x_0 at alpha = 0 (a network that predicts
+noise says nothing about the picture there) and gives infinities: use t < 1 or another prediction with a zero terminal SNR.
+
+All is computed in float64, since ``eps`` divides by a small alpha near t = 1 and its inverse by a small sigma near t = 0.
+"""  # noqa: E501 - a table's rows
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from weights.diffusion.schedules import expand
+
+Prediction = Literal["eps", "v", "x0", "flow", "edm"]
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+
+
+def to_x0(
+    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
+) -> Tensor:
+    """The x_0 that a network's output stands for.
+
+    Args:
+        output: what the network gave for ``x_t``, ``(B, ...)``, any floating dtype.
+        x_t: ``(B, ...)``.
+        alpha: ``(B,)`` or a scalar, from the schedule, at least 0.
+        sigma: as alpha.
+        prediction: which quantity the network predicts.
+        sigma_data: the data's standard deviation; ``edm`` only.
+
+    Returns:
+        ``(B, ...)``, float64 where ``output`` or ``x_t`` is, else float32.
+
+    Raises:
+        ValueError: unknown prediction.
+    """
+    f, x, a, s = output.double(), x_t.double(), expand(alpha.double(), x_t), expand(sigma.double(), x_t)
+    match prediction:
+        case "eps":
+            x0 = (x - s * f) / a
+        case "v":
+            x0 = (a * x - s * f) / (a * a + s * s)
+        case "x0":
+            x0 = f
+        case "flow":
+            x0 = (x - s * f) / (a + s)
+        case "edm":
+            c_skip, c_out = _edm_coefficients(a, s, sigma_data)
+            x0 = c_skip * x + c_out * f
+        case _:
+            raise _unknown(prediction)
+    return _returned(x0, output, x_t)
+
+
+def from_x0(
+    x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
+) -> Tensor:
+    """What a network with this prediction would have given, had it meant ``x0``: the inverse of `to_x0`.
+
+    Shapes, dtypes and errors as there. At sigma = 0 only ``x0`` has an answer (x_t is the picture, so nothing tells the
+    noise): the others are not finite.
+    """
+    d, x, a, s = x0.double(), x_t.double(), expand(alpha.double(), x_t), expand(sigma.double(), x_t)
+    match prediction:
+        case "eps":
+            output = (x - a * d) / s
+        case "v":
+            output = (a * x - (a * a + s * s) * d) / s
+        case "x0":
+            output = d
+        case "flow":
+            output = (x - (a + s) * d) / s
+        case "edm":
+            c_skip, c_out = _edm_coefficients(a, s, sigma_data)
+            output = (d - c_skip * x) / c_out
+        case _:
+            raise _unknown(prediction)
+    return _returned(output, x0, x_t)
+
+
+def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that ``x_t`` holds if its picture is ``x0``: ``(x_t - alpha x_0) / sigma``; see `from_x0`."""
+    return from_x0(x0, x_t, alpha, sigma, "eps")
+
+
+def training_target(
+    x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
+) -> Tensor:
+    """What to regress a network's output on, from the clean picture and the noise; no division, so finite for all t.
+
+    Shapes, dtypes and errors as in `to_x0`.
+    """
+    d, e, a, s = x0.double(), eps.double(), expand(alpha.double(), x0), expand(sigma.double(), x0)
+    match prediction:
+        case "eps":
+            target = e.expand_as(d)
+        case "v":
+            target = a * e - s * d
+        case "x0":
+            target = d
+        case "flow":
+            target = e - d
+        case "edm":
+            # (x_0 - c_skip x_t) / c_out with x_t = a x_0 + s e, after cancelling s.
+            target = (s * d - sigma_data**2 * a * e) / (sigma_data * torch.sqrt(s * s + (a * sigma_data) ** 2))
+        case _:
+            raise _unknown(prediction)
+    return _returned(target, x0, eps)
+
+
+def _edm_coefficients(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """c_skip / alpha and c_out of EDM's table 1, at noise sigma / alpha, without dividing by alpha."""
+    variance = sigma * sigma + (alpha * sigma_data) ** 2
+    return sigma_data**2 * alpha / variance, sigma * sigma_data / torch.sqrt(variance)
+
+
+def _returned(value: Tensor, *given: Tensor) -> Tensor:
+    return value if any(tensor.dtype == torch.float64 for tensor in given) else value.float()
+
+
+def _unknown(prediction: str) -> ValueError:
+    return ValueError(f"{prediction!r} is no prediction: use one of {', '.join(PREDICTIONS)}")

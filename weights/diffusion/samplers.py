@@ -1,0 +1,264 @@
+r"""Samplers: many steps along the probability-flow ODE, and a student's few.
+
+All of them see only ``D(x_t, t, cond) -> x_0`` and the schedule, so they serve every family.
+
+DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, equation 12) keeps x_0 and eps fixed over a step, which is
+exact where the data are one point. Heun (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1) corrects it
+with a second evaluation at the step's end. A student's "consistency" sampler (Song et al. 2023,
+https://arxiv.org/abs/2303.01469, algorithm 1; diffusers' LCMScheduler) predicts x_0 and adds fresh noise for the next
+level.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from weights.contracts import StepSchedule
+from weights.denoiser import Cond, Denoiser
+from weights.diffusion.schedules import Schedule, add_noise, check_times, expand, trailing_times
+
+__all__ = [
+    "ImageNoise",
+    "OnStep",
+    "ddim_step",
+    "few_step",
+    "few_step_update",
+    "initial_state",
+    "needs_noise",
+    "sample_ode",
+    "trailing_times",
+]
+
+OnStep = Callable[[int, Tensor], None]
+"""Called after each network evaluation's step with its index and the x_0 the model sees there, ``(B, ...)``."""
+
+
+class ImageNoise:
+    """Unit normal noise with a generator per picture, seeded on the CPU: the same on every device and in every batch.
+
+    The first draw is a picture's initial latent, the later ones its re-noisings in the order of the steps: what
+    diffusers' pipelines and LCMScheduler draw from ``torch.Generator("cpu").manual_seed(seed)`` at batch size 1.
+
+    Args:
+        seeds: one a picture, each in 0..2^64-1.
+        shape: of one picture's latent, without the batch.
+        device: where the noise is wanted; it is drawn on the CPU in any case.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.shape = tuple(shape)
+        self.device = torch.device(device)
+        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        """The next draw of every picture, ``(B, *shape)`` float32."""
+        draws = [torch.randn(self.shape, generator=generator) for generator in self._generators]
+        return torch.stack(draws).to(self.device)
+
+
+def initial_state(noise: Tensor, schedule: Schedule, t: float = 1.0) -> Tensor:
+    """Unit noise scaled to a state at time t: by 1 where variance is preserved, by about sigma_max in EDM.
+
+    Args:
+        noise: ``(B, ...)``, unit variance.
+        t: the first time of the sampler.
+    """
+    time = torch.tensor([t], dtype=torch.float64, device=noise.device)
+    norm = torch.hypot(schedule.alpha(time), schedule.sigma(time))
+    return (noise.double() * expand(norm, noise)).to(noise.dtype)
+
+
+def ddim_step(
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    s: Tensor,
+    schedule: Schedule,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """From time t to the cleaner time s, given the x_0 estimated at t (DDIM's equations 12 and 16).
+
+    Args:
+        x_t: ``(B, ...)``.
+        x0: ``(B, ...)``, the denoiser's answer for ``x_t``.
+        t: ``(B,)`` or a scalar, where sigma is above 0.
+        s: as t, below it.
+        schedule: any; the equations' generalisation to all alpha and sigma is used.
+        eta: 0 is deterministic, 1 is ancestral sampling.
+        noise: ``(B, ...)``, unit normal, wanted where eta > 0.
+
+    Returns:
+        x_s ``(B, ...)``, float64 where ``x_t`` is, else float32.
+
+    Raises:
+        ValueError: eta > 0 without noise.
+    """
+    alpha_t, sigma_t = (expand(f(t.double()), x_t) for f in (schedule.alpha, schedule.sigma))
+    alpha_s, sigma_s = (expand(f(s.double()), x_t) for f in (schedule.alpha, schedule.sigma))
+    eps = (x_t.double() - alpha_t * x0.double()) / sigma_t
+    if eta == 0:
+        x_s = alpha_s * x0.double() + sigma_s * eps
+    else:
+        if noise is None:
+            raise ValueError(f"ddim_step with eta={eta} needs noise; eta=0 does not")
+        added = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
+        kept = (sigma_s**2 - added**2).clamp(min=0).sqrt()
+        x_s = alpha_s * x0.double() + kept * eps + added * noise.double()
+    return x_s if x_t.dtype == torch.float64 else x_s.float()
+
+
+def sample_ode(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Sequence[float],
+    cond: Cond,
+    solver: Literal["ddim", "heun"] = "ddim",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE from ``times[0]`` down to the clean picture.
+
+    Args:
+        denoiser: also gives the schedule.
+        x: the state at ``times[0]``, ``(B, ...)``; see `initial_state`.
+        times: falling, the last 0, e.g. `trailing_times`.
+        cond: conditions with B rows.
+        solver: ``ddim`` costs one evaluation a step and is of first order; ``heun`` costs two (one in the last step)
+            and is of second order.
+        on_step: called after every step.
+
+    Returns:
+        The picture ``(B, ...)``; at t = 0 that is the last x_0 itself, also where the schedule keeps a trace of noise.
+
+    Raises:
+        ValueError: times do not fall to 0, or an unknown solver.
+    """
+    check_times(times)
+    if solver not in ("ddim", "heun"):
+        raise ValueError(f"{solver!r} is no solver: use 'ddim' or 'heun'")
+    for step, (t, s) in enumerate(pairwise(times)):
+        x0 = _denoise(denoiser, x, t, cond)
+        if s == 0:
+            x = x0
+        else:
+            x_s = ddim_step(x, x0, _time(t, x), _time(s, x), denoiser.schedule)
+            x = x_s if solver == "ddim" else _heun_correct(denoiser, x, x0, x_s, t, s, cond)
+        if on_step is not None:
+            on_step(step, x0)
+    return x
+
+
+def _heun_correct(denoiser: Denoiser, x_t: Tensor, x0: Tensor, x_s: Tensor, t: float, s: float, cond: Cond) -> Tensor:
+    """The step from t to s again, by the trapezoidal rule with the estimate at the predicted ``x_s``.
+
+    The ODE reads d(x/alpha)/d(sigma/alpha) = eps or, just as well, d(x/sigma)/d(alpha/sigma) = x_0: one coordinate is
+    infinite at alpha = 0, the other at sigma = 0. So x_0 is averaged in the noisy half and eps in the clean one (where
+    this is EDM's own rule).
+    """
+    end = _denoise(denoiser, x_s, s, cond)
+    time, target, schedule = _time(t, x_t), _time(s, x_t), denoiser.schedule
+    if schedule.alpha(time)[0] < schedule.sigma(time)[0]:
+        return ddim_step(x_t, (x0 + end) / 2, time, target, schedule)
+    alpha_t, sigma_t, alpha_s, sigma_s = (
+        expand(value, x_t)
+        for value in (schedule.alpha(time), schedule.sigma(time), schedule.alpha(target), schedule.sigma(target))
+    )
+    start_eps = (x_t.double() - alpha_t * x0.double()) / sigma_t
+    end_eps = (x_s.double() - alpha_s * end.double()) / sigma_s
+    slope = (sigma_s - alpha_s / alpha_t * sigma_t) / 2
+    corrected = alpha_s / alpha_t * x_t.double() + slope * (start_eps + end_eps)
+    return corrected if x_t.dtype == torch.float64 else corrected.float()
+
+
+def needs_noise(schedule: StepSchedule, step: int) -> bool:
+    """Whether the update after this step draws noise: not after the last, and not in deterministic DDIM."""
+    return step + 1 < len(schedule.timesteps) and (schedule.sampler == "consistency" or schedule.eta > 0)
+
+
+def few_step_update(
+    x: Tensor,
+    x0: Tensor,
+    step: int,
+    schedule: StepSchedule,
+    diffusion: Schedule,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """One step of a student, after its network's answer: the state that the next step denoises.
+
+    Pure, so that a server's batcher and training's backward simulation share it.
+
+    Args:
+        x: the state at ``schedule.timesteps[step]``, ``(B, ...)``.
+        x0: the denoiser's answer for it (at ``schedule.network_times[step]``), ``(B, ...)``.
+        step: index of the step, from 0.
+        schedule: the student's step schedule.
+        diffusion: the base's noise schedule.
+        noise: ``(B, ...)`` unit normal, where `needs_noise`.
+
+    Returns:
+        The state at ``timesteps[step + 1]``, or ``x0`` itself after the last step.
+
+    Raises:
+        IndexError: there is no such step.
+        ValueError: noise is needed and missing.
+    """
+    if not 0 <= step < len(schedule.timesteps):
+        raise IndexError(f"step {step} of a schedule with {len(schedule.timesteps)} steps")
+    if step + 1 == len(schedule.timesteps):
+        return x0
+    if noise is None and needs_noise(schedule, step):
+        raise ValueError(f"the update after step {step} ({schedule.sampler}, eta={schedule.eta}) needs noise")
+    level, following = _time(schedule.timesteps[step], x), _time(schedule.timesteps[step + 1], x)
+    if schedule.sampler == "ddim" or noise is None:
+        return ddim_step(x, x0, level, following, diffusion, schedule.eta, noise)
+    noised = add_noise(diffusion, x0, noise, following)
+    return noised if x0.dtype == torch.float64 else noised.float()
+
+
+def few_step(
+    denoiser: Denoiser,
+    x: Tensor,
+    schedule: StepSchedule,
+    cond: Cond,
+    noise: Callable[[], Tensor],
+    start: int = 0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw with a student: one network evaluation a step.
+
+    Args:
+        denoiser: the student's; also gives the noise schedule.
+        x: the state at ``schedule.timesteps[start]``, ``(B, ...)``.
+        schedule: times, sampler and eta.
+        cond: conditions with B rows.
+        noise: gives the next ``(B, ...)`` unit normal draw, e.g. `ImageNoise` (whose first draw was ``x``); called only
+            where `needs_noise`.
+        start: index of the first step to run; above 0 where another model brought ``x`` there.
+        on_step: called after every step.
+
+    Returns:
+        The picture's x_0, ``(B, ...)`` float32.
+
+    Raises:
+        IndexError: start is beyond the last step.
+    """
+    if not 0 <= start < len(schedule.timesteps):
+        raise IndexError(f"start={start} must lie in 0..{len(schedule.timesteps) - 1}")
+    for step in range(start, len(schedule.timesteps)):
+        x0 = _denoise(denoiser, x, schedule.network_times[step], cond)
+        x = few_step_update(x, x0, step, schedule, denoiser.schedule, noise() if needs_noise(schedule, step) else None)
+        if on_step is not None:
+            on_step(step, x0)
+    return x
+
+
+def _time(t: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+
+
+def _denoise(denoiser: Denoiser, x: Tensor, t: float, cond: Cond) -> Tensor:
+    x0: Tensor = denoiser(x, _time(t, x).float(), cond)
+    return x0

@@ -1,0 +1,53 @@
+"""Writes a student as a self-contained diffusers pipeline, for use without this project."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from weights.bundled import resolve_base
+from weights.families import load
+from weights.store import Store, digest_folder
+from weights.students import check_base, load_student
+
+NATIVE_TIMESTEPS = 1000
+
+
+def export(store: Store, name: str, target: Path, steps: int) -> Path:
+    """Exports a student at one step count into the new folder ``target``.
+
+    ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1``, the
+    pixels that the server draws from the same seed, within the dtype's rounding.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+        ValueError: the student has no schedule of that many steps, or one that diffusers cannot run.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists; export into a new folder")
+    folder = store.open(name)
+    schedules = folder.manifest.schedules
+    if steps not in schedules:
+        raise ValueError(f"student {name!r} has no {steps}-step schedule; it has: {sorted(schedules)}")
+    schedule = schedules[steps]
+    if schedule.sampler != "consistency":
+        raise ValueError(f"only consistency sampling can be exported, {name!r} draws {steps} steps by {schedule.sampler}")
+    if schedule.network_times != schedule.timesteps:
+        raise ValueError(
+            f"{name!r} conditions its {steps}-step schedule on times of its own, which no diffusers scheduler does"
+        )
+    reference = folder.manifest.base
+    source = resolve_base(reference.id)
+    check_base(folder, digest_folder(source))
+    student = load_student(folder, load(folder.manifest.family, source))
+    native = [round(t * NATIVE_TIMESTEPS) - 1 for t in schedule.timesteps]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        student.export(staging, native)
+        shutil.copy2(folder.path / "student.json", staging / "student.json")
+        for adapter in folder.path.glob("pytorch_lora_weights.safetensors"):
+            shutil.copy2(adapter, staging / adapter.name)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target

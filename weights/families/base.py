@@ -1,0 +1,108 @@
+"""What a family gives: a text-to-image model in parts, behind one interface.
+
+A family is one file in this folder. It defines one subclass of `TextToImage` with a class attribute ``family``; it is
+found by being there (see `weights.families.families`).
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from weights.denoiser import Denoiser
+
+
+class TextToImage(ABC):
+    """A text-to-image model: a denoiser in a latent space, and the way in and out of it.
+
+    Latents are scaled to about unit variance. Pictures are float tensors ``(B, 3, H, W)`` in [-1, 1].
+    """
+
+    family: ClassVar[str]
+    network_name: ClassVar[str] = "unet"
+    lora_targets: ClassVar[list[str]] = []
+
+    denoiser: Denoiser
+    size: int
+    """Height and width in pixels when a request names none."""
+    default_steps: int
+    """Steps of the undistilled model at which its quality is quoted."""
+    default_guidance: float
+    """Guidance scale of the undistilled model at which its quality is quoted (1.0 is off)."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """The model in ``source``: a folder, or whatever else the family takes."""
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """The part that distillation trains."""
+
+    @abstractmethod
+    def components(self) -> dict[str, nn.Module]:
+        """Every module by name, the network among them."""
+
+    @abstractmethod
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape ``(C, h, w)`` of one picture's latents.
+
+        Raises:
+            ValueError: the model cannot draw pictures of that height and width.
+        """
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The denoiser's conditions, one row a prompt; the empty prompt is the unconditional one."""
+
+    @abstractmethod
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """One point a prompt in the text encoder's space: ``(N, D)``, float32, of length 1."""
+
+    @abstractmethod
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` in [-1, 1] to latents of about unit variance."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to pictures ``(B, 3, H, W)`` in [-1, 1], float32."""
+
+    @abstractmethod
+    def with_network(self, network: nn.Module) -> Self:
+        """This model with another network; every other component is shared, not copied."""
+
+    @abstractmethod
+    def copy(self) -> Self:
+        """This model with a copy of the network; every other component is shared."""
+
+    @abstractmethod
+    def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Writes the network into ``folder``, as safetensors."""
+
+    @abstractmethod
+    def load_network(self, folder: Path) -> Self:
+        """This model with the network that `save_network` wrote, or with the LoRA adapters in the folder merged in."""
+
+    @abstractmethod
+    def export(self, folder: Path, timesteps: list[int]) -> None:
+        """Writes a self-contained pipeline for diffusers, which runs these native timesteps without our code."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """Moves every component; returns itself."""
+        for module in self.components().values():
+            module.to(device=device, dtype=dtype)
+        self.denoiser.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights lie."""
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network's weights are kept in."""
+        return next(self.network.parameters()).dtype

@@ -1,0 +1,280 @@
+"""The model store on disk: students are published whole or not at all, and verified before they are loaded.
+
+Layout of ``ROOT``::
+
+    NAME -> .versions/NAME.ID     a symlink: the student's current version
+    .versions/NAME.ID/            student.json and the files that it lists
+    .staging-ID/                  a publish at work, or what a killed one left
+
+Publishing copies into a staging folder, flushes every file and folder to the disk, renames the staging folder to a
+version, and only then points the name at it. Making a symlink fails where the name is taken, and renaming one over
+another is atomic. So of two publishers exactly one creates, a replacement never leaves a moment without a valid
+student, no lock or database is needed, and a kill at any point leaves the old version current. (A plain folder cannot
+be replaced atomically without Linux's RENAME_EXCHANGE, which not every filesystem has.) A replaced version stays for a
+day, for whoever is still reading it; leftovers older than that go with the next publish.
+
+A student can also be a plain folder: so are the bundled ones, and a folder copied into ROOT by hand is found too.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from weights.contracts import StudentManifest, check_name
+from weights.student_files import (
+    MANIFEST,
+    AlreadyExists,
+    Corrupt,
+    DiskFull,
+    Forbidden,
+    NotFound,
+    StoreError,
+    copy_file,
+    digest_folder,
+    file_sha256,
+    publishable,
+    read_manifest,
+    sync_folder,
+    verify,
+    write_file,
+)
+
+__all__ = [
+    "AlreadyExists",
+    "Corrupt",
+    "DiskFull",
+    "Forbidden",
+    "NotFound",
+    "Store",
+    "StoreError",
+    "StudentFolder",
+    "digest_folder",
+    "file_sha256",
+]
+
+LEFTOVER_SECONDS = 24 * 3600
+_VERSIONS = ".versions"
+_STAGING = ".staging-"
+
+_log = logging.getLogger(__name__)
+
+_Names = list[str]  # Store.list would shadow the builtin in its class's annotations
+_Manifests = list[StudentManifest]
+_Paths = list[Path]
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """A verified student."""
+
+    path: Path
+    """The version's own folder: it stays the same while the name is pointed elsewhere."""
+    manifest: StudentManifest
+
+
+class Store:
+    """Students by name under one folder, over the read-only ones that ship with the code.
+
+    Args:
+        root: where students are published; made when the first is.
+        bundled: a folder of plain student folders; a name in root hides the one here.
+    """
+
+    def __init__(self, root: Path, bundled: Path | None = None) -> None:
+        self.root = Path(root)
+        self.bundled = bundled
+
+    def names(self) -> _Names:
+        """Every student's name, sorted."""
+        found = set()
+        for place in self._places():
+            with os.scandir(place) as entries:
+                found |= {e.name for e in entries if _valid(e.name) and os.path.isfile(Path(e.path, MANIFEST))}
+        return sorted(found)
+
+    def list(self) -> _Manifests:
+        """Every student's manifest, by name. One that cannot be read is left out, and logged: it hides no other."""
+        manifests = []
+        for name in self.names():
+            try:
+                manifests.append(self.manifest(name))
+            except StoreError as error:
+                _log.warning("student %r is left out of the list: %s", name, error)
+        return manifests
+
+    def manifest(self, name: str) -> StudentManifest:
+        """The student's manifest; its files are not read.
+
+        Raises:
+            NotFound: no student has that name.
+            Forbidden: that is no name, or the manifest lists a file outside its folder or of a forbidden kind.
+            Corrupt: the manifest cannot be read.
+        """
+        return read_manifest(self._folder(name), name)
+
+    def open(self, name: str) -> StudentFolder:
+        """The student's folder, each file checked against its sha256 (again only when its size or mtime changes).
+
+        Raises:
+            NotFound: no student has that name.
+            Forbidden: as in `manifest`, or a file is a symlink, or an unlisted one could be loaded.
+            Corrupt: a file is missing, truncated, or not what was published.
+        """
+        folder = self._folder(name)
+        manifest = read_manifest(folder, name)
+        verify(folder, manifest)
+        return StudentFolder(folder, manifest)
+
+    def publish(self, manifest: StudentManifest, folder: Path, replace: bool = False) -> StudentManifest:
+        """Copy a student's files into the store, all or nothing.
+
+        Args:
+            manifest: what the student is; its ``files`` are filled in here.
+            folder: holds the files, at least one of them safetensors; a student.json in it is ignored.
+            replace: take the place of a student of that name; without it, a taken name is an error.
+
+        Returns:
+            The manifest as it was published.
+
+        Raises:
+            AlreadyExists: the name is taken in root (bundled students may be hidden).
+            Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
+            Corrupt: a safetensors file does not parse.
+            DiskFull: no space; the staging folder is gone and an old version stays.
+            StoreError: the folder or root cannot be read or written.
+        """
+        name, folder = manifest.name, Path(folder)
+        link, taken = self.root / name, f"student {name!r} exists already: pass replace=True, or choose another name"
+        with _clear_errors(name):
+            if not replace and link.exists():
+                raise AlreadyExists(taken)
+            if link.is_dir() and not link.is_symlink():
+                raise AlreadyExists(f"{link} was put there by hand and cannot be replaced atomically: delete it first")
+            paths = publishable(folder)
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._clean_leftovers()
+            with self._staging() as staging:
+                files = {path: copy_file(folder / path, staging / path) for path in paths}
+                published = manifest.model_copy(update={"files": files})
+                write_file(staging / MANIFEST, published.model_dump_json(indent=2).encode() + b"\n")
+                for parent, _, _ in os.walk(staging):
+                    sync_folder(Path(parent))
+                # A link to a version that is gone is no student, and nothing is lost by replacing it.
+                self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
+        return published
+
+    def delete(self, name: str) -> None:
+        """Remove a student; a bundled one that it hid shows again.
+
+        Raises:
+            NotFound: no student has that name.
+            Forbidden: that is no name, or the student is bundled.
+        """
+        folder = self._folder(name)
+        if not os.path.lexists(self.root / name):
+            raise Forbidden(f"student {name!r} is bundled with the code and read-only: only published ones are deleted")
+        link = self.root / name
+        with _clear_errors(name):
+            # Out of sight by one call that needs no space; the weights go only after that.
+            if link.is_symlink():
+                link.unlink()
+            else:
+                folder = link.rename(self.root / f"{_STAGING}{uuid.uuid4().hex}")
+            sync_folder(self.root)
+            shutil.rmtree(folder)
+
+    def _point(self, link: Path, staging: Path, replace: bool, taken: str) -> None:
+        """Make the staged folder a version and point the name at it: the one moment at which a publish happens."""
+        versions = self.root / _VERSIONS
+        versions.mkdir(exist_ok=True)
+        version = versions / f"{link.name}.{uuid.uuid4().hex}"
+        os.utime(staging)  # a version that nothing points at yet is young, however long its copy took
+        staging.rename(version)
+        sync_folder(versions)
+        target, before = f"{_VERSIONS}/{version.name}", link.resolve()
+        try:
+            if replace:
+                with self._staging() as holder:
+                    (holder / link.name).symlink_to(target)
+                    (holder / link.name).replace(link)
+            else:
+                link.symlink_to(target)
+        except BaseException as error:
+            if link.resolve() != version.resolve():  # not if we were interrupted just after
+                shutil.rmtree(version, ignore_errors=True)
+            if isinstance(error, FileExistsError):
+                raise AlreadyExists(taken) from error
+            raise
+        try:
+            sync_folder(self.root)
+        except OSError as error:
+            raise StoreError(f"student {link.name!r} is published, but a power cut may undo it: {error}") from error
+        if replace and before.parent == versions.resolve() and before.is_dir():
+            os.utime(before)  # its day of grace begins
+
+    @contextmanager
+    def _staging(self) -> Iterator[Path]:
+        staging = self.root / f"{_STAGING}{uuid.uuid4().hex}"
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _clean_leftovers(self) -> None:
+        """Remove what killed publishes and replaced students left behind, where it is older than a day."""
+        used = {entry.resolve() for entry in self.root.iterdir() if entry.is_symlink()}
+        leftovers = [*self.root.glob(f"{_STAGING}*"), *(self.root / _VERSIONS).glob("*")]
+        for leftover in leftovers:
+            try:
+                age = time.time() - leftover.lstat().st_mtime
+            except FileNotFoundError:  # another publisher was faster
+                continue
+            if age > LEFTOVER_SECONDS and leftover.resolve() not in used:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _places(self) -> _Paths:
+        return [place for place in (self.root, self.bundled) if place is not None and place.is_dir()]
+
+    def _folder(self, name: str) -> Path:
+        """The real folder of a student: resolved once, so that all that follows reads one version."""
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise Forbidden(str(error)) from error
+        for place in self._places():
+            if (place / name / MANIFEST).is_file():
+                folder, home = (place / name).resolve(), place.resolve()
+                if folder not in (home / name, home / _VERSIONS / folder.name):
+                    raise Forbidden(
+                        f"{place / name} is a symlink out of the store, to {folder}: copy the folder instead"
+                    )
+                return folder
+        raise NotFound(f"no student is named {name!r}; there are: {', '.join(self.names()) or 'none'}")
+
+
+def _valid(name: str) -> bool:
+    try:
+        check_name(name)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"no space left for student {name!r} ({error}): nothing was changed; free some space and publish again"
+            ) from error
+        raise StoreError(f"the store failed at student {name!r}: {error}") from error

@@ -1,0 +1,210 @@
+"""A student's files: which may be there, what they hash to, and whether they are what was published."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from weights.contracts import FORMAT_VERSION, FileRecord, StudentManifest
+
+MANIFEST = "student.json"
+WEIGHTS = ".safetensors"
+HARMLESS = frozenset({".md", ".png", ".txt"})
+ALLOWED = HARMLESS | {".json", WEIGHTS}
+_CHUNK = 1 << 20
+
+
+class StoreError(Exception):
+    """Whatever a store refuses or fails at; the message says what and how to go on."""
+
+
+class NotFound(StoreError):
+    """No student has that name."""
+
+
+class AlreadyExists(StoreError):
+    """The name is taken, and replacing was not asked for."""
+
+
+class Corrupt(StoreError):
+    """The files are not what was published."""
+
+
+class Forbidden(StoreError):
+    """What was asked for could leave the folder, run code, or change what is read-only."""
+
+
+class DiskFull(StoreError):
+    """No space is left; nothing was changed."""
+
+
+def digest_folder(path: Path) -> str:
+    """One sha256 for all the weights in a folder: of the lines ``sha256  relative/path``, sorted by path.
+
+    Counts every safetensors file at any depth, and follows symlinks (the hub's cache is made of them), so that it tells
+    which base a student belongs to wherever that base lies.
+
+    Raises:
+        NotFound: the folder holds no safetensors file.
+    """
+    root = Path(path)
+    weights = [file for file in root.rglob(f"*{WEIGHTS}") if file.is_file()]
+    if not weights:
+        raise NotFound(f"{path} holds no {WEIGHTS} file, so there is nothing to take a digest of")
+    records = sorted((path.relative_to(root).as_posix(), file_sha256(path)) for path in weights)
+    lines = [f"{sha256}  {path}\n" for path, sha256 in records]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """A file's sha256 in hexadecimal; computed again only when its size, mtime or inode changes."""
+    stat = path.stat()
+    return _sha256(str(path.absolute()), stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: str, mtime_ns: int, size: int, inode: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, name: str) -> StudentManifest:
+    """The manifest in a student's folder.
+
+    Raises:
+        Corrupt: it is no JSON, of another format version, incomplete, or another student's.
+        Forbidden: it lists a file outside the folder or of a kind that is not allowed.
+    """
+    file = folder / MANIFEST
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise Corrupt(f"{file} cannot be read as JSON ({error}): publish the student again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise Corrupt(f"{file} has format version {version!r} and this code reads {FORMAT_VERSION}: update fewstep")
+    try:
+        manifest = StudentManifest.model_validate(content)
+    except ValidationError as error:
+        raise Corrupt(f"{file} is no valid manifest: {error}") from error
+    if manifest.name != name:
+        raise Corrupt(f"{file} names the student {manifest.name!r}, but its folder is {name!r}: rename one of them")
+    for path in manifest.files:
+        _check_path(path)
+    if not any(path.endswith(WEIGHTS) for path in manifest.files):
+        raise Corrupt(f"{file} lists no {WEIGHTS} file: publish the student through the store")
+    return manifest
+
+
+def _check_path(path: str) -> None:
+    """Refuse a relative path that leaves the folder, is hidden, or is of a kind that could run code."""
+    pure = PurePosixPath(path)
+    unsafe = pure.is_absolute() or "\\" in path or "\0" in path or str(pure) != path
+    if unsafe or any(part.startswith(".") for part in pure.parts):
+        raise Forbidden(f"file {path!r}: want a plain relative path, without '..', hidden parts or backslashes")
+    if pure.suffix not in ALLOWED:
+        raise Forbidden(
+            f"file {path!r} is of a kind that a student may not hold: use {', '.join(sorted(ALLOWED))} "
+            "(weights as safetensors, since a pickle can run any code when it is loaded)"
+        )
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Relative paths of all that is in a folder, symlinks and other non-folders among them."""
+    for parent, folders, names in os.walk(folder, followlinks=False):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from ((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
+
+
+def publishable(folder: Path) -> list[str]:
+    """The files of a folder that a student can be published from, relative and sorted, without its student.json.
+
+    Raises:
+        NotFound: there is no such folder.
+        Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
+        Corrupt: a safetensors file does not parse, or there is none.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is no folder: nothing to publish")
+    paths = sorted(set(_files(folder)) - {MANIFEST})
+    for path in paths:
+        _check_path(path)
+        if (folder / path).is_symlink() or not (folder / path).is_file():
+            raise Forbidden(f"{folder / path} is a symlink or no regular file: copy what it stands for into the folder")
+        _check_weights(folder / path)
+    if not any(path.endswith(WEIGHTS) for path in paths):
+        raise Corrupt(f"{folder} holds no {WEIGHTS} file: a student without weights cannot be published")
+    return paths
+
+
+def _check_weights(path: Path) -> None:
+    """Refuse a safetensors file whose header does not parse or whose length is not what the header says."""
+    if path.suffix != WEIGHTS:
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise Corrupt(f"{path} is no complete safetensors file ({error}): write it again") from error
+
+
+def verify(folder: Path, manifest: StudentManifest) -> None:
+    """Check every file of a student against its manifest.
+
+    Raises:
+        Corrupt: a file is missing, has another size or another sha256, or does not parse.
+        Forbidden: a file is a symlink, or one that could be loaded is not in the manifest.
+    """
+    advice = f"publish student {manifest.name!r} again, or delete it"
+    for path, record in manifest.files.items():
+        file = folder / path
+        if file.resolve() != file:
+            raise Forbidden(f"{file} is, or lies behind, a symlink: {advice}")
+        if not file.is_file():
+            raise Corrupt(f"{file} is missing: {advice}")
+        size = file.stat().st_size
+        if size != record.size:
+            raise Corrupt(f"{file} has {size} bytes where {record.size} were published: {advice}")
+        found = file_sha256(file)
+        if found != record.sha256:
+            raise Corrupt(f"{file} has sha256 {found}, but {record.sha256} was published: {advice}")
+        _check_weights(file)
+    for path in _files(folder):
+        if path not in manifest.files and path != MANIFEST and PurePosixPath(path).suffix not in HARMLESS:
+            raise Forbidden(f"{folder / path} is not in the manifest, but could be loaded: remove it, or {advice}")
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy a file durably; what is recorded is what was written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        while chunk := reader.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return FileRecord(sha256=digest.hexdigest(), size=size)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file durably."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
