@@ -1,0 +1,49 @@
+"""What the documents say is true of the code: settings, verbs, links, versions."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.settings import PREFIX, Settings, markdown
+from tests.architecture.source import ROOT, tracked
+
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DOCUMENTS = [path for path in tracked() if path.suffix == ".md"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+VERBS = "demo serve test test-slow lint bench evaluate distill docker-test help"
+
+
+def test_every_setting_is_documented() -> None:
+    assert markdown().strip() in (ROOT / "docs/settings.md").read_text(), "docs/settings.md is old: run `make docs`"
+    missing = [name for name in Settings.model_fields if f"`{PREFIX}{name.upper()}`" not in markdown()]
+    assert not missing
+
+
+def test_every_verb_says_what_it_does() -> None:
+    verbs = set(re.findall(r"^\.PHONY: ([a-z-]+)$", MAKEFILE, re.MULTILINE))
+    assert {*VERBS.split()} <= verbs
+    undocumented = [verb for verb in verbs if not re.search(rf"^{verb}:.*## \w", MAKEFILE, re.MULTILINE)]
+    assert not undocumented
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_documents_name_only_verbs_that_exist(path: Path) -> None:
+    named = set(re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", (ROOT / path).read_text(), re.MULTILINE))
+    missing = [verb for pair in named for verb in pair if verb and not re.search(rf"^{verb}:", MAKEFILE, re.MULTILINE)]
+    assert not missing, f"{path} names make {missing}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=str)
+def test_links_between_files_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / path).read_text())
+    missing = [target for target in targets if not (ROOT / path.parent / target).exists()]
+    assert not missing, f"{path} links to {missing}"
+
+
+def test_the_changelog_has_this_version() -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert newest.group(1) == PROJECT["version"]

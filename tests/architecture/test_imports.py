@@ -1,0 +1,99 @@
+"""Who may import whom: weights <- distillers, weights <- service, and nothing else between the three."""
+
+import ast
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.architecture.source import PACKAGES, imports, modules, name_of, tree, within
+from tests.architecture.test_documents import PROJECT
+
+FORBIDDEN = {
+    "weights": ("distillers", "service", "tests"),
+    "distillers": ("service", "tests", "fastapi", "uvicorn", "sqlalchemy", "typer"),
+    "service": ("distillers", "tests"),
+}
+# The pure folders, and what of the project they may know; beyond that, arithmetic.
+PURE = {
+    "weights/diffusion": ("weights.diffusion", "weights.denoiser", "weights.contracts"),
+    "distillers/losses": ("distillers.losses", "weights.diffusion"),
+}
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "pydantic", "fastapi", "sqlalchemy", "PIL")
+# Asked for where they are used, with an error that names them; pip cannot promise them on every machine.
+UNDECLARED = {"torch-fidelity"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_against_the_direction(package: str) -> None:
+    assert len(modules(package)) >= 5, f"no source found in {package}: the rule below would hold for nothing"
+    names = [(path, name) for path in modules(package) for name in imports(path)]
+    wrong = [f"{path}: {name}" for path, name in names if within(name, *FORBIDDEN[package])]
+    assert not wrong, f"{package} must not know {FORBIDDEN[package]}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", PURE)
+def test_pure_modules_know_only_arithmetic(folder: str) -> None:
+    assert modules(folder)
+    wrong = [
+        f"{path}: {name}"
+        for path in modules(folder)
+        for name in imports(path)
+        if within(name, *HEAVY) or (within(name, *PACKAGES) and not within(name, *PURE[folder]))
+    ]
+    assert not wrong, f"{folder} works on tensors alone:\n" + "\n".join(wrong)
+
+
+def test_losses_define_no_networks() -> None:
+    wrong = [
+        f"{path}: {node.name}"
+        for path in modules("distillers/losses")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef) and "Module" in {name_of(base).split(".")[-1] for base in node.bases}
+    ]
+    assert not wrong, "losses take tensors and return a scalar or a gradient:\n" + "\n".join(wrong)
+
+
+def test_methods_own_no_optimizer() -> None:
+    wrong = [
+        f"{path}: {name}"
+        for path in modules("distillers/methods", "distillers/losses")
+        for name in imports(path) | {name_of(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+        if within(name, "torch.optim", "optim")
+    ]
+    assert not wrong, "methods compute losses, the trainer alone steps optimizers:\n" + "\n".join(wrong)
+
+
+def test_every_library_is_declared() -> None:
+    """What is imported is in pyproject.toml itself, not only there because another library happens to need it."""
+    lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines} | UNDECLARED
+    providers = packages_distributions()
+    # fastapi promises starlette in its own interface, click is typer's.
+    named = {name.split(".")[0] for path in modules(*PACKAGES) for name in imports(path)} - {"starlette", "click"}
+    wrong = [
+        f"{name}, from {providers.get(name, ['?'])[0]}"
+        for name in sorted(named - set(PACKAGES) - sys.stdlib_module_names)
+        if not {canonicalize_name(provider) for provider in providers.get(name, [name])} & declared
+    ]
+    assert not wrong, f"imported and not in pyproject.toml: {wrong}"
+
+
+def test_every_form_of_import_is_seen(tmp_path: Path) -> None:
+    """The rules above hold for nothing if an import can be written so that they miss it."""
+    path = tmp_path / "module.py"
+    path.write_text("import a.b\nfrom c import d\ndef f():\n    import e as g\n    from h.i import (j, k)\n")
+    assert imports(path) == {"a.b", "c.d", "e", "h.i.j", "h.i.k"}
+    assert within("service.jobs", "service")
+    assert not within("services", "service")
+
+
+def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "one" / "two"
+    package.mkdir(parents=True)
+    (package / "module.py").write_text("from . import a\nfrom .b import c\nfrom ..d import e\n")
+    monkeypatch.setattr("tests.architecture.source.ROOT", tmp_path)
+    assert imports(Path("one/two/module.py")) == {"one.two.a", "one.two.b.c", "one.d.e"}
