@@ -1,0 +1,241 @@
+"""``fewstep``: the server, its workers, jobs, pictures, exports and the demo from a terminal.
+
+Heavy libraries are imported by the commands that need them, so that the help appears at once.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from service.settings import Settings
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    name="fewstep",
+    help="Distil text-to-image diffusion models into students that draw in one to four steps, and serve them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(jobs_app, name="jobs")
+
+
+def _settings(**overrides: Any) -> "Settings":
+    from service.settings import BadSettings, read_settings
+
+    try:
+        return read_settings(**overrides)
+    except BadSettings as error:
+        fail(error, 2)
+
+
+def _become(module: str, arguments: list[str]) -> NoReturn:
+    """Go on as another program of this project: its exit status, and signals to it, need no passing on."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
+
+
+def _with_store(arguments: list[str]) -> list[str]:
+    """The arguments, with the settings' store where none is given."""
+    given = any(argument == "--store" or argument.startswith("--store=") for argument in arguments)
+    return arguments if given else [*arguments, "--store", str(_settings().store)]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve the API. Everything else is set by FEWSTEP_... variables: see docs/settings.md."""
+    settings = _settings(host=host, port=port, log_level=log_level)
+    import uvicorn
+
+    from service.app import create_app
+    from service.engine.torch_engine import TorchEngine
+    from service.jobs.service import TableJobs
+
+    _log_at(settings.log_level)
+    try:
+        jobs = TableJobs(settings.job_settings()) if settings.jobs else None
+        api = create_app(settings, TorchEngine.from_settings(settings), jobs)
+    except ValueError as error:
+        fail(error, 2)
+    uvicorn.run(api, host=settings.host, port=settings.port, log_level=settings.log_level, timeout_graceful_shutdown=10)
+
+
+def _log_at(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@app.command()
+def worker() -> None:
+    """Run queued jobs for servers that only queue them (FEWSTEP_JOB_WORK=false), with the same table and folders."""
+    settings = _settings()
+    from service.jobs.service import make_supervisor
+    from service.jobs.supervisor import work_forever
+    from service.jobs.table import JobTable
+
+    _log_at(settings.log_level)
+    try:
+        job_settings = settings.job_settings()
+        table = JobTable(job_settings.url)
+        supervisor = make_supervisor(job_settings, table)
+    except ValueError as error:
+        fail(error, 2)
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await asyncio.to_thread(table.create_tables)
+        await work_forever(supervisor, stop)
+
+    asyncio.run(work())
+    table.close()
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Measure students against their base: JSON, sheets, curves and one HTML report (see evaluate --help)."""
+    arguments = _with_store(context.args)
+    if not any(argument == "--out" or argument.startswith("--out=") for argument in arguments):
+        arguments += ["--out", "runs/evaluation"]
+    _become("distillers.evaluation", arguments)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def distill(context: typer.Context) -> None:
+    """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
+    asks = context.args[:1] in (["check"], ["methods"])
+    _become("distillers", context.args if asks else _with_store(context.args))
+
+
+@app.command()
+def models(server: Annotated[str | None, typer.Option(help="Ask this server instead of the store.")] = None) -> None:
+    """What can be drawn with."""
+    columns = ["model", "kind", "base", "method", "steps"]
+    if server is not None:
+        with client_of(server) as client:
+            found = client.models()
+        show_table(columns, [[m["id"], m["kind"], m["base"], m["method"], step_counts(m["steps"])] for m in found])
+        return
+    settings = _settings()
+    from weights.bundled import STUDENTS
+    from weights.store import Store
+
+    rows: list[list[Any]] = [[base, "base", None, None, "any"] for base in settings.bases]
+    rows += [
+        [student.name, "student", student.base.id, student.method, step_counts(sorted(student.schedules))]
+        for student in Store(settings.store, STUDENTS).list()
+    ]
+    show_table(columns, rows)
+
+
+@app.command()
+def draw(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP; more pictures get numbers.")],
+    model: Annotated[str | None, typer.Option(help="A name from `fewstep models`.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=100, help="1 to 4 for students.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first picture's; the others count up from it.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, max=10, help="How many pictures.")] = 1,
+    diversity: Annotated[bool, typer.Option(help="Let the base draw the first step.")] = False,
+    server: Annotated[str | None, typer.Option(help="Draw on this server instead of here.")] = None,
+) -> None:
+    """Draw pictures of a prompt."""
+    if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        fail(f"--out {out}: name a .png, .jpg or .webp file", 2)
+    began = time.perf_counter()
+    if server is not None:
+        with client_of(server) as client:
+            options = {"model": model, "steps": steps, "seed": seed, "n": n, "diversity": diversity}
+            pictures = client.draw(prompt, **options).pictures
+    else:
+        pictures = _draw_here(prompt, tuple(range(seed, seed + n)), model, steps, diversity)
+    for index, picture in enumerate(pictures):
+        path = out if n == 1 else out.with_stem(f"{out.stem}-{index + 1}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        typer.echo(path)
+    typer.echo(f"{time.perf_counter() - began:.1f} s", err=True)
+
+
+def _draw_here(
+    prompt: str, seeds: tuple[int, ...], model: str | None, steps: int | None, diversity: bool
+) -> "list[Image.Image]":
+    """Draw with an engine of this process."""
+    settings = _settings()
+    from service.engine.base import DiversityWish, DrawRequest, EngineError
+    from service.engine.torch_engine import TorchEngine
+
+    wish = DiversityWish() if diversity else None
+    request = DrawRequest(prompt=prompt, seeds=seeds, model=model, steps=steps, diversity=wish)
+
+    async def work() -> "list[Image.Image]":
+        engine = TorchEngine.from_settings(settings)
+        await engine.start()
+        try:
+            while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine tells nobody
+                await asyncio.sleep(0.05)
+            return [drawn.image for drawn in await engine.generate(request)]
+        finally:
+            await engine.stop()
+
+    try:
+        return asyncio.run(work())
+    except (EngineError, ValueError) as error:
+        fail(error)
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="A student of the store.")],
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    steps: Annotated[int, typer.Option(min=1, help="The step count to draw with.")] = 4,
+) -> None:
+    """Write a student as a plain diffusers pipeline, which draws without this project."""
+    settings = _settings()
+    from weights.bundled import STUDENTS
+    from weights.export import export as export_student
+    from weights.store import Store, StoreError
+
+    try:
+        typer.echo(export_student(Store(settings.store, STUDENTS), name, folder, steps))
+    except (StoreError, OSError, ValueError) as error:
+        fail(error)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="For the student, the logs and the sheet; a new one under runs/ if left out."),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The job: a TOML or JSON file, or a recipe's name.")] = "demo",
+) -> None:
+    """Distil the bundled teacher for some minutes, serve the student, and draw one labelled sheet."""
+    from service.demo import DemoFailed, run_demo
+
+    try:
+        typer.echo(run_demo(folder, read_spec(recipe)))
+    except (DemoFailed, ValueError) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""The engine: what draws. Routes know only its interface, in base.py."""

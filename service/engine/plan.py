@@ -1,0 +1,111 @@
+"""From a request and a model to what will be drawn: every value filled in, every wrong one refused. Pure."""
+
+from dataclasses import dataclass
+
+from service.engine.base import BadRequest, DrawRequest, ModelInfo
+from weights.contracts import Diversity, StepSchedule, StudentManifest
+from weights.drawing import CannotDraw, base_leg_times, evaluations_per_call
+
+MAX_BASE_STEPS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a request is drawn."""
+
+    model: str
+    steps: int
+    guidance_scale: float
+    schedule: StepSchedule | None
+    """A student's; None: the base itself draws."""
+    diversity: Diversity | None
+    evaluations: int
+    """Network evaluations per picture."""
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the unconditional (or negative) prompt is of any use."""
+        return self.guidance_scale != 1 or (self.diversity is not None and self.diversity.base_guidance != 1)
+
+
+def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
+    """The plan for a base model.
+
+    Raises:
+        BadRequest: too many steps, or diversity, which a base has of its own.
+    """
+    if request.diversity is not None:
+        raise BadRequest(
+            f"diversity lets a student's base draw its first step, and {info.id!r} is a base itself: "
+            "leave it out, or name a student",
+            "diversity",
+        )
+    steps = request.steps if request.steps is not None else info.default_steps
+    if not 1 <= steps <= info.max_steps:
+        raise BadRequest(f"{info.id!r} draws in 1 to {info.max_steps} steps, not in {steps}", "steps")
+    scale = request.guidance_scale if request.guidance_scale is not None else info.default_guidance
+    return Plan(
+        model=info.id,
+        steps=steps,
+        guidance_scale=scale,
+        schedule=None,
+        diversity=None,
+        evaluations=steps * evaluations_per_call(scale),
+    )
+
+
+def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
+    """The plan for a student.
+
+    Raises:
+        BadRequest: the student has no schedule for these steps, or diversity would leave it none.
+    """
+    steps = request.steps if request.steps is not None else max(manifest.schedules)
+    schedule = manifest.schedules.get(steps)
+    if schedule is None:
+        allowed = ", ".join(map(str, sorted(manifest.schedules)))
+        raise BadRequest(f"{manifest.name!r} was made to draw in {allowed} step(s), not in {steps}", "steps")
+    scale = request.guidance_scale if request.guidance_scale is not None else manifest.guidance.default_scale
+    cost = evaluations_per_call(scale)
+    diversity = _diversity(request, manifest)
+    evaluations = steps * cost
+    if diversity is not None:
+        try:
+            base_leg_times(schedule, diversity)
+        except CannotDraw as error:
+            raise BadRequest(f"diversity: {error}", "diversity") from None
+        base_cost = diversity.base_steps * evaluations_per_call(diversity.base_guidance)
+        evaluations = (steps - diversity.skip) * cost + base_cost
+    return Plan(
+        model=manifest.name,
+        steps=steps,
+        guidance_scale=scale,
+        schedule=schedule,
+        diversity=diversity,
+        evaluations=evaluations,
+    )
+
+
+def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | None:
+    """The student's calibration, with the request's own values in their place."""
+    if request.diversity is None:
+        return None
+    calibrated = manifest.diversity or Diversity()
+    wish = request.diversity
+    return Diversity(
+        base_steps=calibrated.base_steps if wish.base_steps is None else wish.base_steps,
+        base_guidance=calibrated.base_guidance if wish.base_guidance is None else wish.base_guidance,
+        skip=calibrated.skip,
+    )
+
+
+def check_size(request: DrawRequest, model: str, size: int | None) -> None:
+    """Refuse another size than the model's, which is None where it is not known before the model is loaded.
+
+    Raises:
+        BadRequest: the request names another size.
+    """
+    if size is None or request.size is None or request.size == (size, size):
+        return
+    width, height = request.size
+    raise BadRequest(f"{model!r} draws pictures of {size}x{size}, not of {width}x{height}", "size")

@@ -1,0 +1,166 @@
+"""The one JSON error shape, ``{"error": {"message", "type", "param", "code"}}``, of every answer that is no success."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from service.engine.base import BadRequest, EngineError, ModelBroken, NotReady, Overloaded, TimedOut, UnknownModel
+
+log = logging.getLogger(__name__)
+SHOWN = 80
+"""Characters of a client's own value that a message repeats."""
+
+TAGS = {"switch", "options"}
+"""Names of union branches in schemas.py, which pydantic puts into an error's location."""
+
+
+class ApiError(HTTPException):
+    """An answer in the error shape; raise it anywhere in a route."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+
+def error_type(status: int) -> str:
+    """The ``type`` that goes with a status, in OpenAI's words."""
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The shape itself."""
+    return {"error": {"message": message, "type": error_type(status), "param": param, "code": code}}
+
+
+def respond(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An answer in the error shape."""
+    return JSONResponse(error_body(status, message, param, code), status_code=status, headers=dict(headers or {}))
+
+
+def shorten(value: object) -> str:
+    """A client's value for a message: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def from_engine(error: EngineError) -> ApiError:
+    """The answer for an error of the engine."""
+    message = str(error)
+    match error:
+        case BadRequest():
+            return ApiError(400, message, param=error.param, code="invalid_value")
+        case UnknownModel():
+            return ApiError(404, message, param="model", code="model_not_found")
+        case Overloaded():
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
+        case NotReady():
+            return ApiError(503, message, code="not_ready", headers={"Retry-After": "5"})
+        case TimedOut():
+            return ApiError(504, message, code="timeout")
+        case ModelBroken():
+            return ApiError(503, message, param="model", code="model_broken")
+        case _:
+            return ApiError(500, message, code="engine_error")
+
+
+def from_validation(errors: Sequence[Any]) -> ApiError:
+    """A 400 that names every bad field; ``param`` is the first one."""
+    unknown = [_param(error) for error in errors if error["type"] == "extra_forbidden"]
+    if unknown:
+        names = ", ".join(shorten(name) for name in unknown)
+        return ApiError(400, f"unknown parameter(s): {names}", param=unknown[0], code="unknown_parameter")
+    first = errors[0]
+    message = "; ".join(dict.fromkeys(_describe(error) for error in errors))
+    codes = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
+    return ApiError(400, message, param=_param(first), code=codes.get(first["type"], "invalid_value"))
+
+
+def _param(error: Any) -> str | None:
+    parts = [str(part) for part in error["loc"][1:] if part not in TAGS]
+    if error["type"] == "json_invalid" or not parts:
+        return None
+    return ".".join(parts)[:SHOWN]
+
+
+def _describe(error: Any) -> str:
+    param = _param(error)
+    match error["type"]:
+        case "json_invalid":
+            return f"the body is no valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+        case "missing" if param is None:
+            return "the request has no body: send JSON"
+        case "missing":
+            return f"{param} is required"
+        case "model_attributes_type" | "model_type" | "dict_type" if param is None:
+            return "the body must be a JSON object, sent with Content-Type: application/json"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":  # our own validators give the value themselves
+        return f"{param}: {message}" if param else message
+    return f"{param}: {message[:1].lower()}{message[1:]}, got {shorten(error['input'])}"
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    if isinstance(error, ApiError):
+        return respond(error.status_code, error.detail, param=error.param, code=error.code, headers=headers)
+    path = shorten(request.url.path)
+    match error.status_code:
+        case 404:
+            return respond(404, f"there is nothing at {path}", code="not_found", headers=headers)
+        case 405:
+            allowed = headers.get("Allow", "another method")
+            message = f"{request.method} is not allowed at {path}; use {allowed}"
+            return respond(405, message, code="method_not_allowed", headers=headers)
+    return respond(error.status_code, str(error.detail), headers=headers)
+
+
+async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    answer = from_validation(error.errors())
+    return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code)
+
+
+async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineError)
+    answer = from_engine(error)
+    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("%s", answer.detail, exc_info=error.__cause__)
+    return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code, headers=answer.headers)
+
+
+async def _on_bug(_request: Request, _error: Exception) -> JSONResponse:
+    """The trace goes to the log (the server logs what a handler let through), never to the client."""
+    return respond(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of this app in the one shape."""
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(EngineError, _on_engine)
+    app.add_exception_handler(Exception, _on_bug)

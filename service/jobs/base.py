@@ -1,0 +1,201 @@
+"""What a job is, and what the rest of the service may ask of jobs: nothing here knows of SQL, processes or HTTP.
+
+A job is one `weights.contracts.DistillJob` that somebody submitted. It is ``queued`` until a supervisor claims it,
+``running`` while an attempt at it runs, and then ``succeeded``, ``failed`` or ``cancelled``. A failed or cancelled job
+can be queued again and goes on from its checkpoint. Each claim raises ``attempt``, which is the fencing token: whoever
+writes about an attempt names its number, and a number that is no longer the row's is refused.
+"""
+
+import sys
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from weights.contracts import DistillJob
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ENDED: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+RESUMABLE: frozenset[Status] = frozenset({"failed", "cancelled"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobError:
+    """Why a job failed: a sentence, a stable code, and the last lines its process wrote to standard error."""
+
+    message: str
+    code: Literal["job_failed", "job_killed", "job_lost", "launch_failed"]
+    stderr: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a job is, as its last progress event said."""
+
+    step: int
+    iterations: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of the table. Times are seconds since the epoch."""
+
+    number: int
+    id: str
+    status: Status
+    spec: DistillJob
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    error: JobError | None = None
+    result: dict[str, Any] | None = None
+    progress: Progress | None = None
+    attempt: int = 0
+    losses: int = 0
+    owner: str | None = None
+    device: str | None = None
+    lease_until: float | None = None
+    cancel_requested: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will happen to the job any more unless somebody resumes it."""
+        return self.status in ENDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """One line of a job's events file. ``number`` counts the file's lines from 1."""
+
+    number: int
+    event: dict[str, Any]
+
+
+class JobNotFound(LookupError):
+    """No job has this id."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no distillation job {job_id[:80]!r}; GET /v1/distillation/jobs lists them")
+
+
+class JobConflict(RuntimeError):
+    """The job's state, or a name that is taken, does not allow what was asked."""
+
+
+class InvalidSpec(ValueError):
+    """A job spec was refused.
+
+    Attributes:
+        param: dotted path of the field, such as ``train.batch_size`` or, in a batch, ``jobs.1.train.batch_size``.
+        code: a stable word for the kind of error.
+    """
+
+    def __init__(self, message: str, param: str | None, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class CheckFailed(RuntimeError):
+    """The distillers could not be asked whether a spec is right: that is our fault, not the spec's."""
+
+
+class Jobs(Protocol):
+    """All that routes and the app need of the job service."""
+
+    async def start(self) -> None:
+        """Open the table and, where this process works on jobs, start its supervisor."""
+
+    async def stop(self) -> None:
+        """Stop the supervisor: a running attempt saves a checkpoint and its job goes back to the queue."""
+
+    async def create(self, specs: Sequence[Any], *, batch: bool = False) -> list[Job]:
+        """Validate and queue specs (decoded JSON), all or none, in their order.
+
+        Args:
+            specs: the job specs.
+            batch: name fields as ``jobs.<index>.<field>`` in errors.
+
+        Raises:
+            InvalidSpec: a spec is wrong, or its student's name is taken.
+            JobConflict: another job that has not ended makes a student of the same name.
+        """
+
+    async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
+        """Up to ``limit`` jobs, newest first, from behind job ``after``; and whether there are more."""
+
+    async def get(self, job_id: str) -> Job:
+        """The job. Raises: JobNotFound."""
+
+    async def events(self, job_id: str, after: int, limit: int) -> tuple[Sequence[JobEvent], bool]:
+        """Up to ``limit`` events behind line ``after``, oldest first; and whether there are more."""
+
+    def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent | Job | None]:
+        """Events from behind line ``after`` as they come, None when it was quiet for a while, the ended job last."""
+
+    async def cancel(self, job_id: str) -> Job:
+        """Cancel a queued job at once, ask a running one to stop. Raises: JobNotFound, JobConflict (it has ended)."""
+
+    async def resume(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again. Raises: JobNotFound, JobConflict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """What the job service needs to know. The server's settings and the command line both build one of these."""
+
+    url: str
+    folder: Path
+    store: Path
+    command: tuple[str, ...] = (sys.executable, "-m", "distillers")
+    work: bool = True
+    devices: tuple[str, ...] = ("auto",)
+    reserved: Collection[str] = ()
+    lease_seconds: float = 30.0
+    poll_seconds: float = 1.0
+    grace_seconds: float = 60.0
+    check_seconds: float = 120.0
+    max_losses: int = 3
+
+    def __post_init__(self) -> None:
+        if self.lease_seconds < 3 * self.poll_seconds:
+            raise ValueError(
+                f"lease_seconds={self.lease_seconds} leaves no room for missed heartbeats: "
+                f"give at least 3 times poll_seconds={self.poll_seconds}"
+            )
+        if not self.command:
+            raise ValueError("command is empty; give the program that runs one job, such as `python -m distillers`")
+
+
+def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
+    """The devices to run one job each on: ``auto`` is every NVIDIA GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: something else than ``auto`` alone, ``cpu`` and ``cuda:N``.
+    """
+    if tuple(wanted) != ("auto",):
+        for device in wanted:
+            device_environment(device)
+        return tuple(dict.fromkeys(wanted))
+    gpus = sorted(
+        int(path.name.removeprefix("nvidia"))
+        for path in Path("/dev").glob("nvidia[0-9]*")
+        if path.name.removeprefix("nvidia").isdigit()
+    )
+    return tuple(f"cuda:{number}" for number in range(len(gpus))) or ("cpu",)
+
+
+def device_environment(device: str) -> dict[str, str]:
+    """The variables that show a process only this device (``cpu``, ``cuda:N``).
+
+    Raises:
+        ValueError: another kind of device.
+    """
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if kind == "cuda" and number.isdigit():
+        return {"CUDA_VISIBLE_DEVICES": number}
+    raise ValueError(f"no device {device!r} for jobs: use 'auto' alone, 'cpu' or 'cuda:N', as in 'cuda:0'")

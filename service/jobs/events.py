@@ -1,0 +1,74 @@
+"""Reading the events file that a running job appends to, one JSON object a line.
+
+The file's line numbers are the events' numbers. A line that is no valid event (the job was killed while writing it)
+keeps its number and is passed over, and a last line without its newline is not read yet.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.jobs.base import JobEvent, Progress
+from weights.contracts import EVENTS
+
+EVENTS_FILE = "events.jsonl"
+
+
+class EventReader:
+    """Reads what was appended to an events file since the last look, across resumes of the job.
+
+    Args:
+        folder: the job's folder; the file need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / EVENTS_FILE
+        self._offset = 0
+        self._number = 0
+
+    def new(self) -> Iterator[JobEvent]:
+        """The events that were not returned before."""
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                self._number += 1
+                try:
+                    event = EVENTS.validate_json(line)
+                except ValidationError:
+                    continue
+                yield JobEvent(number=self._number, event=event.model_dump(mode="json"))
+
+
+def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], bool]:
+    """Up to ``limit`` events behind line ``after``, oldest first; and whether there are more."""
+    found: list[JobEvent] = []
+    for event in EventReader(folder).new():
+        if event.number <= after:
+            continue
+        if len(found) == limit:
+            return found, True
+        found.append(event)
+    return found, False
+
+
+def progress_of(event: dict[str, Any]) -> Progress | None:
+    """The progress that an event reports, if it reports any."""
+    if event["kind"] == "started":
+        return Progress(step=event["resumed_from"], iterations=event["iterations"])
+    if event["kind"] != "progress":
+        return None
+    return Progress(
+        step=event["step"],
+        iterations=event["iterations"],
+        metrics=event["metrics"],
+        seconds_left=event["seconds_left"],
+    )

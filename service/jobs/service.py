@@ -1,0 +1,129 @@
+"""The job service that the app uses: the table, and in a server that also works on jobs, the supervisor."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from service.jobs.base import InvalidSpec, Job, JobConflict, JobEvent, JobSettings
+from service.jobs.events import EventReader, read_events
+from service.jobs.executor import LocalExecutor
+from service.jobs.supervisor import Supervisor
+from service.jobs.table import JobTable
+from service.jobs.validation import check_specs
+from weights.bundled import STUDENTS, bundled_bases
+from weights.contracts import DistillJob
+from weights.store import Store
+
+CHECKS_AT_ONCE = 2
+"""Processes that check specs, over all requests."""
+QUIET_SECONDS = 15.0
+"""After this long without an event, a follower hears that the job is still there."""
+
+
+def make_supervisor(settings: JobSettings, table: JobTable) -> Supervisor:
+    """The supervisor that runs jobs as processes on this machine."""
+    return Supervisor(table, LocalExecutor(settings.command, settings.store), settings)
+
+
+class TableJobs:
+    """`service.jobs.base.Jobs` over a SQL table.
+
+    Args:
+        settings: the job service's settings.
+    """
+
+    def __init__(self, settings: JobSettings) -> None:
+        self._settings = settings
+        self._gate = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._table = JobTable(settings.url)
+        self._supervisor = make_supervisor(settings, self._table) if settings.work else None
+
+    async def start(self) -> None:
+        """Make the table where there is none, and start the supervisor."""
+        self._settings.folder.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(self._table.create_tables)
+        if self._supervisor:
+            self._supervisor.start()
+
+    async def stop(self) -> None:
+        """Stop the supervisor and close the table."""
+        if self._supervisor:
+            await self._supervisor.stop()
+        self._table.close()
+
+    async def create(self, specs: Sequence[Any], *, batch: bool = False) -> list[Job]:
+        """See `Jobs.create`."""
+        command, patience = self._settings.command, self._settings.check_seconds
+        checked = await check_specs(command, specs, self._gate, batch=batch, patience=patience)
+        await asyncio.to_thread(self._check_names, checked, batch)
+        added = await asyncio.to_thread(self._table.add, checked)
+        self._wake()
+        return added
+
+    def _check_names(self, specs: Sequence[DistillJob], batch: bool) -> None:
+        """Refuse a name that is published already: better now than after hours of training."""
+        seen = published_names(self._settings)
+        for index, spec in enumerate(specs):
+            if spec.student in seen:
+                param = f"jobs.{index}.student" if batch else "student"
+                raise InvalidSpec(f"{param}: the name {spec.student!r} is taken; choose another", param, "name_taken")
+            seen.add(spec.student)
+
+    async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
+        """See `Jobs.list`."""
+        return await asyncio.to_thread(self._table.page, limit, after)
+
+    async def get(self, job_id: str) -> Job:
+        """See `Jobs.get`."""
+        return await asyncio.to_thread(self._table.get, job_id)
+
+    async def events(self, job_id: str, after: int, limit: int) -> tuple[Sequence[JobEvent], bool]:
+        """See `Jobs.events`."""
+        job = await self.get(job_id)
+        return await asyncio.to_thread(read_events, self._settings.folder / job.id, after, limit)
+
+    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent | Job | None]:
+        """See `Jobs.follow`."""
+        job = await self.get(job_id)
+        reader = EventReader(self._settings.folder / job.id)
+        quiet = 0.0
+        while True:
+            job = await self.get(job_id)  # before reading: an ended job writes no more
+            events = await asyncio.to_thread(lambda: [item for item in reader.new() if item.number > after])
+            for item in events:
+                yield item
+            if job.ended:
+                yield job
+                return
+            quiet = 0.0 if events else quiet + self._settings.poll_seconds
+            if quiet >= QUIET_SECONDS:
+                quiet = 0.0
+                yield None
+            await asyncio.sleep(self._settings.poll_seconds)
+
+    async def cancel(self, job_id: str) -> Job:
+        """See `Jobs.cancel`."""
+        job = await asyncio.to_thread(self._table.cancel, job_id)
+        self._wake()
+        return job
+
+    async def resume(self, job_id: str) -> Job:
+        """See `Jobs.resume`."""
+        await asyncio.to_thread(self._check_resume, job_id)
+        job = await asyncio.to_thread(self._table.resume, job_id)
+        self._wake()
+        return job
+
+    def _check_resume(self, job_id: str) -> None:
+        student = self._table.get(job_id).spec.student
+        if student in published_names(self._settings):
+            raise JobConflict(f"the store has a student {student!r} by now; delete it to resume job {job_id!r}")
+
+    def _wake(self) -> None:
+        if self._supervisor:
+            self._supervisor.wake()
+
+
+def published_names(settings: JobSettings) -> set[str]:
+    """Every name that a new student cannot have: bases and published students, the bundled ones included."""
+    return {*settings.reserved, *bundled_bases(), *Store(settings.store, STUDENTS).names()}

@@ -1,0 +1,245 @@
+"""The supervisor: an asyncio task that claims jobs from the table and sees each attempt to its end.
+
+It holds a lease on every job it runs and renews it with each heartbeat. Whoever finds a lease expired (or its owner
+dead, on the same machine) takes the job over, ends what is left of its processes, and queues it again; it then goes on
+from its checkpoint. A supervisor that can no longer renew its lease ends its own attempt first, so that two attempts
+at one job do not write at the same time.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.jobs.base import Job, JobError, JobSettings, Progress, find_devices
+from service.jobs.events import EventReader, progress_of
+from service.jobs.executor import Attempt, Executor, tail
+from service.jobs.processes import host_name, is_dead, new_owner
+from service.jobs.table import JobTable
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Runs one job at a time on each of its devices.
+
+    Args:
+        table: the job table.
+        executor: launches attempts.
+        settings: devices, lease, heartbeat and grace.
+    """
+
+    def __init__(self, table: JobTable, executor: Executor, settings: JobSettings) -> None:
+        self._table = table
+        self._executor = executor
+        self._settings = settings
+        self._owner = new_owner()
+        self._devices = find_devices(settings.devices)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = asyncio.Event()
+        self._news = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to work, in the running event loop."""
+        self._stopping.clear()
+        self._tasks = [asyncio.create_task(self._work(device), name=f"jobs on {device}") for device in self._devices]
+        self._tasks.append(asyncio.create_task(self._watch(), name="lost jobs"))
+
+    async def stop(self) -> None:
+        """Ask running attempts to save and exit, queue their jobs again, and return when that is done."""
+        self._stopping.set()
+        self._news.set()
+        await asyncio.gather(*self._tasks)
+        self._tasks = []
+
+    def wake(self) -> None:
+        """Look at the table now: something was queued or cancelled."""
+        self._news.set()
+
+    async def _pause(self) -> None:
+        """Wait for news, but not longer than a poll."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), self._settings.poll_seconds)
+        if not self._stopping.is_set():
+            self._news.clear()
+
+    async def _work(self, device: str) -> None:
+        """Claim and run jobs for one device until told to stop; a broken database is waited out."""
+        place = f"{host_name().partition('/')[0]}/{device}"
+        while not self._stopping.is_set():
+            try:
+                job = await asyncio.to_thread(self._table.claim, self._owner, place, self._settings.lease_seconds)
+                if job is not None:
+                    await self._run(job, device)
+                    continue
+            except SQLAlchemyError:
+                log.exception("The job table cannot be used; trying again.")
+            await self._pause()
+
+    async def _watch(self) -> None:
+        """Look for jobs whose supervisor is gone until told to stop."""
+        while not self._stopping.is_set():
+            try:
+                await self.reclaim()
+            except SQLAlchemyError:
+                log.exception("The job table cannot be read; trying again.")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), self._settings.poll_seconds)
+
+    async def reclaim(self) -> None:
+        """Queue again every running job whose lease has expired or whose owner is dead; its processes end first."""
+        for job in await asyncio.to_thread(self._table.running):
+            if job.owner == self._owner or job.owner is None or job.lease_until is None:
+                continue
+            if job.lease_until < time.time() or is_dead(job.owner):
+                await self._rescue(job)
+
+    async def _rescue(self, lost: Job) -> None:
+        grace = self._settings.grace_seconds
+        lease = self._settings.lease_seconds + grace
+        job = await asyncio.to_thread(self._table.take_over, lost, self._owner, lease)
+        if job is None:  # somebody else was faster, or its owner is alive after all
+            return
+        log.warning("Job %s lost its supervisor %s.", job.id, lost.owner)
+        await self._executor.end_orphans(job.id, grace)
+        result = await asyncio.to_thread(self._result, job)
+        if result is not None:  # the job outlived its supervisor, and ended well
+            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result))
+        elif job.cancel_requested:
+            await asyncio.to_thread(self._table.finish, job, "cancelled")
+        elif job.losses > self._settings.max_losses:
+            message = f"The job's supervisor died {job.losses} times while it ran; resume it to try again."
+            stderr = await asyncio.to_thread(self._last_words, lost)
+            error = JobError(message=message, code="job_lost", stderr=stderr)
+            await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=error))
+        else:
+            await asyncio.to_thread(self._table.requeue, job)
+        self.wake()
+
+    def _result(self, job: Job) -> dict[str, object] | None:
+        """What the job's last event says of its end, if that is its end."""
+        events = list(EventReader(self.folder(job)).new())
+        return _result_of(events[-1].event) if events and events[-1].event["kind"] == "finished" else None
+
+    def _last_words(self, job: Job) -> str:
+        return tail(self.folder(job) / f"attempt-{job.attempt}.stderr")
+
+    def folder(self, job: Job) -> Path:
+        """The job's folder: spec, events, checkpoints and samples."""
+        return self._settings.folder / job.id
+
+    async def _run(self, job: Job, device: str) -> None:
+        """One attempt, from its launch to the row that says how it ended."""
+        log.info("Job %s (student %s) starts attempt %d on %s.", job.id, job.spec.student, job.attempt, device)
+        reader = EventReader(self.folder(job))
+        await asyncio.to_thread(lambda: list(reader.new()))  # what earlier attempts wrote
+        try:
+            attempt = await self._executor.launch(job, self.folder(job), device)
+        except (OSError, ValueError) as error:
+            problem = JobError(message=f"The job could not be started: {error}", code="launch_failed")
+            await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=problem))
+            return
+        try:
+            job, status, finished = await self._follow(job, attempt, reader)
+        except BaseException:
+            await attempt.stop(0)
+            raise
+        await self._settle(job, attempt, status, finished)
+
+    async def _follow(
+        self, job: Job, attempt: Attempt, reader: EventReader
+    ) -> tuple[Job, int | None, dict[str, object] | None]:
+        """Renew the lease until the attempt ends or has to; its status (None: it is no longer ours), and its result."""
+        waiter = asyncio.create_task(attempt.wait())
+        renewed = time.monotonic()
+        outcome: dict[str, object] | None = None
+        try:
+            while True:
+                ended = waiter.done()
+                progress, finished = await asyncio.to_thread(_read, reader)
+                outcome = finished or outcome
+                try:
+                    current = await asyncio.to_thread(
+                        self._table.heartbeat, job, self._settings.lease_seconds, progress
+                    )
+                    renewed = time.monotonic()
+                except SQLAlchemyError:
+                    log.exception("The lease on job %s could not be renewed.", job.id)
+                    current = job if time.monotonic() - renewed < self._settings.lease_seconds * 2 / 3 else None
+                if current is None:
+                    log.warning("Attempt %d of job %s is no longer ours: ending it.", job.attempt, job.id)
+                    await attempt.stop(0)
+                    return job, None, None
+                job = current
+                if ended:
+                    return job, waiter.result(), outcome
+                if job.cancel_requested or self._stopping.is_set():
+                    return await self._end(job, attempt, reader, outcome)
+                await self._await_news(waiter)
+        finally:
+            waiter.cancel()
+
+    async def _await_news(self, waiter: "asyncio.Task[int]") -> None:
+        pause = asyncio.create_task(self._pause())
+        await asyncio.wait({waiter, pause}, return_when=asyncio.FIRST_COMPLETED)
+        pause.cancel()
+
+    async def _end(
+        self, job: Job, attempt: Attempt, reader: EventReader, outcome: dict[str, object] | None
+    ) -> tuple[Job, int | None, dict[str, object] | None]:
+        """Stop the attempt with grace, under a lease that lasts as long."""
+        lease = self._settings.lease_seconds + self._settings.grace_seconds
+        current = await asyncio.to_thread(self._table.heartbeat, job, lease, None)
+        status = await attempt.stop(self._settings.grace_seconds if current else 0)
+        _, finished = await asyncio.to_thread(_read, reader)
+        return job, status if current else None, finished or outcome
+
+    async def _settle(self, job: Job, attempt: Attempt, status: int | None, finished: dict[str, object] | None) -> None:
+        """Write how the attempt ended."""
+        if status is None:
+            return
+        if status == 0:
+            result = _result_of(finished or {"student": job.spec.student})
+            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result))
+        elif job.cancel_requested:
+            await asyncio.to_thread(self._table.finish, job, "cancelled")
+        elif self._stopping.is_set():
+            await asyncio.to_thread(self._table.requeue, job)
+        else:
+            error = _error(status, await asyncio.to_thread(attempt.stderr_tail))
+            await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=error))
+        log.info("Attempt %d of job %s ended with status %d.", job.attempt, job.id, status)
+
+
+def _read(reader: EventReader) -> tuple[Progress | None, dict[str, object] | None]:
+    """The latest progress and the finished event among what is new."""
+    progress, finished = None, None
+    for item in reader.new():
+        progress = progress_of(item.event) or progress
+        if item.event["kind"] == "finished":
+            finished = item.event
+    return progress, finished
+
+
+def _result_of(finished: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in finished.items() if key != "kind"}
+
+
+def _error(status: int, stderr: str) -> JobError:
+    if status < 0:
+        message = f"The job's process was killed by signal {-status}; resume it to go on from its last checkpoint."
+        return JobError(message=message, code="job_killed", stderr=stderr)
+    last = stderr.splitlines()[-1] if stderr else "it wrote nothing to standard error"
+    return JobError(message=f"The job's process ended with status {status}: {last}", code="job_failed", stderr=stderr)
+
+
+async def work_forever(supervisor: Supervisor, stop: asyncio.Event) -> None:
+    """Run the supervisor until ``stop`` is set: all that a worker process does."""
+    log.info("Worker %d looks for jobs.", os.getpid())
+    supervisor.start()
+    await stop.wait()
+    await supervisor.stop()

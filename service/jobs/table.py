@@ -1,0 +1,248 @@
+"""The job table: the only truth about jobs (SQLAlchemy core; SQLite by default, PostgreSQL by URL).
+
+Every change of a job's state is ONE statement whose WHERE clause names the state it starts from, so that two
+supervisors, or a supervisor and a request, cannot both win. Two partial unique indices hold the rules that span rows:
+one running job a device, and one job that has not ended for a student's name. Clocks of several machines must agree
+to well within a lease.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from service.jobs.base import Job, JobConflict, JobError, JobNotFound, Progress, Status
+from weights.contracts import DistillJob
+
+ID_PATTERN = re.compile(r"distill-[0-9a-f]{24}")
+
+metadata = sa.MetaData()
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(64), nullable=False, unique=True),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("student", sa.String(64), nullable=False),
+    sa.Column("spec", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("started_at", sa.Double),
+    sa.Column("finished_at", sa.Double),
+    sa.Column("error", sa.JSON(none_as_null=True)),
+    sa.Column("result", sa.JSON(none_as_null=True)),
+    sa.Column("progress", sa.JSON(none_as_null=True)),
+    sa.Column("attempt", sa.Integer, nullable=False, default=0),
+    sa.Column("losses", sa.Integer, nullable=False, default=0),
+    sa.Column("owner", sa.String(255)),
+    sa.Column("device", sa.String(255)),
+    sa.Column("lease_until", sa.Double),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, default=False),
+    sqlite_autoincrement=True,
+)
+_running = jobs.c.status == "running"
+_queued = jobs.c.status == "queued"
+_open = jobs.c.status.in_(["queued", "running"])
+sa.Index("one_running_job_a_device", jobs.c.device, unique=True, sqlite_where=_running, postgresql_where=_running)
+sa.Index("one_open_job_a_student", jobs.c.student, unique=True, sqlite_where=_open, postgresql_where=_open)
+sa.Index("jobs_by_status", jobs.c.status, jobs.c.number)
+
+_NOT_HELD: dict[str, Any] = {"owner": None, "device": None, "lease_until": None}
+
+
+def _as_job(row: sa.Row[Any]) -> Job:
+    values = dict(row._mapping)
+    del values["student"]
+    values["spec"] = DistillJob.model_validate(values["spec"])
+    values["error"] = JobError(**values["error"]) if values["error"] else None
+    values["progress"] = Progress(**values["progress"]) if values["progress"] else None
+    return Job(**values)
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=30000")
+    cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not block each other
+    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
+    cursor.close()
+
+
+class JobTable:
+    """The table behind one database URL. Its calls block: an event loop runs them in a thread.
+
+    Args:
+        url: SQLAlchemy URL, such as ``sqlite:///work/jobs.db`` or ``postgresql+psycopg://...``.
+        clock: seconds since the epoch.
+
+    Raises:
+        ValueError: the URL is none, or its driver is not installed, or it names SQLite in memory, which no other
+            process could see.
+    """
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        try:
+            parsed = sa.make_url(url)
+            self._engine = sa.create_engine(parsed, pool_pre_ping=True)
+        except sa.exc.ArgumentError as error:
+            raise ValueError(f"the job table's URL cannot be used: {error}") from error
+        except ModuleNotFoundError as error:
+            raise ValueError(f"the job table's database needs a driver: pip install {error.name}") from error
+        self._clock = clock
+        if parsed.get_backend_name() == "sqlite":
+            if not parsed.database or parsed.database == ":memory:":
+                raise ValueError(f"{url!r} is a database in memory; name a file, as in sqlite:///work/jobs.db")
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+
+    def create_tables(self) -> None:
+        """Make what is missing; several processes may do so at once."""
+        for attempt in range(3):
+            try:
+                metadata.create_all(self._engine)
+                return
+            except (sa.exc.OperationalError, sa.exc.ProgrammingError, IntegrityError):
+                if attempt == 2:  # not the race of two first starts
+                    raise
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self._engine.dispose()
+
+    def add(self, specs: Sequence[DistillJob]) -> list[Job]:
+        """Queue the specs in one transaction. Raises: JobConflict, and then none is queued."""
+        added = []
+        with self._engine.begin() as connection:
+            for spec in specs:
+                values = {
+                    "id": f"distill-{secrets.token_hex(12)}",
+                    "status": "queued",
+                    "student": spec.student,
+                    "spec": spec.model_dump(mode="json"),
+                    "created_at": self._clock(),
+                }
+                try:
+                    added.append(_as_job(connection.execute(jobs.insert().values(values).returning(jobs)).one()))
+                except IntegrityError as error:
+                    raise JobConflict(_taken(spec.student)) from error
+        return added
+
+    def get(self, job_id: str) -> Job:
+        """The job. Raises: JobNotFound."""
+        if not ID_PATTERN.fullmatch(job_id):
+            raise JobNotFound(job_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(jobs.select().where(jobs.c.id == job_id)).one_or_none()
+        if row is None:
+            raise JobNotFound(job_id)
+        return _as_job(row)
+
+    def page(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
+        """Up to ``limit`` jobs, newest first, older than job ``after``; and whether there are more."""
+        query = jobs.select().order_by(jobs.c.number.desc()).limit(limit + 1)
+        if after is not None:
+            query = query.where(jobs.c.number < self.get(after).number)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return [_as_job(row) for row in rows[:limit]], len(rows) > limit
+
+    def running(self) -> list[Job]:
+        """Every job that some supervisor holds."""
+        with self._engine.connect() as connection:
+            return [_as_job(row) for row in connection.execute(jobs.select().where(_running)).all()]
+
+    def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
+        with self._engine.begin() as connection:
+            row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
+        return None if row is None else _as_job(row)
+
+    def claim(self, owner: str, device: str, lease: float) -> Job | None:
+        """Take the oldest queued job for ``device``; None when there is none, or the device is taken."""
+        oldest = (
+            sa.select(jobs.c.number).where(_queued).order_by(jobs.c.number).limit(1).with_for_update(skip_locked=True)
+        )
+        now = self._clock()
+        values = {
+            "status": "running",
+            "owner": owner,
+            "device": device,
+            "lease_until": now + lease,
+            "attempt": jobs.c.attempt + 1,
+            "started_at": sa.func.coalesce(jobs.c.started_at, now),
+        }
+        try:
+            return self._update([jobs.c.number == oldest.scalar_subquery(), _queued], values)
+        except IntegrityError:
+            return None
+
+    def heartbeat(self, job: Job, lease: float, progress: Progress | None) -> Job | None:
+        """Renew the lease of this attempt and note its progress; None when the attempt is no longer the job's."""
+        values: dict[str, Any] = {"lease_until": self._clock() + lease}
+        if progress is not None:
+            values["progress"] = asdict(progress)
+        return self._update(self._held(job), values)
+
+    def take_over(self, job: Job, owner: str, lease: float) -> Job | None:
+        """Take a running job from its dead owner: the attempt number rises, so that the old owner is fenced off."""
+        values = {
+            "owner": owner,
+            "attempt": jobs.c.attempt + 1,
+            "losses": jobs.c.losses + 1,
+            "lease_until": self._clock() + lease,
+        }
+        return self._update([*self._held(job), jobs.c.lease_until == job.lease_until], values)
+
+    def requeue(self, job: Job) -> Job | None:
+        """Give this attempt's job back to the queue, to go on from its checkpoint."""
+        return self._update(self._held(job), {"status": "queued", **_NOT_HELD})
+
+    def finish(
+        self, job: Job, status: Status, *, error: JobError | None = None, result: dict[str, Any] | None = None
+    ) -> Job | None:
+        """Write how this attempt ended; None when the attempt is no longer the job's."""
+        values = {
+            "status": status,
+            "finished_at": self._clock(),
+            "error": asdict(error) if error else None,
+            "result": result,
+            **_NOT_HELD,
+        }
+        return self._update(self._held(job), values)
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a queued job, or mark a running one to be stopped. Raises: JobNotFound, JobConflict."""
+        this = jobs.c.id == self.get(job_id).id
+        done = self._update(
+            [this, _queued], {"status": "cancelled", "finished_at": self._clock(), "cancel_requested": True}
+        ) or self._update([this, _running], {"cancel_requested": True})
+        if done is None:
+            raise JobConflict(f"job {job_id!r} has ended ({self.get(job_id).status}) and cannot be cancelled any more")
+        return done
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again. Raises: JobNotFound, JobConflict."""
+        job = self.get(job_id)
+        where = [jobs.c.id == job_id, jobs.c.status.in_(["failed", "cancelled"])]
+        values = {"status": "queued", "finished_at": None, "error": None, "losses": 0, "cancel_requested": False}
+        try:
+            queued = self._update(where, values)
+        except IntegrityError as error:
+            raise JobConflict(_taken(job.spec.student)) from error
+        if queued is None:
+            raise JobConflict(
+                f"job {job_id!r} is {self.get(job_id).status}; only a failed or cancelled job can be resumed"
+            )
+        return queued
+
+    @staticmethod
+    def _held(job: Job) -> list[sa.ColumnElement[bool]]:
+        return [jobs.c.id == job.id, _running, jobs.c.attempt == job.attempt]
+
+
+def _taken(student: str) -> str:
+    return f"another job that has not ended makes a student named {student!r}; cancel it or choose another name"

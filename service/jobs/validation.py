@@ -1,0 +1,123 @@
+"""Is a job spec right? The common part is a contract; the method's own Config is known only to the distillers.
+
+The service never imports the distillers, so it asks them in a process: ``COMMAND check -`` reads a spec from standard
+input and answers ``{"ok": true, "job": {...}}`` or ``{"ok": false, "errors": [{"param", "message"}, ...]}``.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.jobs.base import CheckFailed, InvalidSpec
+from weights.contracts import DistillJob
+
+CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+
+def parse_spec(raw: Any, prefix: str = "") -> DistillJob:
+    """The common part of a spec. Raises: InvalidSpec, naming the first wrong field."""
+    if not isinstance(raw, dict):
+        where = prefix.rstrip(".") or None
+        raise InvalidSpec(f"{where or 'the body'} must be a JSON object, got {type(raw).__name__}", where)
+    try:
+        return DistillJob.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        code = CODES.get(problems[0]["type"], "invalid_value")
+        raise _refusal([(".".join(map(str, p["loc"])), _sentence(p)) for p in problems], prefix, code) from error
+
+
+def _sentence(problem: Any) -> str:
+    """The problem, with the value that caused it where that is short."""
+    message = problem["msg"].removeprefix("Value error, ")
+    given = repr(problem["input"])
+    return message if problem["type"] in {"missing", "value_error"} or len(given) > 80 else f"{message}, got {given}"
+
+
+def _refusal(problems: Sequence[tuple[str, str]], prefix: str, code: str = "invalid_value") -> InvalidSpec:
+    """One error that names every wrong field; its ``param`` is the first one's."""
+    names = [f"{prefix}{param}".rstrip(".") for param, _ in problems]
+    sentences = [f"{name}: {message}" if name else message for name, (_, message) in zip(names, problems, strict=True)]
+    return InvalidSpec("; ".join(dict.fromkeys(sentences)), names[0] or None, code)
+
+
+async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patience: float) -> DistillJob:
+    """The spec as the distillers understand it, with their defaults filled in.
+
+    Args:
+        command: the program that runs jobs, such as ``python -m distillers``.
+        job: the parsed spec.
+        prefix: put before a wrong field's name.
+        patience: seconds to wait for the answer.
+
+    Raises:
+        InvalidSpec: the distillers refuse the spec.
+        CheckFailed: they gave no answer that can be read.
+    """
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            "check",
+            "-",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise CheckFailed(f"the spec could not be checked: {command[0]} does not start: {error}") from error
+    try:
+        out, err = await asyncio.wait_for(process.communicate(job.model_dump_json().encode()), patience)
+    except TimeoutError as error:
+        raise CheckFailed(f"the spec could not be checked: no answer in {patience:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    try:
+        answer = json.loads(out)
+        if answer["ok"]:
+            return DistillJob.model_validate(answer["job"])
+        problems = [(str(e["param"] or ""), str(e["message"]).rstrip(".")) for e in answer["errors"]]
+        refusal = _refusal(problems, prefix)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        tail = err.decode(errors="replace").strip()[-500:]
+        raise CheckFailed(
+            f"the spec could not be checked: the check ended with status {process.returncode}: {tail}"
+        ) from error
+    raise refusal
+
+
+async def check_specs(
+    command: Sequence[str], specs: Sequence[Any], gate: asyncio.Semaphore, *, batch: bool = False, patience: float
+) -> list[DistillJob]:
+    """Every spec, parsed and checked.
+
+    Args:
+        command: the program that runs jobs.
+        specs: decoded JSON.
+        gate: bounds the processes at work, over all requests.
+        batch: name fields as ``jobs.<index>.<field>``.
+        patience: seconds to wait for each answer.
+
+    Raises:
+        InvalidSpec: for the first wrong one.
+        CheckFailed: see `check_spec`.
+    """
+    prefixes = [f"jobs.{index}." if batch else "" for index in range(len(specs))]
+    parsed = [parse_spec(raw, prefix) for raw, prefix in zip(specs, prefixes, strict=True)]
+
+    async def check(job: DistillJob, prefix: str) -> DistillJob:
+        async with gate:
+            return await check_spec(command, job, prefix, patience)
+
+    tasks = [asyncio.create_task(check(job, prefix)) for job, prefix in zip(parsed, prefixes, strict=True)]
+    try:
+        return [await task for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

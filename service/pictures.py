@@ -1,0 +1,106 @@
+"""Pictures as files: how they are encoded, and the bounded memory that hands them out as urls."""
+
+import io
+import json
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from service.engine.base import Drawn
+
+Format = Literal["png", "jpeg", "webp"]
+
+
+def encode(image: Image.Image, output_format: Format, quality: int = 100, facts: dict[str, Any] | None = None) -> bytes:
+    """The picture as a file.
+
+    Args:
+        image: RGB.
+        output_format: png is lossless.
+        quality: 0 to 100, of jpeg and webp.
+        facts: written into a png as text, one chunk ``fewstep`` of JSON.
+    """
+    buffer = io.BytesIO()
+    if output_format == "png":
+        info = PngInfo()
+        if facts:
+            info.add_itxt("fewstep", json.dumps(facts, ensure_ascii=False))
+        image.save(buffer, "PNG", pnginfo=info)
+    elif output_format == "jpeg":
+        image.save(buffer, "JPEG", quality=max(quality, 1), subsampling=0 if quality >= 90 else 2)
+    else:
+        image.save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
+
+
+def facts_of(drawn: Drawn, prompt: str, negative_prompt: str) -> dict[str, Any]:
+    """What a reader needs to draw the picture again."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "model": drawn.model,
+        "seed": drawn.seed,
+        "steps": drawn.steps,
+        "guidance_scale": drawn.guidance_scale,
+        "diversity": drawn.diversity.model_dump() if drawn.diversity else None,
+    }
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A file that a url leads to."""
+
+    content: bytes
+    media_type: str
+    expires: float
+
+
+class PictureStore:
+    """Pictures by random id, in memory: at most so many bytes, for so many seconds; the oldest go first.
+
+    Args:
+        capacity: bytes.
+        seconds: how long a picture is kept at most.
+        clock: tells seconds, and never goes back.
+    """
+
+    def __init__(self, capacity: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = capacity
+        self._seconds = seconds
+        self._clock = clock
+        self._pictures: OrderedDict[str, StoredPicture] = OrderedDict()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def put(self, content: bytes, output_format: Format) -> str:
+        """Keep a picture; returns its id, which nobody can guess."""
+        picture_id = secrets.token_urlsafe(24)
+        with self._lock:
+            self._pictures[picture_id] = StoredPicture(content, f"image/{output_format}", self._clock() + self._seconds)
+            self._used += len(content)
+            self._drop_expired()
+            while self._used > self._capacity:
+                self._drop_oldest()
+        return picture_id
+
+    def get(self, picture_id: str) -> StoredPicture | None:
+        """The picture; None when there is none of this id, or no more."""
+        with self._lock:
+            self._drop_expired()
+            return self._pictures.get(picture_id)
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        while self._pictures and next(iter(self._pictures.values())).expires <= now:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, picture = self._pictures.popitem(last=False)
+        self._used -= len(picture.content)

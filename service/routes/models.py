@@ -1,0 +1,49 @@
+"""``GET /v1/models``: what can be drawn with."""
+
+from fastapi import APIRouter, Request
+
+from service.engine.base import ModelInfo
+from service.errors import ApiError, shorten
+from service.routes import ERRORS, engine_of
+from service.schemas import DiversityUsed, Model, ModelList
+
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
+
+
+# Plain functions, which FastAPI runs in threads: listing reads the store's folder.
+@router.get("")
+def list_models(request: Request) -> ModelList:
+    """The bases, then the students, a newly published one too."""
+    return ModelList(data=[_model(info) for info in engine_of(request).models()])
+
+
+@router.get("/{model_id:path}")
+def get_model(model_id: str, request: Request) -> Model:
+    """One model."""
+    infos = engine_of(request).models()
+    for info in infos:
+        if info.id == model_id:
+            return _model(info)
+    known = ", ".join(info.id for info in infos)
+    message = f"no model is named {shorten(model_id)}; there are: {known}"
+    raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _model(info: ModelInfo) -> Model:
+    diversity = DiversityUsed(**info.diversity.model_dump()) if info.diversity else None
+    return Model(
+        id=info.id,
+        created=info.created,
+        kind=info.kind,
+        family=info.family,
+        base=info.base,
+        method=info.method,
+        steps=list(info.steps),
+        max_steps=info.max_steps,
+        default_steps=info.default_steps,
+        default_guidance=info.default_guidance,
+        size=f"{info.size}x{info.size}" if info.size else None,
+        diversity=diversity,
+        licence=info.licence,
+        metrics=dict(info.metrics),
+    )

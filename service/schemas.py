@@ -1,0 +1,211 @@
+"""The bodies of images and models: OpenAI's shapes, with the extensions that a few-step model has use for."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+MAX_PICTURES = 10
+MAX_SEED = 2**53 - 1
+"""The largest integer that every JSON reader keeps exactly."""
+SIZE = re.compile(r"[1-9]\d{0,3}x[1-9]\d{0,3}")
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+def _check_seed(value: Any) -> Any:
+    seeds = value if isinstance(value, list) else [value]
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise ValueError(
+                f"{str(seed)[:40]!r} is no seed: give an integer from 0 to {MAX_SEED}, or a list with one a picture"
+            )
+    return value
+
+
+def _diversity_kind(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "switch"
+    return "options" if isinstance(value, dict | DiversityOptions) else None
+
+
+class Body(BaseModel):
+    """Base of request bodies: unknown fields and values of another type are refused; null is as good as left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, value: Any) -> Any:
+        return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class DiversityOptions(Body):
+    """The base's first step, with values other than the student's calibration."""
+
+    base_steps: int | None = Field(None, ge=1, le=8, description="steps by the base before the student takes over")
+    base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
+
+
+class ImageRequest(Body):
+    """``POST /v1/images/generations``."""
+
+    prompt: str = Field(min_length=1, description="what to draw")
+    model: str | None = Field(None, min_length=1, max_length=512, description="a name from /v1/models")
+    n: int = Field(1, ge=1, le=MAX_PICTURES, description="number of pictures")
+    size: str = Field("auto", description="'auto', or WIDTHxHEIGHT as the model allows, such as '64x64'")
+    response_format: Literal["b64_json", "url"] = Field("b64_json", description="pictures in the answer, or links")
+    output_format: OutputFormat = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp; 100 by default")
+    user: str | None = Field(None, max_length=512, description="accepted, and not used")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
+        "auto", description="accepted, and not used: `steps` is what changes it"
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="accepted, and not used")
+    background: Literal["auto", "opaque", "transparent"] = Field("auto", description="transparent is refused")
+    moderation: Literal["auto", "low"] = Field("auto", description="accepted, and not used")
+    stream: bool = Field(False, description="true is refused")
+    partial_images: int = Field(0, ge=0, le=3, description="anything but 0 is refused")
+
+    seed: Annotated[int | list[int] | None, BeforeValidator(_check_seed)] = Field(
+        None,
+        description="a list gives one per picture; a number is the first picture's, and the others count up from it; "
+        "random when left out",
+    )
+    steps: int | None = Field(None, ge=1, le=100, description="1 to 4 for students; the model's default when left out")
+    diversity: Annotated[
+        Annotated[bool, Tag("switch")] | Annotated[DiversityOptions, Tag("options")],
+        Discriminator(
+            _diversity_kind,
+            custom_error_type="diversity",
+            custom_error_message="Input should be true, false, or an object with base_steps and base_guidance",
+        ),
+    ] = Field(False, description="the base model draws the first step, as the student's manifest says or as given here")
+    guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False, description="1.0 is off")
+    negative_prompt: str = Field("", description="what to keep away from; takes effect under guidance")
+    deterministic: bool = Field(
+        False, description="draw each picture on its own, so that a seed gives the same bits in every request"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("it is blank: say what to draw")
+        return prompt
+
+    @field_validator("size")
+    @classmethod
+    def _is_a_size(cls, size: str) -> str:
+        if size != "auto" and not SIZE.fullmatch(size):
+            raise ValueError(f"{size[:40]!r} is no size: give 'auto' or WIDTHxHEIGHT, such as '64x64'")
+        return size
+
+    @field_validator("background")
+    @classmethod
+    def _is_opaque(cls, background: str) -> str:
+        if background == "transparent":
+            raise ValueError("'transparent' cannot be drawn: these models paint every pixel; use 'opaque' or 'auto'")
+        return background
+
+    @field_validator("stream", "partial_images")
+    @classmethod
+    def _is_whole(cls, value: int) -> int:
+        if value:
+            raise ValueError("this server answers with whole pictures only: leave stream and partial_images out")
+        return value
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if isinstance(self.seed, list) and len(self.seed) != self.n:
+            raise ValueError(f"seed: {len(self.seed)} seed(s) for n = {self.n} picture(s); give {self.n}")
+        if self.output_compression is not None and self.output_format == "png":
+            raise ValueError("output_compression: png has none; leave it out, or use jpeg or webp")
+        return self
+
+
+class Picture(BaseModel):
+    """One picture of an answer: its bytes in base64, or a link."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int = Field(description="draws this picture again, with all else the same")
+
+
+class DiversityUsed(BaseModel):
+    """The base leg that was drawn."""
+
+    base_steps: int
+    base_guidance: float
+    skip: int = Field(description="index of the student's step that took over")
+
+
+class DrawingInfo(BaseModel):
+    """How the pictures were drawn, and what that cost."""
+
+    steps: int
+    guidance_scale: float
+    diversity: DiversityUsed | None = None
+    network_evaluations: int = Field(description="per picture, the base leg's included; a guided step counts two")
+    seconds: float = Field(description="of drawing, for the whole request, without its wait")
+
+
+class ImageResponse(BaseModel):
+    """The answer to an `ImageRequest`."""
+
+    created: int = Field(description="seconds since the epoch")
+    data: list[Picture]
+    model: str
+    size: str
+    output_format: OutputFormat
+    background: Literal["opaque"] = "opaque"
+    drawing: DrawingInfo
+
+
+class Model(BaseModel):
+    """One model, as OpenAI lists it, and what can be asked of it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "fewstep"
+    kind: Literal["student", "base"]
+    family: str
+    base: str | None = Field(description="the model that a student was made from")
+    method: str | None = Field(description="how a student was made")
+    steps: list[int] = Field(description="step counts it was made for; empty: any from 1 to max_steps")
+    max_steps: int
+    default_steps: int
+    default_guidance: float
+    size: str | None = Field(description="null until the student's base is loaded")
+    diversity: DiversityUsed | None = Field(description="calibration of the base's first step")
+    licence: str
+    metrics: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(BaseModel):
+    """Inside of `ErrorBody`."""
+
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """The answer of a health check."""
+
+    status: Literal["ok", "live", "ready"]

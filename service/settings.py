@@ -1,0 +1,172 @@
+"""The server's settings, from the environment (``FEWSTEP_...``); a bad one stops the start.
+
+``python -m service.settings`` prints the table that docs/settings.md holds.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.jobs.base import JobSettings
+
+PREFIX = "FEWSTEP_"
+HOME = Path("~/.local/share/fewstep")
+
+
+class BadSettings(ValueError):
+    """The settings cannot be used; the message names each bad one, its value, and what is allowed."""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set about the server. Lists are written as JSON: ``FEWSTEP_BASES='["emoji-base"]'``."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True)
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="Address that clients reach the server at, for picture urls; the request's own when unset.",
+    )
+
+    store: Path = Field(HOME / "students", description="Folder of the published students.")
+    bases: list[str] = Field(
+        ["emoji-base"],
+        min_length=1,
+        description="Base models to load at the start: bundled names, diffusers pipeline folders or hub ids.",
+    )
+    family: str = Field("stable_diffusion", min_length=1, description="Model family of these bases.")
+    default_model: str | None = Field(
+        None, min_length=1, description="Model for requests that name none; the first bundled student when unset."
+    )
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="Where to draw: cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights; auto is float32 on the CPU and float16 on a GPU."
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
+    max_batch: int = Field(8, ge=1, le=256, description="Most pictures of a request to draw in one network call.")
+    max_resident: int = Field(4, ge=1, le=256, description="Students kept in memory; the least recently used one goes.")
+    queue_size: int = Field(32, ge=1, le=10_000, description="Requests that may wait; the next one is answered 429.")
+    request_timeout: float = Field(
+        300.0, gt=0, le=86_400, description="Seconds that a request may take, its wait included."
+    )
+
+    jobs: bool = Field(True, description="Serve /v1/distillation/jobs.")
+    jobs_dir: Path = Field(HOME / "jobs", description="Folder of the distillation jobs: database, logs, checkpoints.")
+    database_url: str | None = Field(
+        None, min_length=1, description="SQL database of the job table; a SQLite file in the jobs folder when unset."
+    )
+    job_work: bool = Field(True, description="Run queued jobs in this server; off where separate workers do it.")
+    job_devices: list[str] = Field(
+        ["auto"], min_length=1, description="Devices that jobs run on, one job each; auto is every GPU, or the CPU."
+    )
+    job_lease_seconds: float = Field(
+        30.0, ge=3, le=3_600, description="A job whose worker has not been heard of for so long is given to another."
+    )
+    job_grace_seconds: float = Field(
+        60.0, gt=0, le=3_600, description="Time for a cancelled job to save its checkpoint before it is killed."
+    )
+
+    max_body_bytes: int = Field(
+        65_536, ge=1_024, le=2**30, description="Largest request body; a larger one is answered 413."
+    )
+    max_prompt_chars: int = Field(
+        1_000, ge=1, le=32_000, description="Longest prompt or negative prompt, in characters."
+    )
+    picture_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="Memory for pictures that are handed out as urls; the oldest go first."
+    )
+    picture_seconds: float = Field(3_600.0, gt=0, description="Seconds that a picture's url works.")
+    picture_metadata: bool = Field(True, description="Write prompt, seed, steps and model into PNG files.")
+
+    def job_settings(self) -> JobSettings:
+        """What the job service needs of these settings."""
+        return JobSettings(
+            url=self.database_url or f"sqlite:///{self.jobs_dir / 'jobs.sqlite3'}",
+            folder=self.jobs_dir,
+            store=self.store,
+            work=self.job_work,
+            devices=tuple(self.job_devices),
+            reserved=frozenset(self.bases),
+            lease_seconds=self.job_lease_seconds,
+            grace_seconds=self.job_grace_seconds,
+        )
+
+    @field_validator("store", "jobs_dir")
+    @classmethod
+    def _expanded(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+    @field_validator("store", "jobs_dir")
+    @classmethod
+    def _is_no_file(cls, path: Path) -> Path:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file; name a folder (it is made when it does not exist)")
+        return path
+
+    @model_validator(mode="after")
+    def _cpu_draws_in_float(self) -> Self:
+        if self.dtype == "float16" and self.device == "cpu":
+            raise ValueError("dtype float16 needs a GPU; use float32 or bfloat16 on the CPU")
+        return self
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """The settings from the environment; an override that is not None wins.
+
+    Raises:
+        BadSettings: a value is not allowed, or a ``FEWSTEP_`` variable is no setting.
+    """
+    _refuse_unknown_variables()
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise BadSettings("\n".join(_describe(problem) for problem in error.errors())) from None
+    except ValueError as error:  # pydantic-settings: a list that is no JSON
+        raise BadSettings(f'{error}: {error.__cause__}; lists are written as JSON, as in ["emoji-base"]') from None
+
+
+def _refuse_unknown_variables() -> None:
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in map(str.upper, os.environ):
+        name = variable.removeprefix(PREFIX)
+        if variable.startswith(PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {PREFIX}{close[0]}?" if close else "see docs/settings.md"
+            raise BadSettings(f"{variable} is no setting: {hint}")
+
+
+def _describe(problem: Any) -> str:
+    name = PREFIX + str(problem["loc"][0]).upper() if problem["loc"] else "settings"
+    given = f", got {problem['input']!r}" if problem["loc"] else ""
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')}{given}"
+
+
+def markdown() -> str:
+    """The table of all settings for the documentation."""
+    lines = ["| variable | default | what it does |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if default is None:
+            shown = "unset"
+        elif isinstance(default, list):
+            shown = "`" + str(default).replace("'", '"') + "`"
+        else:
+            shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        lines.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

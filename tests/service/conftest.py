@@ -1,0 +1,160 @@
+"""An engine that paints without a model, the app around it, and a tiny real base with a student."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from service.app import create_app
+from service.engine.base import Drawn, DrawRequest, ModelInfo
+from service.settings import Settings
+from weights.contracts import Diversity, StepSchedule, StudentManifest
+from weights.families import TextToImage, load
+from weights.store import Store
+from weights.students import base_reference
+
+STUDENT_INFO = ModelInfo(
+    id="student",
+    kind="student",
+    family="stable_diffusion",
+    created=1_700_000_000,
+    steps=(1, 4),
+    max_steps=4,
+    default_steps=4,
+    default_guidance=1.0,
+    size=32,
+    base="org/base",
+    method="dmd2",
+    diversity=Diversity(base_guidance=0.0),
+    licence="Apache-2.0",
+    metrics={"kernel_distance": 0.1},
+)
+BASE_INFO = ModelInfo(
+    id="org/base",
+    kind="base",
+    family="stable_diffusion",
+    created=0,
+    steps=(),
+    max_steps=100,
+    default_steps=50,
+    default_guidance=2.0,
+    size=32,
+)
+
+
+@dataclass
+class FakeEngine:
+    """Paints squares; records what it was asked for, and fails or waits on demand."""
+
+    ready: bool = True
+    failure: str | None = None
+    error: Exception | None = None
+    asked: list[DrawRequest] = field(default_factory=list)
+    life: list[str] = field(default_factory=list)
+    hold: Any = None
+    """An async function to wait for before drawing."""
+    dropped: threading.Event = field(default_factory=threading.Event)
+
+    async def start(self) -> None:
+        self.life.append("engine started")
+
+    async def stop(self) -> None:
+        self.life.append("engine stopped")
+
+    def models(self) -> list[ModelInfo]:
+        return [BASE_INFO, STUDENT_INFO]
+
+    async def generate(self, request: DrawRequest) -> list[Drawn]:
+        self.asked.append(request)
+        if self.error is not None:
+            raise self.error
+        if self.hold is not None:
+            try:
+                await self.hold()
+            except BaseException:
+                self.dropped.set()
+                raise
+        return [
+            Drawn(
+                image=Image.new("RGB", (32, 32), (seed % 256, 40, 200)),
+                seed=seed,
+                model=request.model or "student",
+                steps=request.steps or 4,
+                guidance_scale=1.0,
+                diversity=Diversity() if request.diversity else None,
+                evaluations=4,
+                seconds=0.01,
+            )
+            for seed in request.seeds
+        ]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(
+        store=tmp_path / "store", jobs_dir=tmp_path / "jobs", max_prompt_chars=100, max_body_bytes=4096, threads=1
+    )
+
+
+@pytest.fixture
+def client(settings: Settings, engine: FakeEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, engine), raise_server_exceptions=False) as client:
+        yield client
+
+
+SCHEDULES = {
+    1: StepSchedule(timesteps=[1.0]),
+    2: StepSchedule(timesteps=[1.0, 0.5]),
+    4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
+}
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """A real diffusers pipeline folder with random weights, and the same loaded."""
+
+    folder: Path
+    model: TextToImage
+
+    @property
+    def id(self) -> str:
+        return str(self.folder)
+
+    def publish(self, store: Store, work: Path, name: str = "tiny", change: float = 1.05, **fields: Any) -> None:
+        """A student of it: the base's weights times ``change``."""
+        student = self.model.copy()
+        with torch.no_grad():
+            for parameter in student.network.parameters():
+                parameter.mul_(change)
+        student.save_network(work, torch.float32)
+        manifest = {
+            "name": name,
+            "created_at": datetime.now(UTC),
+            "method": "test",
+            "family": "stable_diffusion",
+            "base": base_reference(self.id),
+            "schedules": SCHEDULES,
+            "code_version": "test",
+            **fields,
+        }
+        store.publish(StudentManifest.model_validate(manifest), work, replace=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
+    from tests.helpers import tiny_pipeline  # diffusers takes seconds to import, and most of these tests need none
+
+    folder = tiny_pipeline(tmp_path_factory.mktemp("tiny-base"))
+    return TinyBase(folder, load("stable_diffusion", folder))

@@ -1,0 +1,420 @@
+"""The torch engine with a real, tiny pipeline: what it draws, what it refuses, what it survives."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from service.engine import residency, torch_engine
+from service.engine.base import (
+    BadRequest,
+    DiversityWish,
+    Drawn,
+    DrawRequest,
+    EngineError,
+    ModelBroken,
+    NotReady,
+    Overloaded,
+    TimedOut,
+    UnknownModel,
+)
+from service.engine.torch_engine import TorchEngine, to_images
+from service.settings import Settings
+from tests.service.conftest import SCHEDULES, TinyBase
+from weights.contracts import BaseReference, Diversity
+from weights.denoiser import cond_repeat
+from weights.drawing import Drawing, draw
+from weights.families import TextToImage, load
+from weights.store import Store
+
+T = TypeVar("T")
+
+
+def request(**fields: Any) -> DrawRequest:
+    return DrawRequest(**{"prompt": "red apple", "model": "tiny", "seeds": (1,), **fields})
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what another thread does, which sets no asyncio.Event."""
+    async with asyncio.timeout(120):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def pixels(drawn: list[Drawn]) -> list[bytes]:
+    return [item.image.tobytes() for item in drawn]
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny base is in memory already; engines here need not load it again. (test_server.py lets one load it.)"""
+
+    def load_base(family: str, source: str, device: torch.device, dtype: torch.dtype) -> TextToImage:
+        return tiny_base.model if source == tiny_base.id else load(family, source, device, dtype)
+
+    monkeypatch.setattr(residency, "load", load_base)
+
+
+class Harness:
+    """An engine over a store of its own."""
+
+    def __init__(self, base: TinyBase, folder: Path, **fields: Any) -> None:
+        self.base, self.folder = base, folder
+        self.store = Store(folder / "store")
+        values = {"store": folder / "store", "jobs_dir": folder / "jobs", "bases": [base.id], "device": "cpu"}
+        self.engine = TorchEngine(Settings(**{**values, **fields}), self.store)
+
+    def publish(self, name: str = "tiny", **fields: Any) -> None:
+        self.base.publish(self.store, self.folder / "work" / name, name, **fields)
+
+    def run(self, scenario: Callable[[TorchEngine], Awaitable[T]]) -> T:
+        async def whole() -> T:
+            await self.engine.start()
+            try:
+                await until(lambda: self.engine.ready or self.engine.failure is not None)
+                return await asyncio.wait_for(scenario(self.engine), 120)
+            finally:
+                await self.engine.stop()
+
+        return asyncio.run(whole())
+
+    def draw(self, **fields: Any) -> list[Drawn]:
+        return self.run(lambda engine: engine.generate(request(**fields)))
+
+
+@pytest.fixture
+def harness(tiny_base: TinyBase, tmp_path: Path) -> Harness:
+    harness = Harness(tiny_base, tmp_path, max_batch=2, max_resident=2)
+    harness.publish()
+    return harness
+
+
+def test_a_students_pictures_are_those_of_the_library(harness: Harness) -> None:
+    drawn = harness.draw(seeds=(5, 6, 7))
+    assert [item.seed for item in drawn] == [5, 6, 7]
+    first = drawn[0]
+    assert (first.model, first.steps, first.evaluations, first.guidance_scale) == ("tiny", 4, 4, 1.0)
+    assert (first.image.size, first.image.mode, first.diversity) == ((32, 32), "RGB", None)
+    assert first.seconds > 0
+    base = harness.base.model
+    student = base.load_network(harness.store.open("tiny").path)
+    with torch.inference_mode():
+        cond = cond_repeat(base.encode_prompts(["red apple"]), 2)
+        expected = to_images(base.decode(draw(student, cond, None, (5, 6), SCHEDULES[4]).latents))
+    assert pixels(drawn)[:2] == [image.tobytes() for image in expected]
+
+
+def test_the_base_draws_with_its_defaults(harness: Harness) -> None:
+    base = harness.base
+    (drawn,) = harness.draw(model=base.id, steps=3)
+    assert (drawn.model, drawn.steps, drawn.evaluations) == (base.id, 3, 6)
+    assert drawn.guidance_scale == base.model.default_guidance
+    (unguided,) = Harness(base, harness.folder).draw(model=None, steps=2, guidance_scale=1.0)
+    assert (unguided.model, unguided.evaluations) == (base.id, 2)
+
+
+def test_a_seed_draws_the_same_picture_whatever_else_is_drawn(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> tuple[list[Drawn], list[Drawn]]:
+        alone = await engine.generate(request(seeds=(9,), deterministic=True))
+        among = await engine.generate(request(seeds=(3, 4, 9, 5), deterministic=True))
+        return alone, among
+
+    alone, among = harness.run(scenario)
+    assert pixels(alone)[0] == pixels(among)[2]
+    assert len(set(pixels(among))) == 4
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_prompt_guidance_and_negative_prompt_change_the_picture(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> list[list[Drawn]]:
+        asked: list[dict[str, Any]] = [
+            {},
+            {"prompt": "blue dog"},
+            {"guidance_scale": 4.0},
+            {"guidance_scale": 4.0, "negative_prompt": "cat"},
+        ]
+        return [await engine.generate(request(**fields)) for fields in asked]
+
+    drawn = harness.run(scenario)
+    assert len({pixels(each)[0] for each in drawn}) == 4
+    assert [each[0].evaluations for each in drawn] == [4, 4, 8, 8]
+
+
+def test_the_bases_first_step(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> list[Drawn]:
+        wishes = [None, DiversityWish(), DiversityWish(base_guidance=1.0), DiversityWish(base_steps=3)]
+        return [(await engine.generate(request(diversity=wish)))[0] for wish in wishes]
+
+    harness.publish(diversity=Diversity(base_steps=1, base_guidance=3.0))
+    plain, calibrated, unguided, longer = harness.run(scenario)
+    assert [each.evaluations for each in (plain, calibrated, unguided, longer)] == [4, 5, 4, 9]
+    assert calibrated.diversity == Diversity(base_steps=1, base_guidance=3.0)
+    assert unguided.diversity == Diversity(base_steps=1, base_guidance=1.0)
+    assert longer.diversity == Diversity(base_steps=3, base_guidance=3.0)
+    assert len(set(pixels([plain, calibrated, unguided, longer]))) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"steps": 3}, "steps", "'tiny' was made to draw in 1, 2, 4 step.*not in 3"),
+        ({"steps": 1, "diversity": DiversityWish()}, "diversity", "draw with at least 2 steps"),
+        ({"size": (64, 32)}, "size", "draws pictures of 32x32, not of 64x32"),
+        ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base itself"),
+        ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not in 101"),
+        ({"model": "BASE", "size": (16, 16)}, "size", "not of 16x16"),
+    ],
+)
+def test_what_is_refused(harness: Harness, fields: dict[str, Any], param: str, says: str) -> None:
+    if fields.get("model") == "BASE":
+        fields = {**fields, "model": harness.base.id}
+    with pytest.raises(BadRequest, match=says) as caught:
+        harness.draw(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("name", ["nobody", "../tiny", "/etc/passwd", "x" * 500, "Tiny"])
+def test_names_that_no_model_has(harness: Harness, name: str) -> None:
+    with pytest.raises(UnknownModel) as caught:
+        harness.draw(model=name)
+    assert "there are: " in str(caught.value)
+    assert "tiny" in str(caught.value)
+
+
+def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        assert [info.id for info in engine.models()] == [harness.base.id, "tiny"]
+        before = await engine.generate(request())
+        await asyncio.to_thread(harness.publish, "another")
+        assert [info.id for info in engine.models()] == [harness.base.id, "another", "tiny"]
+        assert pixels(await engine.generate(request(model="another"))) == pixels(before)
+        await asyncio.to_thread(harness.publish, "tiny", change=0.9)
+        after = await engine.generate(request())
+        assert pixels(after) != pixels(before)
+        harness.store.delete("tiny")
+        with pytest.raises(UnknownModel):
+            await engine.generate(request())
+
+    harness.run(scenario)
+
+
+def test_what_a_model_says_of_itself(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> list[Any]:
+        return engine.models()
+
+    base, student = harness.run(scenario)
+    assert (base.kind, base.size, base.steps, base.max_steps) == ("base", 32, (), 100)
+    assert (student.kind, student.size, student.steps, student.base) == ("student", 32, (1, 2, 4), base.id)
+
+
+def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        await engine.generate(request())
+        resident = engine._residency.get("tiny")
+        mine, theirs = resident.model.components(), resident.base.components()
+        assert mine["unet"] is not theirs["unet"]
+        assert mine["vae"] is theirs["vae"]
+        assert mine["text_encoder"] is theirs["text_encoder"]
+
+    harness.run(scenario)
+
+
+def test_the_least_recently_used_student_leaves_memory(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        for name in ("a", "b", "a", "c"):
+            await engine.generate(request(model=name))
+        assert engine._residency.resident_students() == ["a", "c"]
+
+    for name in ("a", "b", "c"):
+        harness.publish(name)
+    harness.run(scenario)
+
+
+def test_a_broken_student_breaks_nothing_else(harness: Harness) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        weights = next(harness.store.open("tiny").path.rglob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ModelBroken) as caught:
+            await engine.generate(request())
+        assert str(harness.folder) not in str(caught.value)
+        assert "cannot be loaded" in str(caught.value)
+        assert len(await engine.generate(request(model="good"))) == 1
+
+    harness.publish("good")
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("base", [{"sha256": "0" * 64}, {"id": "nobody/nothing"}])
+def test_a_student_of_another_base_is_not_drawn_with(harness: Harness, base: dict[str, str]) -> None:
+    reference = harness.store.manifest("tiny").base.model_dump()
+    harness.publish("stranger", base=BaseReference(**{**reference, **base}))
+    with pytest.raises(ModelBroken, match="'stranger' cannot be loaded"):
+        harness.draw(model="stranger")
+
+
+def test_the_default_is_the_first_bundled_student(tiny_base: TinyBase, tmp_path: Path) -> None:
+    bundled = Store(tmp_path / "bundled")
+    tiny_base.publish(bundled, tmp_path / "work", "shipped")
+    harness = Harness(tiny_base, tmp_path)
+    harness.engine = TorchEngine(
+        harness.engine._settings, Store(tmp_path / "store", tmp_path / "bundled"), tmp_path / "bundled"
+    )
+    (drawn,) = harness.draw(model=None)
+    assert drawn.model == "shipped"
+
+
+def test_a_setting_names_the_default(tiny_base: TinyBase, tmp_path: Path) -> None:
+    harness = Harness(tiny_base, tmp_path, default_model="tiny")
+    harness.publish()
+    (drawn,) = harness.draw(model=None)
+    assert drawn.model == "tiny"
+
+
+def test_a_broken_default_leaves_the_others(tiny_base: TinyBase, tmp_path: Path) -> None:
+    harness = Harness(tiny_base, tmp_path, default_model="gone")
+    harness.publish()
+    (drawn,) = harness.draw(model="tiny")
+    assert drawn.model == "tiny"
+
+
+def test_before_and_after_its_life(harness: Harness) -> None:
+    async def scenario() -> None:
+        assert not harness.engine.ready
+        with pytest.raises(NotReady, match="still loading"):
+            await harness.engine.generate(request())
+        await harness.engine.start()
+        await until(lambda: harness.engine.ready)
+        await harness.engine.stop()
+        assert not harness.engine.ready
+        with pytest.raises(NotReady):
+            await harness.engine.generate(request())
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_cannot_load_says_why(tiny_base: TinyBase, tmp_path: Path) -> None:
+    harness = Harness(tiny_base, tmp_path, bases=[str(tmp_path / "nothing")])
+
+    async def scenario(engine: TorchEngine) -> None:
+        assert not engine.ready
+        assert engine.failure is not None
+        assert "nothing" in engine.failure
+        with pytest.raises(NotReady, match="has failed"):
+            await engine.generate(request())
+
+    harness.run(scenario)
+
+
+class Gate:
+    """Takes the place of the drawing of bases: waits, and notices when nobody waits for the picture any more."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def __call__(
+        self, base: Any, cond: Any, uncond: Any, seeds: Any, steps: int, scale: float, on_step: Any
+    ) -> Drawing:
+        self.entered.set()
+        while not self.open.is_set():
+            on_step(0, torch.zeros(1))
+            time.sleep(0.002)
+        return Drawing(latents=torch.zeros(len(seeds), *base.latent_shape()), evaluations=steps)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    gate = Gate()
+    gate.open.set()  # for the warm-up picture
+    monkeypatch.setattr(torch_engine, "draw_base", gate)
+    return gate
+
+
+async def occupy(engine: TorchEngine, gate: Gate) -> asyncio.Task[list[Drawn]]:
+    """A request that keeps the engine busy until the gate opens."""
+    gate.open.clear()
+    gate.entered.clear()
+    task = asyncio.create_task(engine.generate(request(model=None)))
+    await until(gate.entered.is_set)
+    return task
+
+
+def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        busy = await occupy(engine, gate)
+        waiting = asyncio.create_task(engine.generate(request(model=None)))
+        await until(lambda: len(engine._line) == 1)
+        with pytest.raises(Overloaded, match="1 requests are waiting already") as caught:
+            await engine.generate(request(model=None))
+        assert caught.value.retry_after >= 1
+        with pytest.raises(BadRequest):
+            await engine.generate(request(model=None, steps=500))
+        gate.open.set()
+        assert len(await busy) == len(await waiting) == 1
+
+    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+
+
+def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        busy = await occupy(engine, gate)
+        waiting = asyncio.create_task(engine.generate(request(model=None)))
+        await until(lambda: len(engine._line) == 1)
+        waiting.cancel()
+        await until(lambda: len(engine._line) == 0)
+        gate.open.set()
+        await busy
+
+    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+
+
+def test_a_dropped_request_is_stopped_while_it_is_drawn(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        busy = await occupy(engine, gate)
+        busy.cancel()
+        next_one = await occupy(engine, gate)  # enters only after the first has left
+        gate.open.set()
+        assert len(await next_one) == 1
+
+    Harness(tiny_base, tmp_path).run(scenario)
+
+
+def test_a_request_that_takes_too_long(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        gate.open.clear()
+        with pytest.raises(TimedOut, match=r"more than 0\.2 s"):
+            await engine.generate(request(model=None))
+        gate.open.set()
+
+    Harness(tiny_base, tmp_path, request_timeout=0.2).run(scenario)
+
+
+def test_a_stopping_engine_refuses_those_who_wait(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        busy = await occupy(engine, gate)
+        waiting = asyncio.create_task(engine.generate(request(model=None)))
+        await until(lambda: len(engine._line) == 1)
+        stopping = asyncio.create_task(engine.stop())
+        with pytest.raises(NotReady, match="stopping"):
+            await waiting
+        gate.open.set()
+        assert len(await busy) == 1
+        await stopping
+
+    Harness(tiny_base, tmp_path).run(scenario)
+
+
+def test_a_bug_ends_one_request_alone(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_engine, "draw", lambda *_args, **_fields: 1 / 0)
+            with pytest.raises(EngineError, match="the server's log says why") as caught:
+                await engine.generate(request())
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert len(await engine.generate(request())) == 1
+
+    harness.run(scenario)

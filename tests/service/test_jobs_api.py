@@ -1,0 +1,285 @@
+"""``/v1/distillation/jobs`` over HTTP, with the fake distiller as a real process."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import create_app
+from service.jobs.base import JobSettings
+from service.jobs.service import TableJobs
+from service.settings import Settings
+from tests.service.fake_server import PaintingEngine, make_app
+from tests.service.jobs_help import PATIENCE
+
+JOBS = "/v1/distillation/jobs"
+NO_JSON = [
+    b'{"student": "s", "method": "fake", "config": {"rate": %s}}' % value
+    for value in (b"NaN", b"1e999", b"-Infinity", b'"\\ud800"', b"9" * 5000)
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(store=tmp_path / "store", jobs_dir=tmp_path / "jobs")
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(make_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def idle(settings: Settings) -> Iterator[TestClient]:
+    """A server that only queues."""
+    with TestClient(make_app(settings.model_copy(update={"job_work": False}))) as client:
+        yield client
+
+
+def spec(student: str = "student", **config: Any) -> dict[str, Any]:
+    return {"student": student, "method": "fake", "config": config}
+
+
+def refused(answer: httpx.Response, status: int, param: str | None, code: str) -> str:
+    """The message of a refusal in the one error shape."""
+    assert answer.status_code == status, answer.text
+    (error,) = answer.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["code"]) == (param, code), error
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    return str(error["message"])
+
+
+def until(client: TestClient, job_id: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        job: dict[str, Any] = client.get(f"{JOBS}/{job_id}").json()
+        if wanted(job):
+            return job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.02)
+
+
+def ended(job: dict[str, Any]) -> bool:
+    return job["status"] in {"succeeded", "failed", "cancelled"}
+
+
+def test_a_job_from_its_spec_to_a_drawn_picture(client: TestClient) -> None:
+    answer = client.post(JOBS, json=spec(steps=3) | {"train": {"batch_size": 8}})
+    assert answer.status_code == 200, answer.text
+    job = answer.json()
+    assert (job["object"], job["status"], job["student"], job["method"]) == (
+        "distillation.job", "queued", "student", "fake",
+    )  # fmt: skip
+    assert job["id"].startswith("distill-")
+    assert job["spec"]["train"]["batch_size"] == 8
+    assert job["spec"]["base"] == "emoji-base"
+    assert {job[name] for name in ("started_at", "finished_at", "error", "result", "progress")} == {None}
+    done = until(client, job["id"], ended)
+    assert done["status"] == "succeeded"
+    assert done["result"]["student"] == "student"
+    assert done["progress"]["step"] == 3
+    assert done["created_at"] <= done["started_at"] <= done["finished_at"]
+    assert "student" in {model["id"] for model in client.get("/v1/models").json()["data"]}
+    drawn = client.post("/v1/images/generations", json={"prompt": "red apple", "model": "student", "steps": 1})
+    assert drawn.json()["model"] == "student"
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code", "words"),
+    [
+        ({"student": None}, "student", "invalid_value", "None"),
+        ({"student": "../up"}, "student", "invalid_value", "'../up' is no valid name"),
+        ({"method": 3}, "method", "invalid_value", "got 3"),
+        ({"stuff": 1}, "stuff", "unknown_parameter", "stuff"),
+        ({"train": {"batch_size": 0}}, "train.batch_size", "invalid_value", "got 0"),
+        ({"train": {"batchsize": 1}}, "train.batchsize", "unknown_parameter", "train.batchsize"),
+        ({"lora": {"rank": "big"}}, "lora.rank", "invalid_value", "'big'"),
+        ({"method": "nothing"}, "method", "invalid_value", "no method 'nothing'"),
+        ({"config": {"steps": 0}}, "config.steps", "invalid_value", "at least 1"),
+        ({"student": "emoji-base"}, "student", "name_taken", "'emoji-base' is taken"),
+    ],
+)
+def test_a_wrong_spec_names_its_field(
+    idle: TestClient, change: dict[str, Any], param: str, code: str, words: str
+) -> None:
+    assert words in refused(idle.post(JOBS, json=spec() | change), 400, param, code)
+    assert idle.get(JOBS).json()["data"] == []
+
+
+def test_a_missing_field_and_all_others_are_named(idle: TestClient) -> None:
+    message = refused(idle.post(JOBS, json={"train": {"seed": -1}}), 400, "student", "missing_required_parameter")
+    assert all(name in message for name in ("student", "method", "train.seed"))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'"x"', b"[]", b"null", b"3", b"NaN", b"[" * 3000, *NO_JSON])
+def test_a_body_that_is_no_spec(idle: TestClient, body: bytes) -> None:
+    answer = idle.post(JOBS, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_a_check_that_breaks_is_our_fault(idle: TestClient) -> None:
+    message = refused(idle.post(JOBS, json=spec() | {"method": "crash"}), 500, None, "check_failed")
+    assert "the check crashed" in message
+
+
+def test_the_real_distillers_check_the_methods_config(settings: Settings) -> None:
+    jobs = TableJobs(JobSettings(url=f"sqlite:///{settings.jobs_dir}/j.db", folder=settings.jobs_dir,
+                                 store=settings.store, work=False))  # fmt: skip
+    with TestClient(create_app(settings, PaintingEngine(settings), jobs)) as client:
+        batch = [spec() | {"method": "dmd2", "config": {}}, spec("other") | {"method": "nothing", "config": {}}]
+        message = refused(client.post(JOBS, json={"jobs": batch}), 400, "jobs.1.method", "invalid_value")
+        assert "'nothing'" in message
+        wrong = spec() | {"method": "dmd2", "config": {"no_such_switch": True}}
+        refused(client.post(JOBS, json=wrong), 400, "config.no_such_switch", "invalid_value")
+        queued = client.post(JOBS, json=batch[0]).json()
+        assert len(queued["spec"]["config"]) > 3  # completed with the method's defaults
+
+
+def test_a_batch_is_accepted_whole(idle: TestClient) -> None:
+    answer = idle.post(JOBS, json={"jobs": [spec(f"s{n}") for n in range(4)]}).json()
+    assert (answer["object"], [job["student"] for job in answer["data"]]) == ("list", ["s0", "s1", "s2", "s3"])
+    assert (answer["first_id"], answer["last_id"]) == (answer["data"][0]["id"], answer["data"][3]["id"])
+
+
+@pytest.mark.parametrize(
+    ("jobs", "param", "code"),
+    [
+        ([spec("a"), spec("b", steps=0)], "jobs.1.config.steps", "invalid_value"),
+        ([spec("a"), spec("b") | {"train": {"seed": "x"}}], "jobs.1.train.seed", "invalid_value"),
+        ([spec("a"), spec("b"), spec("a")], "jobs.2.student", "name_taken"),
+        ([spec("a"), 7], "jobs.1", "invalid_value"),
+        ([], "jobs", "invalid_value"),
+        ({}, "jobs", "invalid_value"),
+        ([spec()] * 101, "jobs", "invalid_value"),
+    ],
+)
+def test_a_batch_is_refused_whole(idle: TestClient, jobs: Any, param: str, code: str) -> None:
+    refused(idle.post(JOBS, json={"jobs": jobs}), 400, param, code)
+    assert idle.get(JOBS).json()["data"] == []
+
+
+def test_fields_beside_a_batch_are_refused(idle: TestClient) -> None:
+    refused(idle.post(JOBS, json={"jobs": [spec()], "method": "fake"}), 400, "method", "unknown_parameter")
+
+
+def test_two_open_jobs_cannot_make_one_student(idle: TestClient) -> None:
+    first = idle.post(JOBS, json=spec()).json()
+    refused(idle.post(JOBS, json=spec()), 409, None, "job_conflict")
+    assert idle.post(f"{JOBS}/{first['id']}/cancel").json()["status"] == "cancelled"
+    assert idle.post(JOBS, json=spec()).status_code == 200
+    refused(idle.post(f"{JOBS}/{first['id']}/resume"), 409, None, "job_conflict")
+
+
+def test_the_list_in_pages(idle: TestClient) -> None:
+    assert idle.get(JOBS).json() == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
+    }  # fmt: skip
+    ids = [job["id"] for job in idle.post(JOBS, json={"jobs": [spec(f"s{n}") for n in range(5)]}).json()["data"]]
+    first = idle.get(JOBS, params={"limit": 3}).json()
+    assert ([job["id"] for job in first["data"]], first["has_more"]) == (ids[:1:-1], True)
+    rest = idle.get(JOBS, params={"limit": 3, "after": first["last_id"]}).json()
+    assert ([job["id"] for job in rest["data"]], rest["has_more"]) == (ids[1::-1], False)
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "code"),
+    [
+        ({"limit": 0}, "limit", "invalid_value"),
+        ({"limit": 101}, "limit", "invalid_value"),
+        ({"limit": "x"}, "limit", "invalid_value"),
+        ({"after": "distill-nobody"}, "after", "job_not_found"),
+    ],
+)
+def test_a_wrong_page(idle: TestClient, query: dict[str, Any], param: str, code: str) -> None:
+    refused(idle.get(JOBS, params=query), 400, param, code)
+
+
+@pytest.mark.parametrize("job_id", ["distill-0123456789abcdef01234567", "nobody", "%00"])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", ""), ("GET", "/events"), ("POST", "/cancel"), ("POST", "/resume")]
+)
+def test_an_unknown_job(idle: TestClient, job_id: str, method: str, path: str) -> None:
+    refused(idle.request(method, f"{JOBS}/{job_id}{path}"), 404, None, "job_not_found")
+
+
+def test_cancel_resume_and_events(client: TestClient) -> None:
+    job_id = client.post(JOBS, json=spec(steps=40, delay=0.05)).json()["id"]
+    until(client, job_id, lambda job: (job["progress"] or {"step": 0})["step"] >= 2)
+    refused(client.post(f"{JOBS}/{job_id}/resume"), 409, None, "job_conflict")
+    asked = client.post(f"{JOBS}/{job_id}/cancel").json()
+    assert (asked["status"], asked["cancel_requested"]) == ("running", True)
+    cancelled = until(client, job_id, ended)
+    assert (cancelled["status"], cancelled["error"]) == ("cancelled", None)
+    refused(client.post(f"{JOBS}/{job_id}/cancel"), 409, None, "job_conflict")
+    assert client.post(f"{JOBS}/{job_id}/resume").json()["status"] == "queued"
+    done = until(client, job_id, ended)
+    assert (done["status"], done["attempt"]) == ("succeeded", 2)
+    page = client.get(f"{JOBS}/{job_id}/events", params={"limit": 2}).json()
+    assert (page["object"], page["has_more"], [event["type"] for event in page["data"]]) == (
+        "list", True, ["started", "progress"],
+    )  # fmt: skip
+    assert page["data"][0]["message"] == "Started: 40 iterations"
+    assert page["data"][1]["data"]["metrics"] == {"loss": 1.0}
+    rest = client.get(f"{JOBS}/{job_id}/events", params={"limit": 1000, "after": page["data"][-1]["id"]}).json()
+    assert not rest["has_more"]
+    messages = [event["message"] for event in rest["data"]]
+    assert any(message.startswith("Resumed from step ") for message in messages)
+    assert messages[-1].startswith("Finished: student 'student'")
+    assert [event["data"]["step"] for event in page["data"][1:] + rest["data"] if event["type"] == "progress"] == [
+        *range(1, 41)
+    ]
+
+
+def test_a_failed_job_gives_its_last_words(client: TestClient) -> None:
+    job_id = client.post(JOBS, json=spec(steps=4, fail_at=2)).json()["id"]
+    failed = until(client, job_id, ended)
+    assert failed["status"] == "failed"
+    assert failed["error"]["code"] == "job_failed"
+    assert "the loss is not finite" in failed["error"]["stderr"]
+
+
+def test_events_as_a_stream(client: TestClient) -> None:
+    job_id = client.post(JOBS, json=spec(steps=3, delay=0.05)).json()["id"]
+    answer = client.get(f"{JOBS}/{job_id}/events", params={"stream": "true"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [dict(line.split(": ", 1) for line in block.splitlines()) for block in answer.text.strip().split("\n\n")]
+    assert [block.get("event") for block in blocks] == ["started", *["progress"] * 3, "finished", "job", None]
+    assert [block.get("id") for block in blocks[:5]] == [f"evt-{n}" for n in range(1, 6)]
+    assert json.loads(blocks[-2]["data"])["status"] == "succeeded"
+    assert blocks[-1]["data"] == "[DONE]"
+    again = client.get(
+        f"{JOBS}/{job_id}/events", params={"stream": "true", "after": "evt-1"}, headers={"Last-Event-ID": "evt-4"}
+    )
+    assert [line for line in again.text.splitlines() if line.startswith("event")] == ["event: finished", "event: job"]
+
+
+@pytest.mark.parametrize("after", ["12", "evt-", "evt-x", "evt--1", "evt-²", "evt-" + "9" * 40])
+def test_a_wrong_event_id(idle: TestClient, after: str) -> None:
+    job_id = idle.post(JOBS, json=spec()).json()["id"]
+    refused(idle.get(f"{JOBS}/{job_id}/events", params={"after": after}), 400, "after", "invalid_value")
+
+
+def test_a_job_that_waits_has_no_events(idle: TestClient) -> None:
+    job_id = idle.post(JOBS, json=spec()).json()["id"]
+    assert idle.get(f"{JOBS}/{job_id}/events").json() == {"object": "list", "data": [], "has_more": False}
+
+
+def test_the_schema_describes_the_body(idle: TestClient) -> None:
+    schema = idle.get("/openapi.json").json()
+    body = schema["paths"][JOBS]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "student" in body["anyOf"][0]["properties"]
+
+
+def test_a_queue_survives_a_restart(settings: Settings) -> None:
+    with TestClient(make_app(settings.model_copy(update={"job_work": False}))) as first:
+        job_id = first.post(JOBS, json=spec(steps=2)).json()["id"]
+    with TestClient(make_app(settings)) as second:
+        assert until(second, job_id, ended)["status"] == "succeeded"

@@ -1,0 +1,88 @@
+"""A real server on a real port, drawing with a real (tiny) student: through httpx, and through OpenAI's own client."""
+
+import base64
+import io
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from PIL import Image
+
+from service.app import create_app
+from service.engine.torch_engine import TorchEngine
+from service.settings import Settings
+from tests.service.conftest import TinyBase
+from weights.store import Store
+
+
+@pytest.fixture(scope="module")
+def address(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    settings = Settings(
+        store=folder / "store", jobs_dir=folder / "jobs", bases=[tiny_base.id], default_model="tiny", device="cpu"
+    )
+    tiny_base.publish(Store(settings.store), folder / "work")
+    app = create_app(settings, TorchEngine.from_settings(settings))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            wait_until_ready(url)
+            yield url
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/health/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError("the server did not get ready")
+
+
+def test_draw_over_http(address: str) -> None:
+    fields = {"prompt": "red apple", "n": 2, "seed": 3, "steps": 2, "diversity": True, "response_format": "url"}
+    response = httpx.post(f"{address}/v1/images/generations", json=fields, timeout=60)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    assert (body["model"], body["size"], body["drawing"]["network_evaluations"]) == ("tiny", "32x32", 2)
+    first, second = (httpx.get(item["url"]) for item in body["data"])
+    assert first.content != second.content
+    assert Image.open(io.BytesIO(first.content)).size == (32, 32)
+
+
+def test_refusals_over_http(address: str) -> None:
+    fields = {"prompt": "red apple", "steps": 1, "diversity": True}
+    response = httpx.post(f"{address}/v1/images/generations", json=fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "diversity")
+    large = httpx.post(f"{address}/v1/images/generations", content=b"x" * 100_000)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_the_official_client_works(address: str) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client:
+        assert {model.id for model in client.models.list()} >= {"tiny"}
+        assert client.models.retrieve("tiny").owned_by == "fewstep"
+        answer = client.images.generate(
+            model="tiny", prompt="red apple", n=2, size="32x32", response_format="b64_json", extra_body={"seed": [4, 5]}
+        )
+        assert [Image.open(io.BytesIO(base64.b64decode(item.b64_json))).size for item in answer.data] == [(32, 32)] * 2
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(model="tiny", prompt="red apple", n=11)
+        assert caught.value.param == "n"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nobody")

@@ -1,0 +1,98 @@
+"""Settings come from the environment, and a bad one stops the start with a message that helps."""
+
+from pathlib import Path
+
+import pytest
+
+from service.engine.torch_engine import TorchEngine
+from service.settings import BadSettings, Settings, markdown, read_settings
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEWSTEP_PORT", "9000")
+    monkeypatch.setenv("FEWSTEP_BASES", '["a", "b"]')
+    monkeypatch.setenv("FEWSTEP_STORE", str(tmp_path / "here"))
+    settings = read_settings(log_level="debug", host=None)
+    assert (settings.port, settings.bases, settings.store) == (9000, ["a", "b"], tmp_path / "here")
+    assert (settings.log_level, settings.host) == ("debug", "127.0.0.1")
+
+
+def test_an_override_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_PORT", "9000")
+    assert read_settings(port=9001).port == 9001
+
+
+def test_folders_are_absolute_and_below_the_home(own_home: Path) -> None:
+    settings = Settings()
+    assert settings.store == own_home / ".local/share/fewstep/students"
+    assert settings.jobs_dir.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("FEWSTEP_PORT", "70000", "FEWSTEP_PORT: Input should be less than or equal to 65535, got '70000'"),
+        ("FEWSTEP_PORT", "http", "FEWSTEP_PORT: Input should be a valid integer"),
+        ("FEWSTEP_DEVICE", "tpu", "FEWSTEP_DEVICE: String should match pattern"),
+        ("FEWSTEP_DTYPE", "int8", "FEWSTEP_DTYPE: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("FEWSTEP_BASES", "emoji-base", "lists are written as JSON"),
+        ("FEWSTEP_BASES", "[]", "FEWSTEP_BASES: List should have at least 1 item"),
+        ("FEWSTEP_PUBLIC_URL", "example.org", "FEWSTEP_PUBLIC_URL: String should match pattern"),
+        ("FEWSTEP_STORE", __file__, "is a file; name a folder"),
+        ("FEWSTEP_PROT", "9000", "FEWSTEP_PROT is no setting: did you mean FEWSTEP_PORT?"),
+        ("FEWSTEP_XYZZY", "1", "FEWSTEP_XYZZY is no setting: see docs/settings.md"),
+    ],
+)
+def test_a_bad_setting_says_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(BadSettings) as caught:
+        read_settings()
+    assert says in str(caught.value)
+
+
+def test_every_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_PORT", "-1")
+    monkeypatch.setenv("FEWSTEP_MAX_BATCH", "0")
+    with pytest.raises(BadSettings) as caught:
+        read_settings()
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_half_precision_needs_a_gpu() -> None:
+    with pytest.raises(BadSettings, match="float16 needs a GPU"):
+        read_settings(device="cpu", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"family": "stable"}, "no family is named 'stable'; there are: .*stable_diffusion"),
+        ({"bases": ["/no/such/folder"]}, "FEWSTEP_BASES: base '/no/such/folder' is not bundled"),
+        ({"device": "cuda:63"}, "FEWSTEP_DEVICE: cuda:63 was asked for"),
+    ],
+)
+def test_the_engine_refuses_what_is_not_there(fields: dict[str, object], says: str, tiny_base: object) -> None:
+    known = {"bases": [tiny_base.id], **fields}  # type: ignore[attr-defined]
+    with pytest.raises(BadSettings, match=says):
+        TorchEngine.from_settings(Settings(**known))
+
+
+def test_the_engine_refuses_an_unknown_default(tiny_base: object) -> None:
+    settings = Settings(bases=[tiny_base.id], default_model="nobody")  # type: ignore[attr-defined]
+    with pytest.raises(BadSettings, match="no model is named 'nobody'; there are: "):
+        TorchEngine.from_settings(settings)
+
+
+def test_the_job_service_gets_its_part(tmp_path: Path) -> None:
+    jobs = Settings(jobs_dir=tmp_path, bases=["a"], job_devices=["cpu"], job_work=False).job_settings()
+    assert jobs.url == f"sqlite:///{tmp_path}/jobs.sqlite3"
+    assert (jobs.folder, jobs.devices, jobs.work, set(jobs.reserved)) == (tmp_path, ("cpu",), False, {"a"})
+
+
+def test_every_setting_is_described() -> None:
+    table = markdown()
+    for name, field in Settings.model_fields.items():
+        assert (field.description or "").endswith("."), name
+        assert f"| `FEWSTEP_{name.upper()}` |" in table
