@@ -8,6 +8,7 @@ the encoder stays as it is, so that latents, and every model trained on them, st
 """
 
 import argparse
+import json
 import math
 import os
 import time
@@ -136,6 +137,10 @@ def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace
             latents = torch.cat([model.encode(to_range(batch)).latents for batch in pictures.split(64)])
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     model.half().save_pretrained(options.output)
+    # AutoencoderTiny writes this key into its configuration and then warns of it whenever it is loaded.
+    config = json.loads((options.output / "config.json").read_text())
+    config.pop("block_out_channels", None)
+    (options.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.float()
 
 

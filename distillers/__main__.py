@@ -1,0 +1,92 @@
+"""``python -m distillers``: one job, one process.
+
+    python -m distillers JOB [--folder DIR] [--store ROOT] [--cache DIR] [--resume] [--replace] [--set train.seed=1]
+    python -m distillers check [FILE | -]       a spec's errors, or the spec with every default filled in, as JSON
+    python -m distillers methods                every method with its settings' schema, as JSON
+
+JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events go to standard output and to
+DIR/events.jsonl as JSON lines (a progress bar takes their place on a terminal). SIGTERM makes the job write a checkpoint
+and exit with status 143; --resume goes on from the newest checkpoint.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a command; returns its exit status."""
+    if arguments[:1] == ["check"]:
+        return check(arguments[1:])
+    if arguments[:1] == ["methods"]:
+        from distillers.spec import describe_methods
+
+        print(json.dumps(describe_methods()))
+        return 0
+    return run(arguments)
+
+
+def check(arguments: list[str]) -> int:
+    """Prints ``{"ok": true, "job": {...}}``, or ``{"ok": false, "errors": [...]}`` with status 1."""
+    from distillers.spec import BadSpec, check_spec, read_spec
+
+    parser = argparse.ArgumentParser(prog="python -m distillers check")
+    parser.add_argument("spec", nargs="?", default="-", help="file, recipe, or - for JSON on standard input")
+    spec = parser.parse_args(arguments).spec
+    try:
+        job, _ = check_spec(_stdin_json() if spec == "-" else read_spec(spec))
+    except BadSpec as error:
+        print(json.dumps({"ok": False, "errors": error.errors}))
+        return 1
+    print(json.dumps({"ok": True, "job": job.model_dump(mode="json")}))
+    return 0
+
+
+def _stdin_json() -> Any:
+    from distillers.spec import BadSpec
+
+    try:
+        return json.load(sys.stdin)
+    except ValueError as error:
+        raise BadSpec([{"param": "job", "message": f"standard input is no JSON: {error}"}]) from error
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a job."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distillers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("job", help="TOML or JSON file, or a recipe's name")
+    parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT when left out)")
+    parser.add_argument("--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store")
+    parser.add_argument("--cache", type=Path, help="folder of encoded data, to share between jobs")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--replace", action="store_true", help="replace a published student of that name")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the spec")
+    options = parser.parse_args(arguments)
+
+    from distillers.spec import BadSpec, read_spec
+
+    try:
+        raw = read_spec(options.job, options.set)
+        from distillers.spec import check_spec
+
+        check_spec(raw)  # before anything slow is imported
+    except BadSpec as error:
+        print(f"{options.job} cannot be run:", file=sys.stderr)
+        for each in error.errors:
+            print(f"  {each['param']}: {each['message']}", file=sys.stderr)
+        return 2
+
+    from distillers.job import JobRun
+    from weights.store import Store
+
+    folder = options.folder or Path("runs") / raw["student"]
+    job = JobRun(raw, folder, Store(options.store.expanduser()), cache=options.cache, replace=options.replace)
+    return job.run(options.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

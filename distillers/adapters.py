@@ -1,0 +1,50 @@
+"""Low-rank adapters (peft) on a family's network: added, found again, and saved as diffusers' LoRA file."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from weights.contracts import LoraSpec
+from weights.families.base import TextToImage
+
+ADAPTER = "default"
+
+
+def add_adapters(model: TextToImage, lora: LoraSpec) -> None:
+    """Puts trainable adapters on the model's network and freezes everything else of it.
+
+    Raises:
+        ValueError: the family names no layers for adapters.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not model.lora_targets:
+        raise ValueError(f"family {model.family!r} takes no LoRA adapters: leave 'lora' out to train every weight")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=list(model.lora_targets),
+        init_lora_weights=True,
+    )
+    inject_adapter_in_model(config, model.network, adapter_name=ADAPTER)
+    for name, weight in model.network.named_parameters():
+        weight.requires_grad_("lora_" in name)
+
+
+def save_adapters(network: nn.Module, folder: Path) -> None:
+    """Writes ``pytorch_lora_weights.safetensors`` in half precision, as diffusers' ``load_lora_weights`` reads it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    state: dict[str, Any] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
+    config: Any = network.peft_config[ADAPTER]  # type: ignore[index, union-attr]  # peft sets it
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(state),
+        unet_lora_adapter_metadata=config.to_dict(),
+        safe_serialization=True,
+    )

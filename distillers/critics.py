@@ -1,0 +1,94 @@
+"""What stands on top of denoisers in training: discriminator heads on their features, and guidance by the row."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_rows
+from weights.diffusion.schedules import expand
+
+
+def head(channels: int, size: int) -> nn.Sequential:
+    """Logits ``(B, 1, 1, 1)`` from features ``(B, channels, size, size)``.
+
+    DMD2's head for a UNet: (convolution 4x4 with stride 2, GroupNorm, SiLU) down to 4x4, a convolution over all that is
+    left, GroupNorm and SiLU again, and one 1x1 convolution. Features smaller than 4x4 get a kernel of their size.
+    """
+    groups = math.gcd(32, channels)
+    layers: list[nn.Module] = []
+    while size >= 8:
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
+        size //= 2
+    layers += [nn.Conv2d(channels, channels, size), nn.GroupNorm(groups, channels), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+
+class Heads(nn.Module):
+    """One head per feature map of a denoiser; the logits side by side."""
+
+    def __init__(self, denoiser: Denoiser, latent_shape: tuple[int, ...], cond: Cond, device: torch.device) -> None:
+        """Sizes are found by running the denoiser once.
+
+        Args:
+            denoiser: whose features these are.
+            latent_shape: of one picture.
+            cond: any one row.
+            device: where the denoiser's weights are.
+
+        Raises:
+            TypeError: the denoiser has no features.
+        """
+        super().__init__()
+        with torch.no_grad():
+            time = torch.ones(1, device=device)
+            features = denoiser.features(torch.zeros(1, *latent_shape, device=device), time, cond)
+        self.heads = nn.ModuleList([head(feature.shape[1], feature.shape[-1]) for feature in features]).to(device)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """``(B, number of feature maps)`` float32; larger means 'real'."""
+        weight = next(self.parameters())
+        logits = [
+            each(feature.to(weight.dtype)).flatten(1) for each, feature in zip(self.heads, features, strict=True)
+        ]
+        return torch.cat(logits, dim=1).float()
+
+
+def guided_x0(
+    denoiser: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    scale: float,
+    interval: tuple[float, float] | None = None,
+) -> Tensor:
+    """``uncond + w (cond - uncond)`` in one call, whose unconditional half holds only the rows inside ``interval``.
+
+    `weights.diffusion.guidance.Guided` doubles the whole batch; times in training differ by the row, so that here rows
+    outside the interval cost one evaluation instead of two.
+
+    Args:
+        denoiser: the teacher.
+        x_t: ``(B, ...)``.
+        t: ``(B,)``.
+        cond: B rows.
+        uncond: 1 row.
+        scale: w; 1.0 is off.
+        interval: guide only where ``low <= t <= high``; everywhere when left out.
+    """
+    if scale == 1.0:
+        return denoiser(x_t, t, cond)
+    low, high = interval or (0.0, 1.0)
+    rows = torch.nonzero((t >= low) & (t <= high)).flatten()
+    if len(rows) == 0:
+        return denoiser(x_t, t, cond)
+    both = denoiser(
+        torch.cat([x_t, x_t[rows]]),
+        torch.cat([t, t[rows]]),
+        cond_cat([cond, cond_repeat(cond_rows(uncond, slice(0, 1)), len(rows))]),
+    )
+    given, without = both[: len(x_t)], both[len(x_t) :]
+    guided = given.clone()
+    guided[rows] = without + expand(torch.tensor(scale, device=x_t.device), without) * (given[rows] - without)
+    return guided

@@ -1,0 +1,172 @@
+"""Measures students against their base, under the one protocol, and writes JSON, sheets, curves and an HTML report.
+
+    python -m distillers.evaluation emoji-dmd2 --store STORE --out evaluation [--quick]
+
+NAMES are students of the store (or the bundled ones); a base's name or folder among them only says which base to
+use. The base is measured in any case. An evaluation that was stopped goes on where it was.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from distillers.evaluation import bars as bars_
+from distillers.evaluation import protocol as protocol_
+from distillers.evaluation import report
+from distillers.evaluation.cache import Cache, default_root
+from distillers.evaluation.features import EXTRACTORS, EfficientNetLite0, Unavailable, extractor
+from distillers.evaluation.measure import Distances, Evaluation
+from distillers.evaluation.models import load_models
+from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
+from weights.store import StoreError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0 when the measurements were made, whether or not a bar was missed."""
+    options = parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console, errors = Console(), Console(stderr=True)
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:  # better now than after the last measurement
+        errors.print(
+            f"error: the report needs {', '.join(missing)}: pip install 'fewstep[metrics]'", style="red", markup=False
+        )
+        return 2
+    try:
+        base, students = load_models(options.names, options.store, options.base, options.device)
+        results = evaluate(base, students, options, errors)
+    except (Unavailable, StoreError, ValueError, OSError) as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        return 2
+    path = report.write(results, options.out)
+    for table in tables(results):
+        console.print(table)
+    console.print(Text(f"report: {path}"))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m distillers.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "names", nargs="*", metavar="NAMES", help="students (all of the store and the bundled ones if none)"
+    )
+    made.add_argument("--store", type=Path, help="the model store's folder; only bundled students when left out")
+    made.add_argument("--out", type=Path, required=True, help="folder for the report, also what a restart resumes from")
+    made.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
+    made.add_argument("--quick", action="store_true", help="a small sample, for a look: no bar can be held against it")
+    made.add_argument(
+        "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
+    )
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--threads", type=int, help="CPU threads; torch's choice when left out")
+    made.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (%(default)s)")
+    made.add_argument(
+        "--extractors",
+        nargs="+",
+        choices=list(EXTRACTORS),
+        default=[EfficientNetLite0.name],
+        help="features to measure distances in (%(default)s); bars are always in efficientnet-lite0's",
+    )
+    return made
+
+
+def evaluate(base: Model, students: list[Model], options: argparse.Namespace, console: Console) -> report.Results:
+    """All measurements, the teacher first."""
+    if options.batch < 1:
+        raise ValueError(f"--batch {options.batch}: want at least 1 picture at a time")
+    protocol = protocol_.load()
+    if options.quick:
+        protocol = protocol.quick()
+    names = dict.fromkeys([EfficientNetLite0.name, *options.extractors])
+    extractors = [extractor(name, options.device) for name in names]
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+
+        def track(title: str, total: int) -> Callable[[int], None]:
+            for done in progress.task_ids:  # one line at a time: there are dozens of stages
+                progress.remove_task(done)
+            task = progress.add_task(title, total=total)
+            return lambda count: progress.update(task, advance=count)
+
+        shared, own = Cache(options.cache), Cache(options.out / "cache")
+        evaluation = Evaluation(protocol, base, extractors, shared, own, track, options.batch)
+        real = evaluation.real()
+        qualities = [evaluation.quality(subject) for subject in specific_subjects(base, students)]
+        spreads = [evaluation.spread(subject) for subject in coarse_subjects(base, students)]
+    found = bars_.bars(real, qualities, spreads, EfficientNetLite0.name)
+    return report.Results(
+        protocol=protocol,
+        quick=options.quick,
+        extractor=EfficientNetLite0.name,
+        real=real,
+        qualities=qualities,
+        spreads=spreads,
+        bars=found,
+        machine=report.machine(options.device),
+        finished=report.now(),
+    )
+
+
+def tables(results: report.Results) -> list[Table]:
+    """What the terminal shows: the figures in short, and the bars."""
+    note = f" (QUICK: {len(results.protocol.drawings)} pictures, no bar counts)" if results.quick else ""
+    figures = Table("pictures", title="Held-out prompts" + note)
+    for name in ("kernel distance", "Frechet", "precision", "recall", "R-precision", "evaluations", "ms", "ms alone"):
+        figures.add_column(name, justify="right")
+    yardsticks = (("real (floor)", results.real.floor), ("real, held out", results.real.held_out))
+    for title, distances in yardsticks:
+        row = distances[results.extractor]
+        score = f"{results.real.r_precision.value:.3f}" if distances is results.real.held_out else ""
+        figures.add_row(title, *_distances(row), score, "", "", "", style="dim")
+    for quality in results.qualities:
+        figures.add_row(
+            Text(quality.subject.title),
+            *_distances(quality.distances[results.extractor]),
+            f"{quality.r_precision.value:.3f}",
+            str(quality.evaluations),
+            f"{quality.milliseconds:.1f}",
+            f"{quality.latency:.1f}",
+        )
+    diversity = Table("pictures", title="Diversity, coarse prompts")
+    for name in ("distance", "Vendi", "evaluations"):
+        diversity.add_column(name, justify="right")
+    for spread in results.spreads:
+        distance = f"{spread.distance.value:.2f} ± {spread.distance.high - spread.distance.value:.2f}"
+        diversity.add_row(Text(spread.subject.title), distance, f"{spread.vendi.value:.3f}", str(spread.evaluations))
+    held = Table("model", "bar", "measured", "95%", "bound", "", "by", title="Bars" + note)
+    for bar in results.bars:
+        held.add_row(
+            Text(bar.model),
+            bar.what,
+            f"{bar.measured.value:.3f}",
+            f"{bar.measured.low:.3f} to {bar.measured.high:.3f}",
+            f"{'<=' if bar.at_most else '>='} {bar.bound:g}",
+            Text("PASS", style="green") if bar.passed else Text("MISS", style="bold red"),
+            f"{bar.margin:+.3f}",
+        )
+    return [figures, diversity, held]
+
+
+def _distances(row: Distances) -> tuple[str, str, str, str]:
+    kernel = f"{row.kernel_distance.value:.3f} ± {row.kernel_distance.high - row.kernel_distance.value:.3f}"
+    return kernel, f"{row.frechet_distance:.1f}", f"{row.precision:.3f}", f"{row.recall:.3f}"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

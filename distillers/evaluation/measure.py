@@ -1,0 +1,255 @@
+"""The measurements of one evaluation: real pictures, then what every subject draws, held against them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from distillers.emoji.data import captions, load_pictures, load_records, to_range
+from distillers.emoji.prepare import Record
+from distillers.evaluation import alignment, metrics
+from distillers.evaluation.cache import Cache, PictureSet, digest
+from distillers.evaluation.features import Clip, Extractor
+from distillers.evaluation.metrics import Estimate
+from distillers.evaluation.protocol import Protocol, pairs
+from distillers.evaluation.subjects import Model, Subject
+
+Track = Callable[[str, int], Callable[[int], None]]
+"""Opens a progress bar of that title and length; returns what advances it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """A set of pictures against the reference set, in one extractor's features."""
+
+    kernel_distance: Estimate
+    frechet_distance: float
+    precision: float
+    recall: float
+    kernel_distance_to_teacher: Estimate | None = None
+    frechet_distance_to_teacher: float | None = None
+    clip_score: Estimate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real:
+    """What real pictures score: the yardsticks."""
+
+    floor: dict[str, Distances]
+    """Other training pictures, as many as are drawn, by extractor: a perfect model's distances."""
+    held_out: dict[str, Distances]
+    """The held-out pictures themselves: fewer, so that their Frechet distance reads higher."""
+    held_out_pictures: int
+    r_precision: Estimate
+    psnr: Estimate
+    """The autoencoder's, on the held-out pictures, in dB."""
+    penalty: float
+    """The alignment regression's, by leave-one-out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What one subject scores on the specific captions."""
+
+    subject: Subject
+    distances: dict[str, Distances]
+    r_precision: Estimate
+    evaluations: int
+    milliseconds: float
+    """Per picture, in batches."""
+    latency: float
+    """Milliseconds for one picture alone."""
+    shown: Tensor = field(repr=False)
+    """The sheet's pictures, ``(N, 3, H, W)`` uint8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How different one subject's pictures of the same coarse prompt are."""
+
+    subject: Subject
+    distance: Estimate
+    """Mean pairwise feature distance."""
+    vendi: Estimate
+    evaluations: int
+    milliseconds: float
+    shown: Tensor = field(repr=False)
+    """``(P, S, 3, H, W)`` uint8, of the first prompts."""
+
+
+SPREAD_SHOWN = 8
+
+
+class Evaluation:
+    """Measures subjects under one protocol.
+
+    Args:
+        protocol: what is drawn, and against what.
+        base: the base model, whose text encoder is also the space of prompt alignment.
+        extractors: the first one's features are what alignment, diversity and the bars are measured in.
+        shared: cache of what belongs to the base and to the real pictures.
+        own: cache of what belongs to the students.
+        track: progress.
+        batch: pictures drawn at a time.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        base: Model,
+        extractors: Sequence[Extractor],
+        shared: Cache,
+        own: Cache,
+        track: Track,
+        batch: int = 64,
+    ) -> None:
+        self.protocol, self.base, self.extractors = protocol, base, list(extractors)
+        self.shared, self.own, self.track, self.batch = shared, own, track, batch
+        self.teacher: dict[str, Tensor] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Features of the real pictures, and the alignment's regression, fitted on training pictures alone."""
+        records = {record.file_name: record for record in load_records()}
+        self.held_out_pictures = load_pictures([records[p.file_name] for p in self.protocol.held_out])
+        self.reference = self._real_features([records[name] for name in self.protocol.reference], "real, reference")
+        self.floor = self._real_features([records[name] for name in self.protocol.floor], "real, floor")
+        self.held_out = self._real_features([records[p.file_name] for p in self.protocol.held_out], "real, held out")
+        train = pairs(list(records.values()), "train")
+        if self.protocol.fit is not None:
+            # Every k-th, since the archive lists one category after the other.
+            train = train[:: max(1, len(train) // self.protocol.fit)]
+        texts = self._texts([captions(record)[0] for record in train])
+        features = self._features(self.shared, self.extractors[0], load_pictures(train), "training pictures")
+        self.regression = alignment.fit(features, texts)
+        self.captions = [prompt.caption for prompt in self.protocol.held_out]
+        self.caption_texts = self._texts(self.captions) - self.regression.text_mean
+
+    def _real_features(self, records: list[Record], title: str) -> dict[str, Tensor]:
+        """Features of these pictures, by extractor."""
+        pictures = load_pictures(records)
+        return {e.name: self._features(self.shared, e, pictures, title) for e in self.extractors}
+
+    def real(self) -> Real:
+        """What real pictures score."""
+        predicted = self.regression(self.held_out[self.extractors[0].name])
+        score = alignment.r_precision(predicted, self.caption_texts, torch.arange(len(self.captions)))
+        return Real(
+            floor={name: self._distances(name, features) for name, features in self.floor.items()},
+            held_out={name: self._distances(name, features) for name, features in self.held_out.items()},
+            held_out_pictures=len(self.held_out_pictures),
+            r_precision=metrics.mean(score),
+            psnr=metrics.mean(self._reconstruction()),
+            penalty=self.regression.penalty,
+        )
+
+    def quality(self, subject: Subject) -> Quality:
+        """Draws the specific captions and measures them; the first subject measured is all later ones' teacher."""
+        drawn = self._draw(subject, self.protocol.drawings)
+        distances = {}
+        for extractor in self.extractors:
+            features = self._features(self._cache(subject), extractor, drawn.pictures, subject.title)
+            self.teacher.setdefault(extractor.name, features)
+            distances[extractor.name] = self._distances(extractor.name, features, extractor)
+            if extractor is self.extractors[0]:
+                own = torch.arange(len(self.captions)).repeat_interleave(len(self.protocol.seeds))
+                score = alignment.r_precision(self.regression(features), self.caption_texts, own)
+        rows = {caption: row * len(self.protocol.seeds) for row, caption in enumerate(self.captions)}
+        return Quality(
+            subject=subject,
+            distances=distances,
+            r_precision=metrics.mean(score),
+            evaluations=drawn.evaluations,
+            milliseconds=drawn.milliseconds,
+            latency=subject.latency(self.captions[0]),
+            shown=drawn.pictures[[rows[caption] for caption in self.protocol.sheet]],
+        )
+
+    def spread(self, subject: Subject) -> Spread:
+        """Draws the coarse prompts and measures how a prompt's pictures differ."""
+        drawn = self._draw(subject, self.protocol.coarse_drawings)
+        features = self._features(self._cache(subject), self.extractors[0], drawn.pictures, subject.title)
+        shape = (len(self.protocol.coarse), len(self.protocol.coarse_seeds))
+        sets = features.unflatten(0, shape)
+        return Spread(
+            subject=subject,
+            distance=metrics.pairwise_diversity(sets),
+            vendi=metrics.vendi_over_prompts(sets),
+            evaluations=drawn.evaluations,
+            milliseconds=drawn.milliseconds,
+            shown=drawn.pictures.unflatten(0, shape)[:SPREAD_SHOWN],
+        )
+
+    def _cache(self, subject: Subject) -> Cache:
+        return self.shared if subject.model.manifest is None else self.own
+
+    def _draw(self, subject: Subject, drawings: list[tuple[str, int]]) -> PictureSet:
+        advance = self.track(f"{subject.title}: drawing", len(drawings))
+        return self._cache(subject).pictures(subject.key, drawings, subject.draw, self.batch, advance)
+
+    def _features(self, cache: Cache, extractor: Extractor, pictures: Tensor, title: str) -> Tensor:
+        advance = self.track(f"{title}: {extractor.name}", len(pictures))
+        return cache.features(extractor, pictures, advance)
+
+    def _texts(self, prompts: list[str]) -> Tensor:
+        """The prompts in the base's text space, ``(N, E)`` float64."""
+
+        def embed() -> dict[str, Tensor]:
+            advance = self.track("captions", len(prompts))
+            parts = []
+            for start in range(0, len(prompts), self.batch):
+                part = self.base.pipeline.embed_prompts(prompts[start : start + self.batch])
+                parts.append(part.float().cpu())
+                advance(len(part))
+            return {"texts": torch.cat(parts)}
+
+        return self.shared.tensors("texts", digest([self.base.weights, prompts]), embed)["texts"].double()
+
+    def _distances(self, name: str, features: Tensor, extractor: Extractor | None = None) -> Distances:
+        reference, teacher = self.reference[name], self.teacher.get(name)
+        precision, recall = metrics.precision_recall(reference, features)
+        score = None
+        if isinstance(extractor, Clip):
+            score = metrics.mean(extractor.score(features, [prompt for prompt, _ in self.protocol.drawings]))
+        return Distances(
+            kernel_distance=metrics.kernel_distance(features, reference),
+            frechet_distance=metrics.frechet_distance(features, reference),
+            precision=precision,
+            recall=recall,
+            kernel_distance_to_teacher=None if teacher is None else metrics.kernel_distance(features, teacher),
+            frechet_distance_to_teacher=None if teacher is None else metrics.frechet_distance(features, teacher),
+            clip_score=score,
+        )
+
+    @torch.no_grad()
+    def _reconstruction(self) -> Tensor:
+        """PSNR of each held-out picture after the autoencoder, ``(N,)`` in dB."""
+        ratios = []
+        for pictures in self.held_out_pictures.split(self.batch):
+            target = to_range(pictures)
+            output = self.base.pipeline.decode(self.base.pipeline.encode(target)).cpu()
+            ratios.append(metrics.psnr((output + 1) / 2, (target + 1) / 2))
+        return torch.cat(ratios)
+
+
+def as_json(value: object) -> object:
+    """Measurements as JSON: estimates with their interval, a subject by its settings, pictures left out."""
+    if isinstance(value, Estimate):
+        return value.summary()
+    if isinstance(value, Subject):
+        return {
+            "title": value.title,
+            "model": value.model.name,
+            "weights": value.model.weights,
+            "steps": value.steps,
+            "leg": value.leg,
+            "guidance_scale": value.guidance,
+        }
+    if isinstance(value, Distances | Real | Quality | Spread):
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value) if f.name != "shown"}
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return value

@@ -1,0 +1,156 @@
+"""What is evaluated: the base and its students, each at a number of steps, with or without the base's first step."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from distillers.evaluation.cache import Batch, digest_modules
+from weights.contracts import Diversity, StudentManifest
+from weights.drawing import draw, draw_base
+from weights.families.base import TextToImage
+
+Leg = Literal["plain", "base first step", "first step skipped"]
+STEPS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base, or one of its students (which then has a manifest)."""
+
+    name: str
+    pipeline: TextToImage
+    manifest: StudentManifest | None = None
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 over everything that draws."""
+        return digest_modules(self.pipeline.components())
+
+    @property
+    def steps(self) -> list[int]:
+        """The step counts to measure: a student's own among 1, 2 and 4, or else all it has."""
+        if self.manifest is None:
+            return list(STEPS)
+        own = sorted(self.manifest.schedules)
+        return [steps for steps in own if steps in STEPS] or own
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to draw: a model, its steps, and who makes the first of them."""
+
+    model: Model
+    base: Model
+    steps: int
+    leg: Leg = "plain"
+    guidance: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        manifest = self.model.manifest
+        scale = self.model.pipeline.default_guidance if manifest is None else manifest.guidance.default_scale
+        object.__setattr__(self, "guidance", scale)
+
+    @property
+    def title(self) -> str:
+        """For people: ``"emoji-dmd2, 4 steps + base first step"``."""
+        steps = f"{self.steps} step" + ("s" if self.steps != 1 else "")
+        return f"{self.model.name}, {steps}" + {"plain": "", "base first step": ", base first step"}.get(
+            self.leg, f", {self.leg}"
+        )
+
+    @property
+    def slug(self) -> str:
+        """For file names."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+    @property
+    def diversity(self) -> Diversity | None:
+        """The base leg's calibration: the manifest's own, or one base step without guidance."""
+        if self.leg == "plain" or self.model.manifest is None:
+            return None
+        return self.model.manifest.diversity or Diversity()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Everything that decides the pictures, but prompts and seeds."""
+        manifest, diversity = self.model.manifest, self.diversity
+        return {
+            "weights": self.model.weights,
+            "base": self.base.weights if self.leg == "base first step" else None,
+            "schedule": None if manifest is None else manifest.schedules[self.steps].model_dump(),
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "leg": self.leg,
+            "diversity": None if diversity is None else diversity.model_dump(),
+        }
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Batch:
+        """One picture a prompt, through the code that the server draws with."""
+        pipeline, manifest = self.model.pipeline, self.model.manifest
+        cond, uncond = pipeline.encode_prompts(list(prompts)), pipeline.encode_prompts([""])
+        if manifest is None:
+            drawing = draw_base(pipeline, cond, uncond, seeds, self.steps, self.guidance)
+        else:
+            drawing = draw(
+                pipeline,
+                cond,
+                uncond,
+                seeds,
+                manifest.schedules[self.steps],
+                guidance_scale=self.guidance,
+                base=self.base.pipeline,
+                diversity=self.diversity,
+                skip_only=self.leg == "first step skipped",
+            )
+        pictures = pipeline.decode(drawing.latents).float().add(1).mul(127.5).round().clamp(0, 255)
+        return Batch(pictures.to(torch.uint8).cpu(), drawing.evaluations)
+
+    def latency(self, prompt: str, repeats: int = 5) -> float:
+        """Milliseconds for one picture alone, text encoding and decoding included: the median after a warm-up."""
+        self.draw([prompt], [0])
+        seconds = []
+        for seed in range(repeats):
+            begun = time.perf_counter()
+            self.draw([prompt], [seed])
+            seconds.append(time.perf_counter() - begun)
+        return 1000 * median(seconds)
+
+
+def specific_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
+    """Who draws the specific captions: the base at its full steps (first: the teacher) and at few, and every student.
+
+    A student's largest step count is also drawn with the base's first step, to see what diversity costs in quality.
+    """
+    subjects = [Subject(base, base, steps) for steps in [base.pipeline.default_steps, *base.steps]]
+    for student in students:
+        subjects += [Subject(student, base, steps) for steps in student.steps]
+        if can_hand_over(student, student.steps[-1]):
+            subjects.append(Subject(student, base, student.steps[-1], "base first step"))
+    return subjects
+
+
+def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
+    """Who draws the coarse prompts: the base, and each student at its largest step count, plain and with each leg."""
+    subjects = [Subject(base, base, base.pipeline.default_steps)]
+    for student in students:
+        legs: list[Leg] = ["plain"]
+        if can_hand_over(student, student.steps[-1]):
+            legs += ["base first step", "first step skipped"]
+        subjects += [Subject(student, base, student.steps[-1], leg) for leg in legs]
+    return subjects
+
+
+def can_hand_over(student: Model, steps: int) -> bool:
+    """Whether the base can take the student's first step(s) at this step count, and leave it one."""
+    if student.manifest is None:
+        return False
+    skip = (student.manifest.diversity or Diversity()).skip
+    times = student.manifest.schedules[steps].timesteps
+    return skip < len(times) and times[skip] < 1

@@ -1,0 +1,104 @@
+"""What a job tells the world: JSON lines on standard output and in events.jsonl, TensorBoard scalars, a progress bar."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from weights.contracts import AnyEvent, Failed, Finished, Saved, Started
+from weights.contracts import Progress as ProgressEvent
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Reporter:
+    """One job's reports. A silent one (``main=False``, the other processes of a distributed job) writes nothing."""
+
+    def __init__(self, folder: Path, *, main: bool = True) -> None:
+        """
+        Args:
+            folder: the job's; events are appended to its events.jsonl.
+            main: whether this process is the one that reports.
+        """
+        self.folder = folder
+        self.main = main
+        self.on_terminal = main and sys.stdout.isatty()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._board: SummaryWriter | None = None
+
+    def __enter__(self) -> Self:
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if self.on_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"))
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def board(self, purge_step: int | None = None) -> SummaryWriter:
+        """TensorBoard's writer, in the folder's tensorboard/; steps from ``purge_step`` on are overwritten."""
+        if self._board is None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
+        return self._board
+
+    def emit(self, event: AnyEvent) -> None:
+        """Writes one event: a line in the file always, and on standard output or in the bar."""
+        if not self.main:
+            return
+        line = event.model_dump_json()
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+        if not self.on_terminal:
+            print(line, flush=True)
+            return
+        match event:
+            case ProgressEvent():
+                note = "  ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in event.metrics.items())
+                self.tick("training", event.step, event.iterations, note[:80])
+            case Saved():
+                self._print(f"{event.kind} {event.path}")
+            case Started():
+                self.tick("training", event.step, event.iterations)
+            case Finished():
+                self._print(f"published {event.student} after {event.seconds:.0f} s")
+            case Failed():
+                self._print(f"[red]failed:[/red] {event.message}")
+
+    def tick(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Moves the bar, where there is one."""
+        if self._bar is None:
+            return
+        if self._task is None:
+            self._task = self._bar.add_task(what, total=total, note=note)
+        self._bar.update(self._task, description=what, completed=done, total=total, note=note)
+
+    def scalars(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes TensorBoard scalars."""
+        if self.main:
+            for name, value in metrics.items():
+                self.board().add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """Writes a TensorBoard picture, ``(3, H, W)`` uint8."""
+        if self.main:
+            self.board().add_image(name, picture, step)
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text)

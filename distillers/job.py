@@ -1,0 +1,265 @@
+"""One job from its spec to a published student."""
+
+import json
+import signal
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor
+
+from distillers.adapters import add_adapters, save_adapters
+from distillers.data import Feed, load_corpus
+from distillers.events import Reporter, now
+from distillers.methods import method
+from distillers.methods.base import Method, MethodConfig, Setup, Workspace
+from distillers.precision import resolve_precision
+from distillers.seeds import seed_of
+from distillers.sheets import Sheet
+from distillers.spec import BadSpec, check_spec, fingerprint
+from distillers.trainer import Interrupted, Trainer
+from weights.bundled import resolve_base
+from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
+from weights.families import load
+from weights.families.base import TextToImage
+from weights.store import Store, digest_folder
+
+STOPPED = 143
+"""Exit status after SIGTERM, as a shell reports it."""
+
+
+def code_version() -> str:
+    """The installed package's version."""
+    try:
+        return version("fewstep")
+    except PackageNotFoundError:
+        return "source"
+
+
+def base_reference(job: DistillJob) -> BaseReference:
+    """What the job's base is, by the digest of its weight files."""
+    if job.family == "gaussian_mixture":
+        import hashlib
+
+        return BaseReference(id=job.base, sha256=hashlib.sha256(job.base.encode()).hexdigest())
+    return BaseReference(id=job.base, sha256=digest_folder(resolve_base(job.base)))
+
+
+class JobRun:
+    """The parts of a running job, built in order and kept together."""
+
+    def __init__(
+        self, raw: dict[str, Any], folder: Path, store: Store, *, cache: Path | None = None, replace: bool = False
+    ) -> None:
+        """
+        Args:
+            raw: the spec as it was read.
+            folder: the job's own; made when missing.
+            store: where the student is published.
+            cache: folder of encoded captions and pictures, to share between jobs; in ``folder`` when left out.
+            replace: take the place of a student of that name.
+
+        Raises:
+            BadSpec: the spec cannot be run.
+        """
+        self.job, self.config = check_spec(raw)
+        self.folder = folder
+        self.store = store
+        self.cache = cache or folder / "cache"
+        self.replace = replace
+        if self.job.train.threads is not None:
+            torch.set_num_threads(self.job.train.threads)
+        device = PartialState().device
+        self.precision = resolve_precision(self.job.train.precision, device)
+        self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bfloat16" else "no")
+        self.reporter = Reporter(folder, main=self.accelerator.is_main_process)
+        self.trainer: Trainer | None = None
+        self._stop = False
+
+    def run(self, resume: bool) -> int:
+        """Trains and publishes.
+
+        Args:
+            resume: go on from the newest checkpoint in the folder, where there is one.
+
+        Returns:
+            The process's exit status: 0, 1 after a failure, 143 after SIGTERM.
+        """
+        with self.reporter:
+            try:
+                self._train_and_publish(resume)
+            except Interrupted:
+                return STOPPED
+            except Exception as error:
+                self._failed(error)
+                return 1
+        return 0
+
+    def stop(self, *_: Any) -> None:
+        """Asks the job to stop at the next step; a signal handler."""
+        self._stop = True
+        if self.trainer is not None:
+            self.trainer.asked_to_stop = True
+
+    def _train_and_publish(self, resume: bool) -> None:
+        self._refuse_taken_name()
+        previous = signal.signal(signal.SIGTERM, self.stop)
+        try:
+            trainer = self.trainer = self._build(resume)
+            trainer.asked_to_stop = self._stop
+            trainer.run()
+            if self.accelerator.is_main_process:
+                manifest = self._publish(trainer)
+                self.reporter.emit(
+                    Finished(
+                        at=now(),
+                        step=trainer.iteration,
+                        student=manifest.name,
+                        seconds=trainer.seconds,
+                        metrics=manifest.metrics,
+                    )
+                )
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _refuse_taken_name(self) -> None:
+        taken = (self.store.root / self.job.student).exists()
+        if taken and not self.replace:
+            raise BadSpec(
+                [{"param": "student", "message": f"{self.job.student!r} is published already; use another or --replace"}]
+            )
+
+    def _tick(self, what: str, done: int, total: int) -> None:
+        self.reporter.tick(what, done, total)
+        if self._stop:
+            raise Interrupted(f"stopped while {what}")
+
+    def _build(self, resume: bool) -> Trainer:
+        job, device = self.job, self.accelerator.device
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n")
+        torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters start from random weights
+        self.reference = base_reference(job)
+        base = load(job.family, job.base, device, torch.float32)
+        chosen = method(job.method)
+        with_pictures = chosen.needs_pictures(self.config) is not None
+        feed = Feed(
+            load_corpus(job.data, base.size),
+            base,
+            device=device,
+            batch_size=job.train.batch_size,
+            seed=job.train.seed,
+            with_pictures=with_pictures,
+        )
+        train = job.train
+        draws = train.iterations * train.batch_size * train.gradient_accumulation
+        feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
+        built = self._build_method(chosen, self.config, base, with_pictures)
+        trainer = Trainer(
+            built,
+            feed,
+            train,
+            accelerator=self.accelerator,
+            folder=self.folder,
+            reporter=self.reporter,
+            fingerprint=fingerprint(job),
+            sheet=self._sheet(feed, built),
+        )
+        self._resume(trainer, resume)
+        built.prepare(self._workspace(feed))
+        return trainer
+
+    def _build_method(
+        self, chosen: type[Method], config: MethodConfig, base: TextToImage, with_pictures: bool
+    ) -> Method:
+        lora = self.job.lora
+
+        def new_network(adapters: bool) -> TextToImage:
+            model = base.copy()
+            model.network.requires_grad_(True).train()
+            if adapters and lora is not None:
+                add_adapters(model, lora)
+            return model
+
+        uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
+        setup = Setup(
+            base=base,
+            uncond=uncond,
+            latent_shape=base.latent_shape(),
+            new_network=new_network,
+            device=self.accelerator.device,
+            has_pictures=with_pictures,
+        )
+        built = chosen(config, setup)
+        base.network.to(memory_format=torch.channels_last)
+        if self.precision == "bfloat16":
+            base.network.to(torch.bfloat16)  # frozen: autocast would convert its weights anew at every call
+        return built
+
+    def _sheet(self, feed: Feed, built: Method) -> Sheet:
+        prompts = feed.corpus.sheet
+        encoded = feed.base.encode_prompts(prompts)
+        cond = {name: _floats(tensor).to(self.accelerator.device) for name, tensor in encoded.items()}
+        return Sheet(prompts, cond, built.schedules(), self.job.train.seed)
+
+    def _workspace(self, feed: Feed) -> Workspace:
+        folder = self.folder / "prepared"
+        folder.mkdir(exist_ok=True)
+
+        def seed(*parts: int | str) -> int:
+            return seed_of(self.job.train.seed, *parts)
+
+        return Workspace(
+            folder=folder, prompts=feed.prompts, conditions=feed.prompt_conditions, seed=seed, tick=self._tick
+        )
+
+    def _resume(self, trainer: Trainer, resume: bool) -> None:
+        latest = trainer.latest_checkpoint()
+        if latest is None:
+            return
+        if not resume:
+            raise BadSpec(
+                [{"param": "--folder", "message": f"{self.folder} holds a job's checkpoints; use --resume or another"}]
+            )
+        trainer.load(latest)
+
+    def _publish(self, trainer: Trainer) -> StudentManifest:
+        student = trainer.method.student
+        manifest = StudentManifest(
+            name=self.job.student,
+            created_at=now(),
+            method=self.job.method,
+            family=self.job.family,
+            base=self.reference,
+            adapter="full" if self.job.lora is None else "lora",
+            lora_alpha=None if self.job.lora is None else self.job.lora.alpha or self.job.lora.rank,
+            schedules=trainer.method.schedules(),
+            guidance=trainer.method.guidance(),
+            job=self.job,
+            metrics={"iterations": trainer.iteration, "training_seconds": round(trainer.seconds, 1)},
+            licence=self.job.licence,
+            code_version=code_version(),
+        )
+        with trainer.averaged(), tempfile.TemporaryDirectory(dir=self.folder, prefix=".publish-") as temporary:
+            if self.job.lora is None:
+                student.save_network(Path(temporary), torch.float16)
+            else:
+                save_adapters(student.network, Path(temporary))
+            return self.store.publish(manifest, Path(temporary), replace=self.replace)
+
+    def _failed(self, error: Exception) -> None:
+        latest = self.trainer.latest_checkpoint() if self.trainer is not None else None
+        checkpoint = str(latest.relative_to(self.folder)) if latest else None
+        step = self.trainer.iteration if self.trainer is not None else 0
+        message = str(error) if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {error}"
+        self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
+        if not isinstance(error, ValueError | RuntimeError | OSError):
+            raise error
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

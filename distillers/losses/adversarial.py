@@ -1,0 +1,24 @@
+"""Adversarial losses on logits, larger meaning 'real', and an approximation of R1.
+
+Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does; approximate R1
+(https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures, estimated from
+one random direction instead of a second backward pass.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """``mean softplus(-D(fake))``, for logits of any shape."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """``mean softplus(D(fake)) + mean softplus(-D(real))``, for logits of any shape."""
+    return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
+def approximate_r1(logits: Tensor, disturbed_logits: Tensor) -> Tensor:
+    """``mean (D(x) - D(x + s eps))^2`` at real x, about ``s^2 |dD/dx|^2``; the caller chooses s (0.1) and disturbs x."""
+    return (logits.float() - disturbed_logits.float()).square().mean()

@@ -1,0 +1,64 @@
+"""Pairs of noise and the picture that the teacher's ODE solver makes of it, kept on disk between restarts."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distillers.checkpoint import load_checkpoint, save_checkpoint
+from distillers.methods.base import Setup, Workspace
+from weights.denoiser import Cond
+from weights.diffusion.guidance import Guided
+from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
+
+SHARD = 64
+
+
+class TeacherPairs:
+    """A fixed set of pairs; the noise is not stored, its seed follows from the pair's number."""
+
+    def __init__(self, workspace: Workspace, setup: Setup, count: int) -> None:
+        self.workspace = workspace
+        self.setup = setup
+        self.count = count
+        self._pictures = torch.empty(0)
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    def noise(self, pairs: Tensor) -> Tensor:
+        """Unit noise of those pairs, ``(B, ...)`` float32 on the training device."""
+        seeds = [self.workspace.seed("pair", number) for number in pairs.tolist()]
+        return ImageNoise(seeds, self.setup.latent_shape, self.setup.device)()
+
+    def make(self, steps: int, guidance_scale: float) -> None:
+        """Draws every pair that is not on disk yet: ``steps`` (guided: twice as many) evaluations of the teacher each.
+
+        Args:
+            steps: of DDIM, trailing times.
+            guidance_scale: the teacher's; 1.0 is off.
+        """
+        pictures, rows = [], []
+        for start in range(0, self.count, SHARD):
+            end = min(start + SHARD, self.count)
+            path = self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{start:06d}-{end:06d}.safetensors"
+            if not path.exists():
+                self._make_shard(path, torch.arange(start, end), steps, guidance_scale)
+            tensors, _ = load_checkpoint(path)
+            pictures.append(tensors["pictures"])
+            rows.append(tensors["rows"])
+            self.workspace.tick("teacher pairs", end, self.count)
+        self._pictures, self._rows = torch.cat(pictures), torch.cat(rows)
+
+    @torch.no_grad()
+    def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:
+        generator = torch.Generator().manual_seed(self.workspace.seed("pair rows", int(pairs[0])))
+        rows = torch.randint(self.workspace.prompts, (len(pairs),), generator=generator)
+        teacher = Guided(self.setup.teacher, self.setup.uncond, guidance_scale)
+        x_t = initial_state(self.noise(pairs), teacher.schedule)
+        pictures = sample_ode(teacher, x_t, trailing_times(steps), self.workspace.conditions(rows))
+        save_checkpoint(path, {"pictures": pictures.half(), "rows": rows}, {"steps": steps})
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
+        """Noise ``(B, ...)``, the teacher's pictures ``(B, ...)`` float32, and the conditions they were drawn with."""
+        pairs = torch.randint(self.count, (count,), generator=generator)
+        target = self._pictures[pairs].to(self.setup.device, torch.float32)
+        return self.noise(pairs), target, self.workspace.conditions(self._rows[pairs])

@@ -1,0 +1,78 @@
+"""Rollouts: the states that a few-step student meets when it draws, and the times that losses are computed at.
+
+Backward simulation (DMD2, https://arxiv.org/abs/2405.14867, section 4.5): the state that step k denoises in training is
+made by running the student's own steps 0..k-1 from fresh noise, without gradient, as it is made when drawing. Noised real
+pictures in its place are a mismatch that the student never sees again.
+"""
+
+import torch
+from torch import Tensor
+
+from weights.contracts import StepSchedule
+from weights.denoiser import Cond, Denoiser
+from weights.diffusion.samplers import few_step_update, initial_state, needs_noise
+from weights.diffusion.schedules import add_noise
+
+TIME_GRID = 1000
+"""Times are drawn as n / 1000: exactly the native timesteps of discrete teachers, and fine enough for all others."""
+
+
+def draw_noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Unit normal noise drawn on the CPU, so that a seed means the same on every device."""
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def draw_times(count: int, interval: tuple[float, float], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Uniform times on the grid of 1000 inside the closed ``interval``: ``(count,)`` float32."""
+    low, high = (round(end * TIME_GRID) for end in interval)
+    return (torch.randint(low, high + 1, (count,), generator=generator) / TIME_GRID).to(device)
+
+
+def draw_step(
+    schedules: dict[int, StepSchedule], weights: dict[int, float] | None, generator: torch.Generator
+) -> tuple[StepSchedule, int]:
+    """Which step count to train now, in proportion to ``weights`` (uniform when left out), and uniformly which step of it."""
+    counts = sorted(schedules)
+    probabilities = torch.tensor([1.0 if weights is None else weights.get(count, 0.0) for count in counts])
+    schedule = schedules[counts[int(torch.multinomial(probabilities, 1, generator=generator))]]
+    return schedule, int(torch.randint(len(schedule.timesteps), (1,), generator=generator))
+
+
+def at_time(value: float, x: Tensor) -> Tensor:
+    """``value`` once per row of x, ``(B,)`` float32."""
+    return torch.full((len(x),), value, device=x.device)
+
+
+@torch.no_grad()
+def simulate(
+    student: Denoiser, noise: Tensor, schedule: StepSchedule, step: int, cond: Cond, generator: torch.Generator
+) -> Tensor:
+    """The state that ``step`` denoises when the student draws, from fresh noise: ``step`` network evaluations.
+
+    Args:
+        student: run as it is, without gradient.
+        noise: ``(B, ...)``, unit normal.
+        schedule: the step schedule being trained.
+        step: from 0.
+        cond: B rows.
+        generator: draws the re-noisings.
+    """
+    diffusion = student.schedule
+    x_t = initial_state(noise, diffusion, schedule.timesteps[0])
+    for earlier in range(step):
+        x0 = student(x_t, at_time(schedule.network_times[earlier], x_t), cond)
+        fresh = None
+        if needs_noise(schedule, earlier):
+            fresh = draw_noise(tuple(noise.shape), generator, noise.device)
+        x_t = few_step_update(x_t, x0, earlier, schedule, diffusion, fresh)
+    return x_t
+
+
+def noised_real(student: Denoiser, real: Tensor, noise: Tensor, schedule: StepSchedule, step: int) -> Tensor:
+    """What stands in for the simulated state when backward simulation is off: real pictures noised to the step's time.
+
+    The first step gets noise alone, as it does when drawing.
+    """
+    if step == 0:
+        return initial_state(noise, student.schedule, schedule.timesteps[0])
+    return add_noise(student.schedule, real, noise, at_time(schedule.timesteps[step], real))

@@ -1,0 +1,162 @@
+"""Job specs: read from TOML or JSON, completed with the method's defaults, refused with every error named.
+
+Nothing here loads a network or the libraries that would.
+"""
+
+import hashlib
+import json
+import pkgutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+import weights.families
+from distillers.methods import UnknownMethod, method, methods
+from distillers.methods.base import MethodConfig
+from weights.contracts import DistillJob
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+FREE = {"iterations", "max_minutes", "threads", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
+"""Settings of the trainer that may differ when a job is resumed: they change how far it goes, not where."""
+
+
+class BadSpec(ValueError):
+    """A job spec that cannot be run.
+
+    Attributes:
+        errors: one ``{"param": dotted name, "message": what is wrong and what is allowed}`` per error.
+    """
+
+    def __init__(self, errors: list[dict[str, str]]) -> None:
+        super().__init__("; ".join(f"{error['param']}: {error['message']}" for error in errors))
+        self.errors = errors
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with the code, by name."""
+    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
+
+
+def read_spec(source: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """The raw spec in a TOML or JSON file, or in the recipe of that name.
+
+    Args:
+        source: a path, or a recipe's name.
+        overrides: ``train.iterations=10`` and the like, values as in TOML (a bare word is a string).
+
+    Raises:
+        BadSpec: there is no such file, it cannot be parsed, or an override is malformed.
+    """
+    path = Path(source)
+    if not path.is_file():
+        if source not in recipes():
+            raise BadSpec([_error("job", f"{source!r} is no file and no recipe ({', '.join(recipes())})")])
+        path = recipes()[source]
+    try:
+        text = path.read_text()
+        raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise BadSpec([_error("job", f"{path} cannot be read as {path.suffix or 'TOML'}: {error}")]) from error
+    for override in overrides or []:
+        _override(raw, override)
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise BadSpec([_error("--set", f"{override!r} must look like train.iterations=10")])
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = name.split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise BadSpec([_error("--set", f"{override!r}: {parent} has no fields")])
+    raw[last] = value
+
+
+def family_names() -> list[str]:
+    """Families by their files, without importing them (and diffusers with them)."""
+    return sorted(info.name for info in pkgutil.iter_modules(weights.families.__path__) if info.name != "base")
+
+
+def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
+    """The job with its method's defaults filled in, and the method's config.
+
+    Raises:
+        BadSpec: with every error.
+    """
+    try:
+        job = DistillJob.model_validate(raw)
+    except ValidationError as error:
+        raise BadSpec(_errors(error)) from error
+    errors = []
+    if job.family not in family_names():
+        errors.append(_error("family", f"unknown family {job.family!r}: use one of {', '.join(family_names())}"))
+    try:
+        chosen = method(job.method)
+        config = chosen.Config.model_validate(job.config)
+    except UnknownMethod as error:
+        raise BadSpec([*errors, _error("method", str(error))]) from error
+    except ValidationError as error:
+        raise BadSpec([*errors, *_errors(error, "config")]) from error
+    reason = chosen.needs_pictures(config)
+    if reason and not _has_pictures(job):
+        errors.append(_error("data.source", f"{job.data.source!r} has no pictures, but {reason}"))
+    if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
+        errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
+    if job.data.prompts is not None and not Path(job.data.prompts).is_file():
+        errors.append(_error("data.prompts", f"no file {job.data.prompts!r}"))
+    if errors:
+        raise BadSpec(errors)
+    return job.model_copy(update={"config": config.model_dump(mode="json")}), config
+
+
+def _has_pictures(job: DistillJob) -> bool:
+    return job.data.source == "emoji" or Path(job.data.source, "metadata.jsonl").is_file()
+
+
+def fingerprint(job: DistillJob) -> str:
+    """Of everything in a job that a resumed run must have in common with its checkpoint."""
+    plain = job.model_dump(mode="json", exclude={"student": True, "licence": True, "train": FREE})
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Every method with its description and its Config's JSON schema."""
+    return [
+        {
+            "name": name,
+            "description": _first_line(__import__(found.__module__, fromlist=["_"]).__doc__ or found.__doc__),
+            "config": _schema(found.Config),
+        }
+        for name, found in methods().items()
+    ]
+
+
+def _schema(config: type[BaseModel]) -> dict[str, Any]:
+    return config.model_json_schema()
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0] if text else ""
+
+
+def _error(param: str, message: str) -> dict[str, str]:
+    return {"param": param, "message": message}
+
+
+def _errors(error: ValidationError, prefix: str = "") -> list[dict[str, str]]:
+    found = []
+    for each in error.errors():
+        param = ".".join(str(part) for part in ([prefix] if prefix else []) + list(each["loc"]))
+        message = each["msg"].removeprefix("Value error, ")
+        given = each.get("input")
+        shown = "" if isinstance(given, dict | list) or each["type"] == "missing" else f" (got {given!r})"
+        found.append(_error(param or "job", message + shown))
+    return found

@@ -1,0 +1,378 @@
+"""The trainer: optimizers, cadence, averages, precision, checkpoints, resumption. It knows no method by name.
+
+accelerate does the devices, mixed precision and DDP underneath. Each turn of a method is one module whose forward pass is
+the turn's loss and whose parameters are the networks that the turn trains, so that DDP wraps any method alike.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from distillers.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from distillers.ema import Average
+from distillers.events import Reporter, now
+from distillers.methods.base import Batch, Method, OptimizerSettings, Step, Trained, Turn, TurnLoss
+from distillers.seeds import generator_of, seed_of
+from distillers.sheets import Sheet
+from weights.contracts import Progress, Saved, Started, TrainSpec
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient is no longer finite; the message names the step, the loss and the last good checkpoint."""
+
+
+class Interrupted(Exception):
+    """The job was told to stop; what there was to save is saved."""
+
+
+class BadCheckpoint(ValueError):
+    """A checkpoint is not of this job."""
+
+
+class Batches(Protocol):
+    """What the trainer needs of the data."""
+
+    def batch(self, iteration: int, micro: int = 0, rank: int = 0) -> Batch:
+        """The batch of that number; the same whenever it is asked for."""
+
+
+class TurnModule(nn.Module):
+    """One turn of a method as a module: the trained networks are its children, its forward pass is the loss."""
+
+    def __init__(self, method: Method, turn: Turn, networks: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self._compute: Callable[[Turn, Step], TurnLoss] = method.loss
+
+    def forward(self, turn: Turn, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The turn's loss and metrics for one micro-batch."""
+        computed = self._compute(turn, step)
+        return computed.loss, computed.metrics
+
+
+@dataclass
+class _Network:
+    """A trained network with what the trainer keeps for it."""
+
+    module: nn.Module
+    settings: OptimizerSettings
+    weights: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: Average | None
+    updates: int = 0
+
+    def learning_rate(self, turn: Turn) -> float:
+        peak = turn.lr if turn.lr is not None else self.settings.lr
+        return peak * min(1.0, (self.updates + 1) / self.settings.warmup) if self.settings.warmup else peak
+
+
+def _build_optimizer(settings: OptimizerSettings, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    common["weight_decay"] = settings.weight_decay
+    if settings.kind == "radam":
+        return torch.optim.RAdam(weights, decoupled_weight_decay=True, **common)
+    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
+    return torch.optim.AdamW(weights, fused=fused, **common)
+
+
+class Trainer:
+    """Trains one method to its end, or until it is told to stop."""
+
+    def __init__(
+        self,
+        method: Method,
+        feed: Batches,
+        spec: TrainSpec,
+        *,
+        accelerator: Accelerator,
+        folder: Path,
+        reporter: Reporter,
+        fingerprint: str,
+        sheet: Sheet | None = None,
+    ) -> None:
+        """
+        Args:
+            method: built, its networks on the accelerator's device.
+            feed: gives the batches.
+            spec: the trainer's settings.
+            accelerator: devices and mixed precision.
+            folder: the job's; checkpoints/ and samples/ are made in it.
+            reporter: takes the events.
+            fingerprint: of all that must not change between a checkpoint and its resumption.
+            sheet: draws sample sheets; none are drawn when left out.
+        """
+        self.method = method
+        self.feed = feed
+        self.spec = spec
+        self.accelerator = accelerator
+        self.folder = folder
+        self.reporter = reporter
+        self.fingerprint = fingerprint
+        self.sheet = sheet
+        self.iteration = 0
+        self.seconds = 0.0
+        self.asked_to_stop = False
+        self.networks = {name: self._network(trained) for name, trained in method.trained().items()}
+        self._turns: dict[str, nn.Module] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def _network(self, trained: Trained) -> _Network:
+        module = trained.module.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = {key: weight for key, weight in module.named_parameters() if weight.requires_grad}
+        optimizer = _build_optimizer(trained.optimizer, list(weights.values()))
+        average = Average(module, self.spec.ema_decay) if trained.average and self.spec.ema_decay > 0 else None
+        return _Network(module, trained.optimizer, weights, optimizer, average)
+
+    # Training
+
+    def run(self) -> None:
+        """Trains from where it is to the end; the last state is checkpointed.
+
+        Raises:
+            Diverged: a loss or gradient is not finite.
+            Interrupted: `asked_to_stop` was set; the state is checkpointed.
+        """
+        self.reporter.emit(
+            Started(at=now(), step=self.iteration, iterations=self.spec.iterations, resumed_from=self.iteration)
+        )
+        last = time.monotonic()
+        saved = sampled = self.iteration
+        while self.iteration < self.spec.iterations and not self._out_of_time():
+            self._iterate()
+            self.iteration += 1
+            self.seconds += time.monotonic() - last
+            last = time.monotonic()
+            if self.iteration % self.spec.log_every == 0:
+                self._log()
+            if self._should_stop():
+                self.save()
+                raise Interrupted(f"stopped after iteration {self.iteration}")
+            if self.iteration % self.spec.checkpoint_every == 0:
+                self.save()
+                saved = self.iteration
+            if self.iteration % self.spec.sample_every == 0:
+                self.sample()
+                sampled = self.iteration
+            last = time.monotonic()  # saving and drawing is not training time
+        if saved != self.iteration:
+            self.save()
+        if sampled != self.iteration:
+            self.sample()
+
+    def _out_of_time(self) -> bool:
+        limit = self.spec.max_minutes
+        return self._agreed(limit is not None and self.seconds >= limit * 60)
+
+    def _should_stop(self) -> bool:
+        return self._agreed(self.asked_to_stop)
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
+        return bool(total.item() > 0)
+
+    def _iterate(self) -> None:
+        """One iteration: every turn of it, each on all micro-batches."""
+        rank, seed = self.accelerator.process_index, self.spec.seed
+        torch.manual_seed(seed_of(seed, "global", self.iteration, rank))  # dropout, and whatever draws without asking
+        micros = range(self.spec.gradient_accumulation)
+        batches = [self.feed.batch(self.iteration, micro, rank) for micro in micros]
+        scratches: list[dict[str, Any]] = [{} for _ in micros]
+        for turn in self.method.turns(self.iteration):
+            steps = [
+                Step(
+                    iteration=self.iteration,
+                    micro=micro,
+                    batch=batches[micro],
+                    shared=generator_of(seed, "shared", turn.name, self.iteration, micro),
+                    local=generator_of(seed, "local", turn.name, self.iteration, micro, rank),
+                    scratch=scratches[micro],
+                )
+                for micro in micros
+            ]
+            self._take(turn, steps)
+
+    def _take(self, turn: Turn, steps: list[Step]) -> None:
+        """One turn: losses and gradients of all micro-batches, one optimizer step of its networks."""
+        trained = [self.networks[name] for name in turn.trains]
+        self._only(turn)
+        module = self._module(turn)
+        for number, step in enumerate(steps):
+            with self._unsynced(module, number + 1 < len(steps)):
+                loss, metrics = module(turn, step)
+                self._check(turn, "loss", loss)
+                self.accelerator.backward(loss / len(steps))
+            self._note({f"{turn.name}/loss": loss.detach(), **metrics})
+        weights = [weight for network in trained for weight in network.weights.values()]
+        norm = self.accelerator.clip_grad_norm_(weights, self.spec.gradient_clip)
+        self._check(turn, "gradient", norm)
+        self._note({f"{turn.name}/gradient_norm": norm})
+        for network in trained:
+            for group in network.optimizer.param_groups:
+                group["lr"] = network.learning_rate(turn)
+            network.optimizer.step()
+            network.optimizer.zero_grad(set_to_none=True)
+            network.updates += 1
+            if network.average is not None:
+                network.average.update()
+        self.method.after_step(turn, self.iteration)
+
+    def _only(self, turn: Turn) -> None:
+        """Only the turn's networks get gradients: no loss reaches another, and no work is spent on it."""
+        for name, network in self.networks.items():
+            for weight in network.weights.values():
+                weight.requires_grad_(name in turn.trains)
+
+    def _module(self, turn: Turn) -> nn.Module:
+        if turn.name not in self._turns:
+            networks = {name: self.networks[name].module for name in turn.trains}
+            self._turns[turn.name] = self.accelerator.prepare_model(TurnModule(self.method, turn, networks))
+        return self._turns[turn.name]
+
+    def _unsynced(self, module: nn.Module, accumulating: bool) -> AbstractContextManager[Any]:
+        return self.accelerator.no_sync(module) if accumulating else nullcontext()
+
+    def _check(self, turn: Turn, what: str, value: Tensor) -> None:
+        number = float(value.detach())
+        if not math.isfinite(number):
+            last = self.latest_checkpoint()
+            raise Diverged(
+                f"iteration {self.iteration}: the {turn.name} turn's {what} is {number}; last good checkpoint: "
+                f"{last.name if last else 'none'}. Lower the learning rates or the loss weights, or use precision float32"
+            )
+
+    # Reports
+
+    def _note(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _log(self) -> None:
+        """Means since the last report, as an event and as TensorBoard scalars."""
+        metrics = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        left = self.spec.iterations - self.iteration
+        seconds_left = self.seconds / self.iteration * left
+        if self.spec.max_minutes is not None:
+            seconds_left = min(seconds_left, max(0.0, self.spec.max_minutes * 60 - self.seconds))
+        self.reporter.emit(
+            Progress(
+                at=now(),
+                step=self.iteration,
+                iterations=self.spec.iterations,
+                metrics=metrics,
+                seconds_left=seconds_left,
+            )
+        )
+        self.reporter.scalars(self.iteration, metrics)
+
+    def sample(self) -> None:
+        """Draws a sample sheet with the averaged student."""
+        if self.sheet is None or not self.accelerator.is_main_process:
+            return
+        path = self.folder / "samples" / f"iteration-{self.iteration:08d}.png"
+        with self.averaged(), self.accelerator.autocast():
+            pictures = self.sheet.draw(self.method.student)
+        self.reporter.picture(self.iteration, "samples", self.sheet.save(pictures, path))
+        self._saved("samples", path)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the student holds its averaged weights."""
+        average = self.networks["student"].average
+        return average.applied() if average is not None else nullcontext()
+
+    def _saved(self, kind: str, path: Path) -> None:
+        self.reporter.emit(
+            Saved.model_validate(
+                {"kind": kind, "at": now(), "step": self.iteration, "path": str(path.relative_to(self.folder))}
+            )
+        )
+
+    # Checkpoints
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("iteration-*.safetensors"))
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint's path."""
+        paths = self._checkpoints()
+        return paths[-1] if paths else None
+
+    def save(self) -> None:
+        """Writes a checkpoint of everything that training has changed, and drops the oldest ones.
+
+        The data position and the state of every random generator are functions of the seed and the iteration (see
+        `distillers.seeds`), which are in it.
+        """
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        tensors: dict[str, Tensor] = {f"method.{name}": value for name, value in self.method.state().items()}
+        optimizers: dict[str, Any] = {}
+        for name, network in self.networks.items():
+            tensors |= {f"network.{name}.{key}": value for key, value in self._kept(network).items()}
+            moments, optimizers[name] = pack_optimizer(network.optimizer, f"optimizer.{name}")
+            tensors |= moments
+            if network.average is not None:
+                tensors |= {f"average.{name}.{key}": value for key, value in network.average.values.items()}
+        path = self.folder / "checkpoints" / f"iteration-{self.iteration:08d}.safetensors"
+        state = {
+            "iteration": self.iteration,
+            "seed": self.spec.seed,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+            "updates": {name: network.updates for name, network in self.networks.items()},
+            "averaged": {name: n.average.updates for name, n in self.networks.items() if n.average is not None},
+            "optimizers": optimizers,
+        }
+        save_checkpoint(path, tensors, state)
+        for old in self._checkpoints()[: -self.spec.keep_checkpoints]:
+            old.unlink()
+        self._saved("checkpoint", path)
+
+    def load(self, path: Path) -> None:
+        """Goes back to a checkpoint.
+
+        Raises:
+            BadCheckpoint: it is of another job.
+            ValueError: it cannot be read.
+        """
+        tensors, state = load_checkpoint(path)
+        if state["fingerprint"] != self.fingerprint:
+            raise BadCheckpoint(
+                f"{path} was written with other settings, so that going on from it would mix two jobs: "
+                "restore the settings, or start in an empty folder"
+            )
+        for name, network in self.networks.items():
+            with torch.no_grad():
+                for key, kept in self._kept(network).items():
+                    kept.copy_(tensors[f"network.{name}.{key}"])
+            unpack_optimizer(network.optimizer, f"optimizer.{name}", tensors, state["optimizers"][name])
+            network.updates = state["updates"][name]
+            if network.average is not None:
+                network.average.load(_behind(tensors, f"average.{name}."), state["averaged"][name])
+        self.method.load_state(_behind(tensors, "method."))
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+
+    @staticmethod
+    def _kept(network: _Network) -> dict[str, Tensor]:
+        """The trained weights and the buffers that change with them, as they are (not copied)."""
+        frozen = {key for key, _ in network.module.named_parameters()} - network.weights.keys()
+        state = network.module.state_dict(keep_vars=True)
+        return {key: value.data for key, value in state.items() if key not in frozen}
+
+
+def _behind(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,152 @@
+"""The bundled pictures and their recipe: what is committed is what the recipe says, and training never sees held out."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+from distillers.emoji import autoencoder, teacher
+from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.prepare import (
+    HELD_OUT_PERCENT,
+    STYLES,
+    clean_name,
+    on_white,
+    prepare,
+    records,
+    source_picture,
+    split_of,
+)
+
+ENTRY = {
+    "name": "THUMBS UP SIGN",
+    "unified": "1F44D",
+    "short_names": ["+1", "thumbsup"],
+    "category": "People & Body",
+    "subcategory": "hand-fingers-closed",
+    "sort_order": 1,
+    "skin_variations": {"1F3FB": {"unified": "1F44D-1F3FB"}, "1F3FB-1F3FC": {"unified": "1F44D-1F3FB-1F3FC"}},
+}
+
+
+def test_the_archive_and_the_records_agree() -> None:
+    all_records = load_records()
+    assert len(all_records) > 10_000
+    assert {r.style for r in all_records} == set(STYLES)
+    with zipfile.ZipFile(Path(teacher.__file__).parents[2] / "weights/bundled/emoji-data/pictures.zip") as archive:
+        assert archive.namelist() == [r.file_name for r in all_records]
+
+
+def test_the_split_is_by_emoji_and_style_and_about_a_tenth() -> None:
+    splits: dict[tuple[str, str], set[str]] = {}
+    for record in load_records():
+        splits.setdefault((record.concept, record.style), set()).add(record.split)
+        assert record.split == split_of(record.concept, record.style)
+    assert all(len(split) == 1 for split in splits.values()), "skin tones of a held-out emoji must be held out with it"
+    share = sum(split == {"held_out"} for split in splits.values()) / len(splits)
+    assert abs(share - HELD_OUT_PERCENT / 100) < 0.02
+
+
+def test_captions_go_from_specific_to_coarse() -> None:
+    record = next(r for r in load_records() if r.name == "red apple" and r.style == "noto")
+    assert captions(record) == [
+        "red apple, noto emoji",
+        "apple",
+        "apple, noto emoji",
+        "food fruit, noto emoji",
+        "food fruit",
+        "food & drink, noto emoji",
+    ]
+    toned = next(r for r in load_records() if r.skin_tone == "dark skin tone" and r.style == "fluent")
+    assert "dark skin tone, fluent 3d emoji" in captions(toned)[0]
+
+
+def test_pictures_are_real_and_on_white() -> None:
+    some = load_records()[::1500]
+    pictures = load_pictures(some)
+    assert pictures.shape == (len(some), 3, 64, 64)
+    corners = pictures[:, :, 0, 0].float()
+    assert (corners.mean(dim=1) > 250).float().mean() > 0.5
+    assert pictures.float().flatten(1).std(dim=1).min() > 5, "no picture may be blank"
+    assert to_range(pictures).min() >= -1
+    assert to_range(pictures).max() <= 1
+
+
+def test_weights_sum_to_one_and_flags_count_less() -> None:
+    all_records = load_records()
+    weights = sampling_weights(all_records)
+    assert weights.sum().item() == pytest.approx(1)
+    by_category: dict[str, list[float]] = {}
+    for record, weight in zip(all_records, weights.tolist(), strict=True):
+        by_category.setdefault(record.category, []).append(weight)
+    mean = {category: sum(w) / len(w) for category, w in by_category.items()}
+    assert mean["flags"] < mean["objects"] < mean["animals & nature"]
+
+
+def test_records_name_each_style_and_single_skin_tones_only() -> None:
+    found = list(records([ENTRY]))
+    assert len(found) == len(STYLES) * 2
+    assert {unified for _, unified in found} == {"1F44D", "1F44D-1F3FB"}
+    assert {record.skin_tone for record, _ in found} == {"", "light skin tone"}
+    assert found[0][0].keywords == ["+1", "thumbsup"]
+    assert clean_name("GRINNING CAT (SMILING)  FACE") == "grinning cat smiling face"
+
+
+def test_prepare_writes_the_same_bytes_each_time(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    noto = source / "emoji-datasource-google-16.0.0/package"
+    (noto / "img/google/64").mkdir(parents=True)
+    (noto / "emoji.json").write_text(json.dumps([ENTRY]))
+    Image.new("RGBA", (64, 64), (255, 0, 0, 128)).save(noto / "img/google/64/1f44d.png")
+    fluent = source / "lobehub-fluent-emoji-3d-1.1.0/package/assets"
+    fluent.mkdir(parents=True)
+    Image.new("RGBA", (256, 128), (0, 0, 255, 255)).save(fluent / "1f44d.webp", lossless=True)
+    assert prepare(source, tmp_path / "a") == 2
+    assert prepare(source, tmp_path / "b") == 2
+    assert (tmp_path / "a/pictures.zip").read_bytes() == (tmp_path / "b/pictures.zip").read_bytes()
+    assert source_picture(source, "twemoji", "1F44D") is None
+    pink = on_white(noto / "img/google/64/1f44d.png").getpixel((32, 32))
+    assert pink == (255, 127, 127)
+    wide = on_white(fluent / "1f44d.webp")
+    assert wide.getpixel((32, 4)) == (255, 255, 255)
+    assert wide.getpixel((32, 32)) == (0, 0, 255)
+
+
+def test_the_autoencoder_has_its_shape_and_its_loss_sees_edges() -> None:
+    model = autoencoder.build()
+    pictures = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode(pictures).latents
+        assert latents.shape == (1, 4, 16, 16)
+        assert model.decode(latents).sample.shape == pictures.shape
+    assert autoencoder.reconstruction_loss(pictures, pictures) == 0
+    shifted = torch.roll(pictures, 1, dims=-1)
+    assert autoencoder.reconstruction_loss(shifted, pictures) > autoencoder.reconstruction_loss(pictures + 0.01, pictures)
+    assert autoencoder.learning_rate(0.5, 1.0) > autoencoder.learning_rate(1.0, 1.0) > 0
+
+
+def test_a_perfect_teacher_has_zero_loss_and_times_cover_the_schedule() -> None:
+    scheduler = teacher.build_scheduler()
+    x0, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    last = torch.tensor([999, 999])
+    assert torch.allclose(scheduler.add_noise(x0, noise, last), noise, atol=1e-4), "t = 1 must be pure noise"
+    assert torch.allclose(scheduler.get_velocity(x0, noise, last), -x0, atol=1e-4)
+    assert teacher.learning_rate(0, 0.0, 1.0) < teacher.learning_rate(1000, 0.5, 1.0) == 1.0
+    assert teacher.learning_rate(1000, 1.0, 1.0) == pytest.approx(0.03)
+
+
+def test_the_average_follows_the_network() -> None:
+    ours, theirs = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * ours.weight.detach() + 0.1 * theirs.weight.detach()
+    teacher.update_average(ours, theirs, 0.9)
+    assert torch.allclose(ours.weight, expected)
+
+
+def test_the_bundled_network_is_the_recipes() -> None:
+    bundled = UNet2DConditionModel.from_pretrained(Path(teacher.__file__).parents[2] / "weights/bundled/emoji-base/unet")
+    fresh = teacher.build_unet()
+    assert {n: p.shape for n, p in bundled.named_parameters()} == {n: p.shape for n, p in fresh.named_parameters()}
