@@ -44,7 +44,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:  # safetensors raises its own SafetensorError, which is no public class
-        raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it to resume from an older one") from error
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}); delete it to resume from an older one"
+        ) from error
     if _HEADER not in header:
         raise ValueError(f"{path} holds tensors but no training state: it is a weights file, not a checkpoint")
     return tensors, json.loads(header[_HEADER])

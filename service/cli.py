@@ -231,6 +231,7 @@ def demo(
     """Distil the bundled teacher for some minutes, serve the student, and draw one labelled sheet."""
     from service.demo import DemoFailed, run_demo
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, unlike the signal, stops the demo's server
     try:
         typer.echo(run_demo(folder, read_spec(recipe)))
     except (DemoFailed, ValueError) as error:

@@ -8,13 +8,14 @@ from typing import Any
 
 # Before anything imports the libraries that read these.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait cost minutes where other processes compute
 for _variable in [name for name in os.environ if name.startswith("FEWSTEP_")]:
     del os.environ[_variable]
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the networks of tests are too small to share
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

@@ -121,7 +121,9 @@ class BaseReference(Contract):
     """The base a student was made from, which also supplies the components that training left alone."""
 
     id: str = Field(description="bundled name, folder, or hub id")
-    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_folder")
+    sha256: str = Field(
+        pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_folder"
+    )
 
 
 class FileRecord(Contract):

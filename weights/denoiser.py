@@ -69,6 +69,4 @@ def cond_repeat(cond: Cond, count: int) -> dict[str, Tensor]:
 
 def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The conditions on a device; floating tensors in ``dtype`` where one is given."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in cond.items()
-    }
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in cond.items()}

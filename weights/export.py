@@ -30,7 +30,9 @@ def export(store: Store, name: str, target: Path, steps: int) -> Path:
         raise ValueError(f"student {name!r} has no {steps}-step schedule; it has: {sorted(schedules)}")
     schedule = schedules[steps]
     if schedule.sampler != "consistency":
-        raise ValueError(f"only consistency sampling can be exported, {name!r} draws {steps} steps by {schedule.sampler}")
+        raise ValueError(
+            f"only consistency sampling can be exported, {name!r} draws {steps} steps by {schedule.sampler}"
+        )
     if schedule.network_times != schedule.timesteps:
         raise ValueError(
             f"{name!r} conditions its {steps}-step schedule on times of its own, which no diffusers scheduler does"

@@ -39,5 +39,7 @@ def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
     The folder was verified by `Store.open`; that the base is the right one is for `check_base`.
     """
     if base.family != folder.manifest.family:
-        raise WrongBase(f"student {folder.manifest.name!r} is of family {folder.manifest.family}, its base of {base.family}")
+        raise WrongBase(
+            f"student {folder.manifest.name!r} is of family {folder.manifest.family}, its base of {base.family}"
+        )
     return base.load_network(folder.path)

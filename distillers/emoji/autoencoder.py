@@ -121,7 +121,10 @@ def train(options: argparse.Namespace) -> None:
         last = time.monotonic()
         if step % 250 == 0 or used >= budget:
             quality = psnr(average.module, held_out[:128])
-            print(f"step {step} loss {loss.item():.4f} psnr {quality:.2f} dB lr {rate:.1e} {used / 60:.1f} min", flush=True)
+            print(
+                f"step {step} loss {loss.item():.4f} psnr {quality:.2f} dB lr {rate:.1e} {used / 60:.1f} min",
+                flush=True,
+            )
             moments, hyper = pack_optimizer(optimizer, "optimizer")
             tensors = {**pack_module(model, "model"), **pack_module(average, "average"), **moments}
             save_checkpoint(checkpoint, tensors, {"step": step, "seconds": used, "optimizer": hyper})

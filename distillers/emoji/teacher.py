@@ -194,7 +194,7 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def save_pipeline(folder: Path, unet: torch.nn.Module, step: int, seconds: float) -> None:
+def save_pipeline(folder: Path, unet: UNet2DConditionModel, step: int, seconds: float) -> None:
     """Writes everything but the autoencoder, which is there already: half precision, one pipeline folder."""
     if not (folder / "text_encoder").is_dir():
         tokenizer, encoder = build_text_encoder()
@@ -216,7 +216,9 @@ def save_pipeline(folder: Path, unet: torch.nn.Module, step: int, seconds: float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="pipeline folder to write; its vae/ must be there already")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and caches; resumed if there")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of the checkpoint and caches; resumed if there"
+    )
     parser.add_argument("--minutes", type=float, default=240, help="training time in all, earlier runs included")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=48)

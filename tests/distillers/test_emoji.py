@@ -125,7 +125,9 @@ def test_the_autoencoder_has_its_shape_and_its_loss_sees_edges() -> None:
         assert model.decode(latents).sample.shape == pictures.shape
     assert autoencoder.reconstruction_loss(pictures, pictures) == 0
     shifted = torch.roll(pictures, 1, dims=-1)
-    assert autoencoder.reconstruction_loss(shifted, pictures) > autoencoder.reconstruction_loss(pictures + 0.01, pictures)
+    assert autoencoder.reconstruction_loss(shifted, pictures) > autoencoder.reconstruction_loss(
+        pictures + 0.01, pictures
+    )
     assert autoencoder.learning_rate(0.5, 1.0) > autoencoder.learning_rate(1.0, 1.0) > 0
 
 
@@ -147,6 +149,8 @@ def test_the_average_follows_the_network() -> None:
 
 
 def test_the_bundled_network_is_the_recipes() -> None:
-    bundled = UNet2DConditionModel.from_pretrained(Path(teacher.__file__).parents[2] / "weights/bundled/emoji-base/unet")
+    bundled = UNet2DConditionModel.from_pretrained(
+        Path(teacher.__file__).parents[2] / "weights/bundled/emoji-base/unet"
+    )
     fresh = teacher.build_unet()
     assert {n: p.shape for n, p in bundled.named_parameters()} == {n: p.shape for n, p in fresh.named_parameters()}

@@ -71,9 +71,7 @@ def write_spec(folder: Path, student: str, **config: Any) -> Path:
 
 
 def test_the_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, service.cli; print(sorted({'torch', 'fastapi', 'sqlalchemy', 'httpx', 'PIL'} & set(sys.modules)))"
-    )
+    code = "import sys, service.cli; print({'torch', 'fastapi', 'sqlalchemy', 'httpx', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     shown = fewstep("--help").output
@@ -251,7 +249,8 @@ def test_drawing_and_exporting_here(tmp_path: Path, tiny_base: TinyBase) -> None
     assert "nobody" in fewstep("export", "nobody", tmp_path / "x", **settings, status=1).output
 
 
-def test_serve_is_the_real_server(tmp_path: Path, tiny_base: TinyBase) -> None:
+def test_serve_is_the_real_server(tmp_path: Path, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_THREADS", "1")
     command = (sys.executable, "-m", "service.cli", "serve")
     with serving(tmp_path, command, tiny_base.id) as (url, process), Client(url) as client:
         wait_until_ready(client, process)
@@ -286,6 +285,7 @@ def test_the_demo_fails_with_a_status(tmp_path: Path, monkeypatch: pytest.Monkey
         raise demo.DemoFailed(f"{spec['student']} failed in {folder}")
 
     monkeypatch.setattr(demo, "run_demo", broken)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its own
     recipe = write_spec(tmp_path, "short")
     shown = fewstep("demo", "--folder", tmp_path, "--recipe", recipe, status=1).output
     assert f"error: short failed in {tmp_path}" in shown

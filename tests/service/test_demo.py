@@ -136,8 +136,9 @@ def test_the_whole_flow(tmp_path: Path) -> None:
     assert "Finished server process" in (tmp_path / "server.log").read_text()
 
 
-def test_the_whole_line_for_real(tmp_path: Path, tiny_base: TinyBase) -> None:
+def test_the_whole_line_for_real(tmp_path: Path, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fake here but the sizes: the server, the distillers, the store, the engine."""
+    monkeypatch.setenv("FEWSTEP_THREADS", "1")
     train = {"iterations": 2, "batch_size": 2, "threads": 1}
     spec = {"student": "fresh", "method": "dmd2", "base": tiny_base.id, "train": train}
     said = io.StringIO()

@@ -94,12 +94,12 @@ def test_ddim_with_eta_needs_noise() -> None:
         ddim_step(x, x, t, t / 2, SCHEDULES["flow"], eta=0.5)
 
 
-@pytest.mark.parametrize("name", ["zero-terminal-snr", "flow", "trig", "edm"])
+@pytest.mark.parametrize("name", ["flow", "trig", "edm"])
 def test_the_solvers_have_their_order(name: str) -> None:
     """Halving the steps' size divides the error by 2 (DDIM, an Euler rule) or by 4 (Heun)."""
     schedule = SCHEDULES[name]
-    # One wide Gaussian has a closed form: x_0 - m = std (x_t - alpha_t m) / sqrt(alpha_t^2 std^2 + sigma_t^2).
-    mean, std = 0.4, 0.6
+    # One Gaussian has a closed form: x_0 - m = std (x_t - alpha_t m) / sqrt(alpha_t^2 std^2 + sigma_t^2).
+    mean, std = 0.4, 0.25
     teacher = AnalyticDenoiser(Mixture(torch.ones(1), torch.tensor([[mean]]), torch.tensor([std])), schedule)
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
     x_t, end = initial_state(noise, schedule), torch.ones(1, dtype=torch.float64)
@@ -110,10 +110,10 @@ def test_the_solvers_have_their_order(name: str) -> None:
         x = sample_ode(teacher, x_t, trailing_times(steps), {}, solver=solver)  # type: ignore[arg-type]
         return (x - exact).abs().max().item()
 
-    euler, heun = (error(solver, 40) / error(solver, 80) for solver in ("ddim", "heun"))
-    assert 1.6 < euler < 2.5
-    assert 3.2 < heun < 5.5
-    assert error("heun", 40) < error("ddim", 80)
+    euler, heun = (error(solver, 50) / error(solver, 100) for solver in ("ddim", "heun"))
+    assert 1.8 < euler < 2.2
+    assert 3.6 < heun < 4.6
+    assert error("heun", 50) < error("ddim", 100)
 
 
 @pytest.mark.parametrize("name", ["zero-terminal-snr", "flow", "edm"])

@@ -127,7 +127,8 @@ def sample_ode(
         times: falling, the last 0, e.g. `trailing_times`.
         cond: conditions with B rows.
         solver: ``ddim`` costs one evaluation a step and is of first order; ``heun`` costs two (one in the last step)
-            and is of second order.
+            and is of second order, where sigma is smooth in t down to 0. With evenly spaced times a DDPM's is not (it
+            starts like a square root): there the last step, which is DDIM's in either case, has the largest error.
         on_step: called after every step.
 
     Returns:

@@ -66,7 +66,9 @@ class UNetDenoiser(Denoiser):
     def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(self.unet.parameters()).dtype
         states = cond["encoder_hidden_states"].to(dtype)
-        return cast(Tensor, self.unet(x_t.to(dtype), self.schedule.native_index(t).float(), states, return_dict=False)[0])
+        return cast(
+            Tensor, self.unet(x_t.to(dtype), self.schedule.native_index(t).float(), states, return_dict=False)[0]
+        )
 
     @contextmanager
     def _recording(self, stop: bool) -> Iterator[list[Tensor]]:
@@ -207,11 +209,12 @@ class StableDiffusion(TextToImage):
         return self.with_network(copy.deepcopy(self.network))
 
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        copy.deepcopy(self.network).to("cpu", dtype).save_pretrained(folder / self.network_name)
+        network: Any = copy.deepcopy(self.network)
+        network.to("cpu", dtype).save_pretrained(folder / self.network_name)
 
     def load_network(self, folder: Path) -> Self:
         if (folder / LORA_FILE).is_file():
-            network = copy.deepcopy(self.network)
+            network: Any = copy.deepcopy(self.network)
             state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
                 folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
             )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from distillers.evaluation import __main__ as command
-from distillers.evaluation import bars as bars_
 from distillers.evaluation import models, report
 from distillers.evaluation import protocol as protocol_
 from distillers.evaluation.bars import Bar
 from distillers.evaluation.cache import Batch
 from distillers.evaluation.features import EfficientNetLite0, Extractor
+from distillers.evaluation.measure import Distances, Quality, Real
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.subjects import Model, Subject, coarse_subjects, specific_subjects
 from tests.helpers import tiny_pipeline
@@ -24,6 +24,7 @@ from weights.families import load
 from weights.store import NotFound, Store
 from weights.students import WrongBase, base_reference, load_student
 
+COMMITTED = protocol_.load()
 SCHEDULES = {1: StepSchedule(timesteps=[1.0]), 4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])}
 
 
@@ -37,7 +38,7 @@ class Colours(Extractor):
 
 
 def tiny_protocol() -> protocol_.Protocol:
-    whole = protocol_.load()
+    whole = COMMITTED
     held_out = whole.held_out[:128]
     drawn = {prompt.caption for prompt in held_out}
     return dataclasses.replace(
@@ -174,11 +175,11 @@ def test_names_in_the_report_are_escaped(base_folder: Path) -> None:
 
 def dummy_results(base: Model, bars: list[Bar]) -> report.Results:
     one = Estimate(1.0, (0.9, 1.1))
-    distances = bars_.Distances(kernel_distance=one, frechet_distance=1.0, precision=0.5, recall=0.5)
-    real = bars_.Real(
+    distances = Distances(kernel_distance=one, frechet_distance=1.0, precision=0.5, recall=0.5)
+    real = Real(
         floor={"x": distances}, held_out={"x": distances}, held_out_pictures=2, r_precision=one, psnr=one, penalty=1.0
     )
-    quality = bars_.Quality(
+    quality = Quality(
         subject=Subject(base, base, 1),
         distances={"x": distances},
         r_precision=one,

@@ -1,0 +1,135 @@
+"""What every method keeps, found by being there: a new file in distillers/methods is tested by this one."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from distillers.checkpoint import load_checkpoint
+from distillers.methods import UnknownMethod, method, methods
+from distillers.methods.base import Method, MethodConfig, OptimizerSettings
+from distillers.seeds import generator_of, seed_of
+from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
+
+METHODS = sorted(methods())
+SMALL: dict[str, dict[str, Any]] = {}
+"""Settings that make a method's cycle short enough for a test, where its defaults do not."""
+ITERATIONS = 10
+
+
+def build(name: str) -> tuple[Method, Any]:
+    torch.manual_seed(0)
+    setup = mixture_setup()
+    found = method(name)
+    return found(found.Config(**SMALL.get(name, {})), setup), setup
+
+
+def test_there_are_methods_and_an_unknown_one_is_answered_with_their_names() -> None:
+    assert "dmd2" in METHODS
+    with pytest.raises(UnknownMethod, match="dmd2"):
+        method("dmd3")
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestMethod:
+    def test_is_named_and_described(self, name: str) -> None:
+        found = method(name)
+        assert found.name == name
+        assert issubclass(found.Config, MethodConfig)
+        module = __import__(found.__module__, fromlist=["_"])
+        assert "arxiv.org" in (module.__doc__ or ""), "cite the paper"
+
+    def test_every_setting_is_described_and_unknown_ones_are_refused(self, name: str) -> None:
+        config = method(name).Config
+        bare = [field for field, info in config.model_fields.items() if not info.description]
+        assert not bare, bare
+        with pytest.raises(ValueError, match="no_such_setting"):
+            config.model_validate({"no_such_setting": 1})
+        assert config.model_validate_json(config().model_dump_json()) == config()
+
+    def test_declares_networks_turns_and_schedules(self, name: str) -> None:
+        built, _ = build(name)
+        trained = built.trained()
+        assert trained["student"].average
+        assert trained["student"].module is built.student.network
+        kinds = get_args(OptimizerSettings.__annotations__["kind"])
+        assert all(each.optimizer.kind in kinds and each.optimizer.lr > 0 for each in trained.values())
+        trains: dict[str, tuple[str, ...]] = {}
+        for iteration in range(ITERATIONS):
+            turns = built.turns(iteration)
+            assert turns and len({turn.name for turn in turns}) == len(turns)
+            for turn in turns:
+                assert set(turn.trains) <= trained.keys()
+                assert trains.setdefault(turn.name, turn.trains) == turn.trains
+        assert {network for names in trains.values() for network in names} == trained.keys()
+        assert all(len(schedule.timesteps) == steps for steps, schedule in built.schedules().items())
+        assert built.guidance().default_scale >= 0
+
+    def test_every_loss_is_finite_and_reaches_all_and_only_its_networks(self, name: str, tmp_path: Path) -> None:
+        built, setup = build(name)
+        trainer = trainer_of(built, setup, tmp_path, batch_size=8)
+        seen = set()
+        for iteration in range(ITERATIONS):
+            for turn in built.turns(iteration):
+                if turn.name in seen:
+                    continue
+                seen.add(turn.name)
+                trainer._only(turn)
+                trainer.iteration = iteration
+                step = self.step(setup, iteration, turn.name)
+                found = built.loss(turn, step)
+                assert found.loss.ndim == 0 and torch.isfinite(found.loss)
+                assert not [key for key, value in found.metrics.items() if value.requires_grad or value.ndim]
+                found.loss.backward()
+                for network_name, network in trainer.networks.items():
+                    touched = {weight.grad is not None for weight in network.weights.values()}
+                    assert touched == {network_name in turn.trains}, (turn.name, network_name)
+                    for weight in network.weights.values():
+                        weight.grad = None
+        assert all(weight.grad is None for weight in setup.base.network.parameters())
+
+    def test_the_same_numbers_give_the_same_loss(self, name: str) -> None:
+        losses = []
+        for _ in range(2):
+            built, setup = build(name)
+            turn = built.turns(0)[0]
+            losses.append(float(built.loss(turn, self.step(setup, 0, turn.name)).loss.detach()))
+        assert losses[0] == losses[1]
+
+    def test_training_moves_the_student_and_never_the_teacher(self, name: str, tmp_path: Path) -> None:
+        built, setup = build(name)
+        before = {key: value.clone() for key, value in setup.base.network.state_dict().items()}
+        start = [weight.detach().clone() for weight in built.student.network.parameters()]
+        trainer_of(built, setup, tmp_path, batch_size=8, iterations=ITERATIONS).run()
+        assert any(not torch.equal(old, new) for old, new in zip(start, built.student.network.parameters(), strict=True))
+        assert all(torch.equal(before[key], value) for key, value in setup.base.network.state_dict().items())
+
+    def test_stopped_and_resumed_it_ends_in_the_same_weights(self, name: str, tmp_path: Path) -> None:
+        ends = []
+        for stops in ((ITERATIONS,), (ITERATIONS // 2 - 1, ITERATIONS)):
+            folder = tmp_path / str(len(stops))
+            for stop in stops:
+                built, setup = build(name)
+                trainer = trainer_of(built, setup, folder, batch_size=8, iterations=stop, gradient_accumulation=2)
+                latest = trainer.latest_checkpoint()
+                if latest is not None:
+                    trainer.load(latest)
+                trainer.run()
+            latest = trainer.latest_checkpoint()
+            assert latest is not None
+            ends.append(load_checkpoint(latest)[0])
+        assert ends[0].keys() == ends[1].keys()
+        assert not [key for key in ends[0] if not torch.equal(ends[0][key], ends[1][key])]
+
+    @staticmethod
+    def step(setup: Any, iteration: int, turn: str) -> Any:
+        from distillers.methods.base import Step
+
+        return Step(
+            iteration=iteration,
+            micro=0,
+            batch=MixtureFeed(setup, 8).batch(iteration),
+            shared=generator_of("shared", turn, iteration),
+            local=generator_of("local", turn, seed_of(iteration)),
+        )
