@@ -36,15 +36,16 @@ def add_adapters(model: TextToImage, lora: LoraSpec) -> None:
 def save_adapters(network: nn.Module, folder: Path) -> None:
     """Writes ``pytorch_lora_weights.safetensors`` in half precision, as diffusers' ``load_lora_weights`` reads it."""
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     state: dict[str, Any] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
-    config: Any = network.peft_config[ADAPTER]  # type: ignore[index, union-attr]  # peft sets it
+    config: dict[str, Any] = network.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
+    # peft keeps names in sets, whose order differs from run to run: sorted, the same student gives the same file.
+    config = {key: sorted(value) if isinstance(value, set | list) else value for key, value in config.items()}
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(state),
-        unet_lora_adapter_metadata=config.to_dict(),
+        unet_lora_layers=state,
+        unet_lora_adapter_metadata=config,
         safe_serialization=True,
     )

@@ -79,6 +79,11 @@ def unpack_optimizer(
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+    for weight, restored in optimizer.state.items():
+        for key, value in restored.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                # In the weight's own memory format (channels_last): fused optimizers go through both in memory order.
+                restored[key] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def pack_module(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:

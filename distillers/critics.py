@@ -48,9 +48,7 @@ class Heads(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """``(B, number of feature maps)`` float32; larger means 'real'."""
         weight = next(self.parameters())
-        logits = [
-            each(feature.to(weight.dtype)).flatten(1) for each, feature in zip(self.heads, features, strict=True)
-        ]
+        logits = [each(feature.to(weight.dtype)).flatten(1) for each, feature in zip(self.heads, features, strict=True)]
         return torch.cat(logits, dim=1).float()
 
 

@@ -1,165 +1,31 @@
-"""What a job trains on: captions with pictures, or prompts alone; seen by the trainer as batches by number.
+"""A corpus seen by the trainer: batches of conditions and latents, by number.
 
 Conditions and latents are computed once and kept in half precision on disk where a job needs most of them, and computed
 batch by batch where it draws fewer than there are. A batch follows from (seed, iteration, micro-batch, process) alone.
 """
 
 import hashlib
-import json
 import os
+import shutil
+from bisect import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distillers.corpus import BadData, Corpus
 from distillers.methods.base import Batch
 from distillers.seeds import generator_of
-from weights.contracts import DataSpec
 from weights.denoiser import Cond
 from weights.families.base import TextToImage
 
 ENCODE_BATCH = 64
 Tick = Callable[[str, int, int], None]
-
-
-class BadData(ValueError):
-    """The data cannot be trained on; the message says what is wrong with which file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """The training split of a data source. Captions are unique; pictures refer to them by number."""
-
-    captions: list[str]
-    rows: list[list[int]]
-    """Each picture's captions, one drawn at a time."""
-    weights: Tensor
-    """How often each picture is drawn, ``(N,)`` float64, summing to 1."""
-    pictures: Callable[[list[int]], Tensor] | None
-    """Those pictures, ``(B, 3, H, W)`` uint8; None where there are prompts alone."""
-    prompts: list[int] | None
-    """Captions to draw the student's conditions from, where they are not the pictures' own."""
-    sheet: list[str]
-    """Prompts of the sample sheets."""
-    identity: str
-    """Says which pictures these are: part of the latents' cache key."""
-
-
-def load_corpus(spec: DataSpec, size: int) -> Corpus:
-    """The corpus of a data source.
-
-    Args:
-        spec: the job's.
-        size: height and width that the pictures are brought to.
-
-    Raises:
-        BadData: a file is missing or malformed.
-    """
-    if spec.source == "emoji":
-        captions, rows, weights, pictures, sheet, identity = _emoji()
-    else:
-        captions, rows, weights, pictures, sheet, identity = _folder(Path(spec.source), size)
-    prompts = None
-    if spec.prompts is not None:
-        lines = _prompt_lines(Path(spec.prompts))
-        number = {caption: row for row, caption in enumerate(captions)}
-        for line in lines:
-            if number.setdefault(line, len(captions)) == len(captions):
-                captions.append(line)
-        prompts, sheet = [number[line] for line in lines], lines[:8]
-    return Corpus(
-        captions=captions, rows=rows, weights=weights, pictures=pictures, prompts=prompts, sheet=sheet, identity=identity
-    )
-
-
-_Parts = tuple[list[str], list[list[int]], Tensor, Callable[[list[int]], Tensor] | None, list[str], str]
-
-
-def _emoji() -> _Parts:
-    from distillers.emoji.data import captions as captions_of
-    from distillers.emoji.data import load_pictures, load_records, sampling_weights
-
-    records = load_records()
-    train = [record for record in records if record.split != "held_out"]
-    held_out = [record for record in records if record.split == "held_out"]
-    captions, rows = _numbered([captions_of(record) for record in train])
-    sheet = [captions_of(held_out[i * len(held_out) // 8])[0] for i in range(8)]
-    identity = hashlib.sha256("".join(record.file_name for record in train).encode()).hexdigest()
-
-    def pictures(numbers: list[int]) -> Tensor:
-        return load_pictures([train[number] for number in numbers])
-
-    return captions, rows, sampling_weights(train).double(), pictures, sheet, identity
-
-
-def _folder(folder: Path, size: int) -> _Parts:
-    """A folder with metadata.jsonl: ``{"file_name": ..., "text": caption or list of captions, "split": optional}``."""
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise BadData(f"data source {str(folder)!r} is neither 'emoji' nor a folder with a metadata.jsonl")
-    texts, files = [], []
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            path = folder / record["file_name"]
-            text = [record["text"]] if isinstance(record["text"], str) else [str(each) for each in record["text"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadData(f'{metadata}:{number}: want {{"file_name": ..., "text": ...}}, got {line[:80]!r}') from error
-        if record.get("split") == "held_out":
-            continue
-        if not text:
-            raise BadData(f"{metadata}:{number}: {record['file_name']} has no text")
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            raise BadData(f"{metadata}:{number}: no picture {record['file_name']!r} inside {folder}")
-        texts.append(text)
-        files.append(path)
-    if not files:
-        raise BadData(f"{metadata} names no pictures to train on")
-    captions, rows = _numbered(texts)
-    stats = "".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}\n" for path in files)
-
-    def pictures(numbers: list[int]) -> Tensor:
-        return torch.stack([_load_picture(files[number], size) for number in numbers])
-
-    weights = torch.full((len(files),), 1 / len(files), dtype=torch.float64)
-    return captions, rows, weights, pictures, captions[:8], hashlib.sha256(stats.encode()).hexdigest()
-
-
-def _numbered(texts: list[list[str]]) -> tuple[list[str], list[list[int]]]:
-    """The distinct captions in order of appearance, and each picture's as numbers."""
-    number: dict[str, int] = {}
-    rows = [[number.setdefault(caption, len(number)) for caption in captions] for captions in texts]
-    return list(number), rows
-
-
-def _load_picture(path: Path, size: int) -> Tensor:
-    """The central square at ``size``, ``(3, size, size)`` uint8."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except OSError as error:
-        raise BadData(f"{path} is no readable picture ({error})") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _prompt_lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"prompts file {str(path)!r} cannot be read ({error})") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise BadData(f"prompts file {str(path)!r} is empty: want one prompt a line")
-    return lines
 
 
 class Feed:
@@ -222,9 +88,12 @@ class Feed:
         """The batch of that number; the same whenever it is asked for."""
         generator = generator_of(self.seed, "data", iteration, micro, rank)
         places = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
-        numbers = torch.searchsorted(self._cumulative, places * self._cumulative[-1]).clamp_max(len(self._cumulative) - 1)
+        numbers = torch.searchsorted(self._cumulative, places * self._cumulative[-1]).clamp_max(
+            len(self._cumulative) - 1
+        )
         choices = torch.rand(self.batch_size, generator=generator).tolist()
-        own = [self.corpus.rows[n][int(c * len(self.corpus.rows[n]))] for n, c in zip(numbers.tolist(), choices, strict=True)]
+        captions = [self.corpus.rows[number] for number in numbers.tolist()]
+        own = [self._choose(rows, choice) for rows, choice in zip(captions, choices, strict=True)]
         if self.corpus.prompts is None:
             cond = self.conditions(torch.tensor(own))
             return Batch(cond=cond, real_cond=cond, real=self._real(numbers))
@@ -233,6 +102,12 @@ class Feed:
         if not self.with_pictures:
             return Batch(cond=cond)
         return Batch(cond=cond, real_cond=self.conditions(torch.tensor(own)), real=self._real(numbers))
+
+    def _choose(self, rows: list[int], place: float) -> int:
+        """One of a picture's captions, by a number in [0, 1)."""
+        odds = self.corpus.odds or [1.0] * len(rows)
+        total = list(accumulate(odds))
+        return rows[min(bisect(total, place * total[-1]), len(rows) - 1)]
 
     def conditions(self, rows: Tensor) -> Cond:
         """Conditions of the captions with these numbers, float32 on the training device."""
@@ -303,7 +178,12 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
             tick("encoding captions", min(start + ENCODE_BATCH, len(captions)), len(captions))
         for file in files.values():
             file.flush()
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+            shutil.rmtree(temporary)
     # Copy-on-write, since torch warns about arrays that it could not write to.
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
 

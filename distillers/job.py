@@ -1,9 +1,7 @@
 """One job from its spec to a published student."""
 
-import json
 import signal
 import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from distillers.adapters import add_adapters, save_adapters
-from distillers.data import Feed, load_corpus
+from distillers.corpus import load_corpus
+from distillers.data import Feed
 from distillers.events import Reporter, now
 from distillers.methods import method
 from distillers.methods.base import Method, MethodConfig, Setup, Workspace
@@ -21,15 +20,19 @@ from distillers.precision import resolve_precision
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
-from distillers.trainer import Interrupted, Trainer
-from weights.bundled import resolve_base
-from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
+from distillers.trainer import Diverged, Interrupted, Trainer
+from weights.contracts import Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
-from weights.store import Store, digest_folder
+from weights.store import Store, StoreError
+from weights.students import base_reference
 
 STOPPED = 143
 """Exit status after SIGTERM, as a shell reports it."""
+
+
+EXPECTED = (ValueError, Diverged, StoreError, OSError)
+"""Failures whose message is all there is to say; anything else is a bug, and its traceback is shown."""
 
 
 def code_version() -> str:
@@ -38,15 +41,6 @@ def code_version() -> str:
         return version("fewstep")
     except PackageNotFoundError:
         return "source"
-
-
-def base_reference(job: DistillJob) -> BaseReference:
-    """What the job's base is, by the digest of its weight files."""
-    if job.family == "gaussian_mixture":
-        import hashlib
-
-        return BaseReference(id=job.base, sha256=hashlib.sha256(job.base.encode()).hexdigest())
-    return BaseReference(id=job.base, sha256=digest_folder(resolve_base(job.base)))
 
 
 class JobRun:
@@ -73,9 +67,11 @@ class JobRun:
         self.replace = replace
         if self.job.train.threads is not None:
             torch.set_num_threads(self.job.train.threads)
-        device = PartialState().device
+        # Told outright: accelerate starts processes on CPUs as one job only where the CPU is asked for.
+        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        device = PartialState(cpu=on_cpu).device
         self.precision = resolve_precision(self.job.train.precision, device)
-        self.accelerator = Accelerator(mixed_precision="bf16" if self.precision == "bfloat16" else "no")
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if self.precision == "bfloat16" else "no")
         self.reporter = Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
         self._stop = False
@@ -94,7 +90,7 @@ class JobRun:
                 self._train_and_publish(resume)
             except Interrupted:
                 return STOPPED
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (whatever it is, the events must say so; unknown ones go on)
                 self._failed(error)
                 return 1
         return 0
@@ -130,7 +126,12 @@ class JobRun:
         taken = (self.store.root / self.job.student).exists()
         if taken and not self.replace:
             raise BadSpec(
-                [{"param": "student", "message": f"{self.job.student!r} is published already; use another or --replace"}]
+                [
+                    {
+                        "param": "student",
+                        "message": f"{self.job.student!r} is published already; use another or --replace",
+                    }
+                ]
             )
 
     def _tick(self, what: str, done: int, total: int) -> None:
@@ -143,7 +144,7 @@ class JobRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n")
         torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters start from random weights
-        self.reference = base_reference(job)
+        self.reference = base_reference(job.base)
         base = load(job.family, job.base, device, torch.float32)
         chosen = method(job.method)
         with_pictures = chosen.needs_pictures(self.config) is not None
@@ -195,7 +196,7 @@ class JobRun:
             has_pictures=with_pictures,
         )
         built = chosen(config, setup)
-        base.network.to(memory_format=torch.channels_last)
+        base.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
         if self.precision == "bfloat16":
             base.network.to(torch.bfloat16)  # frozen: autocast would convert its weights anew at every call
         return built
@@ -255,9 +256,10 @@ class JobRun:
         latest = self.trainer.latest_checkpoint() if self.trainer is not None else None
         checkpoint = str(latest.relative_to(self.folder)) if latest else None
         step = self.trainer.iteration if self.trainer is not None else 0
-        message = str(error) if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: {error}"
+        expected = isinstance(error, EXPECTED)
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
         self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
-        if not isinstance(error, ValueError | RuntimeError | OSError):
+        if not expected:
             raise error
 
 

@@ -31,7 +31,7 @@ def draw_times(count: int, interval: tuple[float, float], generator: torch.Gener
 def draw_step(
     schedules: dict[int, StepSchedule], weights: dict[int, float] | None, generator: torch.Generator
 ) -> tuple[StepSchedule, int]:
-    """Which step count to train now, in proportion to ``weights`` (uniform when left out), and uniformly which step of it."""
+    """Which step count to train now, in proportion to ``weights`` (equally when left out), and which step of it."""
     counts = sorted(schedules)
     probabilities = torch.tensor([1.0 if weights is None else weights.get(count, 0.0) for count in counts])
     schedule = schedules[counts[int(torch.multinomial(probabilities, 1, generator=generator))]]

@@ -283,8 +283,11 @@ class Trainer:
         if self.sheet is None or not self.accelerator.is_main_process:
             return
         path = self.folder / "samples" / f"iteration-{self.iteration:08d}.png"
+        network = self.networks["student"].module
+        network.eval()
         with self.averaged(), self.accelerator.autocast():
             pictures = self.sheet.draw(self.method.student)
+        network.train()
         self.reporter.picture(self.iteration, "samples", self.sheet.save(pictures, path))
         self._saved("samples", path)
 

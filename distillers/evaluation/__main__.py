@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console, errors = Console(), Console(stderr=True)
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console.width = 160
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:  # better now than after the last measurement
         errors.print(
@@ -98,6 +100,8 @@ def evaluate(base: Model, students: list[Model], options: argparse.Namespace, co
     with Progress(*columns, console=console) as progress:
 
         def track(title: str, total: int) -> Callable[[int], None]:
+            if not console.is_terminal:  # a log file: a line a stage
+                console.print(f"{title}: {total}", markup=False, highlight=False)
             for done in progress.task_ids:  # one line at a time: there are dozens of stages
                 progress.remove_task(done)
             task = progress.add_task(title, total=total)

@@ -68,7 +68,7 @@ def table(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     *,
-    cell: int = 96,
+    cell: int = 128,
     title: str | None = None,
 ) -> Image.Image:
     """Pictures with a name for every row and column, to compare models on the same prompts.
@@ -85,15 +85,15 @@ def table(
             f"want {len(row_labels)} rows of {len(column_labels)} pictures, got {[len(row) for row in rows]}"
         )
     font, title_font = ImageFont.load_default(12), ImageFont.load_default(18)
-    left, top = 150, (34 if title else 0) + 40
+    left, top = 150, (34 if title else 0) + 52
     size = (left + len(column_labels) * (cell + GAP), top + len(rows) * (cell + GAP) + GAP)
     canvas = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
         draw.text((GAP, 9), title, fill=_INK, font=title_font)
     for column, label in enumerate(column_labels):
-        for number, line in enumerate(_wrapped(label, cell + GAP // 2, font, 2)):
-            draw.text((left + column * (cell + GAP), top - 34 + 15 * number), line, fill=_INK, font=font)
+        for number, line in enumerate(_wrapped(label, cell + GAP // 2, font, 3)):
+            draw.text((left + column * (cell + GAP), top - 48 + 15 * number), line, fill=_INK, font=font)
     for number, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + number * (cell + GAP)
         for at, line in enumerate(_wrapped(label, left - 2 * GAP, font, 4)):

@@ -26,7 +26,9 @@ def methods() -> dict[str, type[Method]]:
             if not issubclass(member, Method) or inspect.isabstract(member) or member.__module__ != module.__name__:
                 continue
             if member.name in found:
-                raise RuntimeError(f"{member.__module__} and {found[member.name].__module__} both define {member.name!r}")
+                raise RuntimeError(
+                    f"{member.__module__} and {found[member.name].__module__} both define {member.name!r}"
+                )
             found[member.name] = member
     return found
 

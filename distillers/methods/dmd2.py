@@ -69,11 +69,15 @@ class DMD2Config(MethodConfig):
     step_weights: dict[int, float] | None = Field(
         None, description="how often each step count is trained, in proportion; equally when left out"
     )
-    guidance_scale: float = Field(1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    guidance_scale: float = Field(
+        1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
+    )
     guidance_interval: Interval | None = Field(
         None, description="guide only at times inside it (low, high); everywhere when left out"
     )
-    student_every: int = Field(5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)")
+    student_every: int = Field(
+        5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)"
+    )
     backward_simulation: bool = Field(
         True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
     )
@@ -101,7 +105,9 @@ class DMD2Config(MethodConfig):
     critic_betas: Interval = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of all networks")
     warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises")
-    fake_score_lora: bool = Field(False, description="in a LoRA job the fake score trains adapters too; else all weights")
+    fake_score_lora: bool = Field(
+        False, description="in a LoRA job the fake score trains adapters too; else all weights"
+    )
     regression_iterations: int = Field(
         0, ge=0, description="iterations of regression on teacher pairs before DMD (SDXL one step: 2000 to 3000)"
     )

@@ -102,7 +102,9 @@ class TestMethod:
         before = {key: value.clone() for key, value in setup.base.network.state_dict().items()}
         start = [weight.detach().clone() for weight in built.student.network.parameters()]
         trainer_of(built, setup, tmp_path, batch_size=8, iterations=ITERATIONS).run()
-        assert any(not torch.equal(old, new) for old, new in zip(start, built.student.network.parameters(), strict=True))
+        assert any(
+            not torch.equal(old, new) for old, new in zip(start, built.student.network.parameters(), strict=True)
+        )
         assert all(torch.equal(before[key], value) for key, value in setup.base.network.state_dict().items())
 
     def test_stopped_and_resumed_it_ends_in_the_same_weights(self, name: str, tmp_path: Path) -> None:

@@ -178,8 +178,8 @@ def test_the_average_follows_its_formula() -> None:
         expected = decay * expected + (1 - decay) * value
         assert float(average.values["weight"]) == pytest.approx(expected)
     with average.applied():
-        assert float(module.weight) == pytest.approx(expected)
-    assert float(module.weight) == -1.0
+        assert module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == -1.0
 
 
 def test_no_average_where_it_is_off(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_seeds_are_stable_and_apart() -> None:
     assert seed_of(0, "data", 1, 2) == seed_of(0, "data", 1, 2)
     parts = [(0, "data", 1, 2), (0, "data", 12), (0, "data", "1", 2), (1, "data", 1, 2), (0, "data", 2, 1)]
     assert len({seed_of(*each) for each in parts}) == len(parts)
-    assert seed_of(0, "data", 1) == 7041104034498399405
+    assert seed_of(0, "data", 1) == 8811026018193122889
 
 
 def test_precision_is_what_was_asked_or_what_the_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:

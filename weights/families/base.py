@@ -93,7 +93,9 @@ class TextToImage(ABC):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves every component; returns itself."""
         for module in self.components().values():
-            module.to(device=device, dtype=dtype)
+            module.to(device)
+            if dtype is not None:
+                module.to(dtype)
         self.denoiser.to(device)
         return self
 

@@ -13,7 +13,9 @@ from typing import Any, Self, cast
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from weights.bundled import resolve_base
 from weights.denoiser import Cond, Denoiser
@@ -25,6 +27,23 @@ _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "s
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "fewstep.json"
 """Beside model_index.json: a base's default_steps, default_guidance and licence, where they are not the usual ones."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, and their remarks on components that are not Stable Diffusion's usual ones."""
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 class _Enough(Exception):
@@ -129,6 +148,7 @@ class StableDiffusion(TextToImage):
         return list(getattr(config, "encoder_block_out_channels", None) or config.block_out_channels)
 
     @classmethod
+    @_quiet()
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -150,6 +170,10 @@ class StableDiffusion(TextToImage):
 
     def components(self) -> dict[str, nn.Module]:
         return {"unet": self.network, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    @_quiet()
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        return super().to(device, dtype)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         height, width = height or self.size, width or self.size
@@ -208,10 +232,12 @@ class StableDiffusion(TextToImage):
     def copy(self) -> Self:
         return self.with_network(copy.deepcopy(self.network))
 
+    @_quiet()
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         network: Any = copy.deepcopy(self.network)
         network.to("cpu", dtype).save_pretrained(folder / self.network_name)
 
+    @_quiet()
     def load_network(self, folder: Path) -> Self:
         if (folder / LORA_FILE).is_file():
             network: Any = copy.deepcopy(self.network)
@@ -228,6 +254,7 @@ class StableDiffusion(TextToImage):
         network = network.to(self.device, self.dtype).eval().requires_grad_(False)
         return self.with_network(network)
 
+    @_quiet()
     def export(self, folder: Path, timesteps: list[int]) -> None:
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))

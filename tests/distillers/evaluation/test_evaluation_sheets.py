@@ -42,7 +42,7 @@ def test_a_title_and_images_of_any_kind() -> None:
 def test_a_table_names_rows_and_columns() -> None:
     image = sheets.table([flat(10, 20), flat(30, 40)], ["red apple", "dog"], ["1 step", "4 steps"], cell=32)
     pixels = np.asarray(image)
-    found = {int(pixels[y, x, 0]) for y in (40 + 16, 40 + 40 + 16) for x in (150 + 16, 150 + 40 + 16)}
+    found = {int(pixels[y, x, 0]) for y in (52 + 16, 52 + 40 + 16) for x in (150 + 16, 150 + 40 + 16)}
     assert found == {10, 20, 30, 40}
 
 

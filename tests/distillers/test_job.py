@@ -1,0 +1,340 @@
+"""Jobs from spec to student: checks, data, publishing, sample sheets, stopping, failing."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import distillers.__main__ as command
+from distillers.corpus import BadData, load_corpus
+from distillers.data import Feed, cached_conditions
+from distillers.job import STOPPED, JobRun
+from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, read_spec, recipes
+from distillers.trainer import Trainer
+from tests.helpers import picture_folder, tiny_pipeline
+from weights.contracts import EVENTS, DataSpec
+from weights.families.stable_diffusion import StableDiffusion
+from weights.store import Store
+from weights.students import load_student
+
+ONE_STEP = {"1": {"timesteps": [1.0]}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return picture_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def raw(base: Path, data: Path) -> dict[str, Any]:
+    return {
+        "student": "tiny",
+        "method": "dmd2",
+        "base": str(base),
+        "data": {"source": str(data)},
+        "train": {"iterations": 2, "batch_size": 2, "log_every": 1, "sample_every": 1, "precision": "float32"},
+        "config": {"student_every": 2, "student_lr": 1e-2, "warmup": 0},
+        "licence": "CC0-1.0",
+    }
+
+
+def events(folder: Path) -> list[Any]:
+    return [EVENTS.validate_json(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+# Specs
+
+
+def problems(raw: Any) -> dict[str, str]:
+    with pytest.raises(BadSpec) as error:
+        check_spec(raw)
+    return {each["param"]: each["message"] for each in error.value.errors}
+
+
+def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
+    job, config = check_spec(raw)
+    assert job.config["gan_weight"] == 1e-3 and job.config["student_lr"] == 1e-2
+    assert set(job.config) == set(type(config).model_fields)
+    again, _ = check_spec(json.loads(job.model_dump_json()))
+    assert again == job
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        ({"method": "dmd3"}, "method", "dmd2"),
+        ({"family": "dit"}, "family", "stable_diffusion"),
+        ({"student": "../x"}, "student", "lower-case"),
+        ({"config": {"student_every": 0}}, "config.student_every", "greater than or equal to 1"),
+        ({"config": {"colour": 1}}, "config.colour", "not permitted"),
+        ({"train": {"iterations": "many"}}, "train.iterations", "integer"),
+        ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
+        ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
+        ({"extra": 1}, "extra", "not permitted"),
+    ],
+)
+def test_a_bad_spec_names_the_field_and_what_is_allowed(
+    raw: dict[str, Any], change: dict[str, Any], param: str, says: str
+) -> None:
+    found = problems({**raw, **change})
+    assert says in found[param], found
+
+
+def test_recipes_check_and_overrides_change_them() -> None:
+    assert {"emoji_dmd2", "demo"} <= recipes().keys()
+    for name in recipes():
+        job, _ = check_spec(read_spec(name))
+        assert job.student
+    changed = read_spec("demo", ["train.iterations=7", "student=mine", "config.guidance_scale=3.5"])
+    assert (changed["train"]["iterations"], changed["student"], changed["config"]["guidance_scale"]) == (7, "mine", 3.5)
+    with pytest.raises(BadSpec, match=r"train\.iterations=10"):
+        read_spec("demo", ["nonsense"])
+    with pytest.raises(BadSpec, match="emoji_dmd2"):
+        read_spec("no_such_recipe")
+
+
+def test_the_fingerprint_ignores_how_far_a_job_goes(raw: dict[str, Any]) -> None:
+    job, _ = check_spec(raw)
+    longer, _ = check_spec({**raw, "train": {**raw["train"], "iterations": 99, "log_every": 3}})
+    other, _ = check_spec({**raw, "train": {**raw["train"], "batch_size": 3}})
+    assert fingerprint(job) == fingerprint(longer) != fingerprint(other)
+
+
+def test_the_check_command(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(raw))
+    assert command.main(["check", str(path)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] and answer["job"]["config"]["guidance_scale"] == 1.75
+    path.write_text(json.dumps({**raw, "method": "none"}))
+    assert command.main(["check", str(path)]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["ok"] and answer["errors"][0]["param"] == "method"
+    assert command.main([str(path), "--folder", str(tmp_path / "run")]) == 2
+    assert "method" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_methods_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["methods"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed == describe_methods()
+    dmd2 = next(each for each in listed if each["name"] == "dmd2")
+    assert dmd2["description"].startswith("DMD2") and "guidance_scale" in dmd2["config"]["properties"]
+
+
+# Data
+
+
+def test_a_folder_is_read_without_what_is_held_out(data: Path) -> None:
+    corpus = load_corpus(DataSpec(source=str(data)), 16)
+    assert len(corpus.rows) == 5
+    assert [len(rows) for rows in corpus.rows] == [2, 1, 1, 2, 1]
+    assert len(set(corpus.captions)) == len(corpus.captions) == 6
+    assert corpus.pictures is not None
+    pictures = corpus.pictures([0, 4])
+    assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
+
+
+def test_emoji_never_trains_on_what_is_held_out() -> None:
+    from distillers.emoji.data import load_records
+
+    corpus = load_corpus(DataSpec(source="emoji"), 64)
+    train = [record for record in load_records() if record.split == "train"]
+    assert len(corpus.rows) == len(train) == len(corpus.weights)
+    assert float(corpus.weights.sum()) == pytest.approx(1)
+    assert len(corpus.sheet) == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "want"),
+        ('{"file_name": "0.png"}', "want"),
+        ('{"file_name": "missing.png", "text": "a"}', "no picture"),
+        ('{"file_name": "../0.png", "text": "a"}', "no picture"),
+        ('{"file_name": "0.png", "text": []}', "no text"),
+    ],
+)
+def test_bad_metadata_names_the_line(line: str, says: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "fine"}\n' + line + "\n")
+    with pytest.raises(BadData, match=r"metadata\.jsonl:2") as error:
+        load_corpus(DataSpec(source=str(tmp_path)), 8)
+    assert says in str(error.value)
+
+
+def test_prompts_go_to_the_student_and_captions_stay_with_pictures(base: Path, data: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("blue dog\n\nred apple\n")
+    corpus = load_corpus(DataSpec(source=str(data), prompts=str(prompts)), 32)
+    assert corpus.prompts is not None and [corpus.captions[row] for row in corpus.prompts] == ["blue dog", "red apple"]
+    model = StableDiffusion.load(base)
+    feed = Feed(corpus, model, device=torch.device("cpu"), batch_size=4, seed=0, with_pictures=True)
+    batch = feed.batch(0)
+    assert batch.real is not None and batch.real.shape == (4, *model.latent_shape())
+    assert batch.real_cond is not None and batch.real_cond is not batch.cond
+    own = model.encode_prompts(["blue dog", "red apple"])["encoder_hidden_states"]
+    for row in batch.cond["encoder_hidden_states"]:
+        assert min((row - each).abs().max() for each in own) < 1e-5
+    alone = Feed(corpus, model, device=torch.device("cpu"), batch_size=4, seed=0, with_pictures=False).batch(0)
+    assert alone.real is None
+
+
+def test_cached_batches_are_the_same_within_half_precision(base: Path, data: Path, tmp_path: Path) -> None:
+    model, corpus = StableDiffusion.load(base), load_corpus(DataSpec(source=str(data)), 32)
+
+    def feed() -> Feed:
+        return Feed(corpus, model, device=torch.device("cpu"), batch_size=4, seed=3, with_pictures=True)
+
+    fresh, cached, again = feed(), feed(), feed()
+    ticks: list[tuple[str, int, int]] = []
+    cached.prepare(tmp_path, "base", 1000, lambda *tick: ticks.append(tick))
+    assert {what for what, _, _ in ticks} == {"encoding captions", "encoding pictures"}
+    again.prepare(tmp_path, "base", 1000, lambda *_: pytest.fail("encoded again"))
+    few = feed()
+    few.prepare(tmp_path, "base", 3, lambda *_: pytest.fail("a short job needs no cache"))
+    for number in range(3):
+        left, right, third = fresh.batch(number), cached.batch(number), again.batch(number)
+        assert left.real is not None and right.real is not None and third.real is not None
+        torch.testing.assert_close(left.real, right.real, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(right.real, third.real, rtol=0, atol=0)
+        for name in left.cond:
+            torch.testing.assert_close(left.cond[name], right.cond[name], rtol=2e-3, atol=2e-3)
+    ranks = [fresh.batch(0, rank=rank).cond["encoder_hidden_states"] for rank in (0, 1)]
+    assert not torch.equal(*ranks)
+
+
+# Whole jobs
+
+
+def test_a_job_publishes_its_averaged_student(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    run = JobRun(raw, tmp_path / "run", store)
+    assert run.run(resume=False) == 0
+    manifest = store.manifest("tiny")
+    assert (manifest.method, manifest.adapter, manifest.licence) == ("dmd2", "full", "CC0-1.0")
+    assert sorted(manifest.schedules) == [1, 2, 4]
+    assert manifest.guidance.trained_scale == 1.75 and manifest.job is not None
+    assert manifest.metrics["iterations"] == 2
+    assert run.trainer is not None
+    loaded = load_student(store.open("tiny"), StableDiffusion.load(raw["base"]))
+    average = run.trainer.networks["student"].average
+    assert average is not None
+    for name, weight in loaded.network.named_parameters():
+        torch.testing.assert_close(weight, average.values[name].half().float(), rtol=0, atol=0)
+    found = events(tmp_path / "run")
+    assert found[-1].kind == "finished" and found[-1].student == "tiny"
+    sheets = [event.path for event in found if event.kind == "samples"]
+    with Image.open(tmp_path / "run" / sheets[-1]) as sheet:
+        assert sheet.height > 3 * 32 and sheet.width > 6 * 32
+    assert len(sheets) == 2
+    # The name is taken now: another job of that name ends before it trains.
+    assert JobRun(raw, tmp_path / "second", store).run(resume=False) == 1
+    assert "published already" in events(tmp_path / "second")[-1].message
+    assert JobRun(raw, tmp_path / "third", store, replace=True).run(resume=False) == 0
+
+
+def test_a_lora_job_publishes_adapters_that_draw_like_the_student(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw |= {"lora": {"rank": 2, "alpha": 4.0}}
+    raw["train"] |= {"ema_decay": 0.0}
+    store = Store(tmp_path / "store")
+    run = JobRun(raw, tmp_path / "run", store)
+    assert run.run(resume=False) == 0
+    manifest = store.manifest("tiny")
+    assert (manifest.adapter, manifest.lora_alpha) == ("lora", 4.0)
+    assert list(manifest.files) == ["pytorch_lora_weights.safetensors"]
+    assert run.trainer is not None
+    trained = run.trainer.networks["student"].weights
+    assert trained and all("lora_" in name for name in trained)
+    base = StableDiffusion.load(raw["base"])
+    loaded = load_student(store.open("tiny"), base)
+    x = torch.randn(2, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
+    cond = base.encode_prompts(["red apple", "blue dog"])
+    t = torch.tensor([1.0, 0.5])
+    with torch.no_grad():
+        ours = run.trainer.method.student.denoiser.eval()(x, t, cond)
+        theirs = loaded.denoiser(x, t, cond)
+        untouched = base.denoiser(x, t, cond)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
+    assert (ours - untouched).abs().max() > 10 * (ours - theirs).abs().max()
+
+
+def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\nblue dog\n")
+    raw["data"] = {"source": "emoji", "prompts": str(prompts)}
+    raw["config"] |= {"gan_weight": 0.0, "schedules": ONE_STEP, "regression_iterations": 1, "regression_pairs": 3,
+                      "regression_steps": 2}  # fmt: skip
+    raw["train"] |= {"iterations": 3}
+    assert JobRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == 0
+    metrics = {name for event in events(tmp_path / "run") if event.kind == "progress" for name in event.metrics}
+    assert "regression/loss" in metrics and "student/matching" in metrics
+
+
+def test_sigterm_saves_and_the_job_goes_on(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["train"] |= {"iterations": 4, "sample_every": 100}
+    iterate = Trainer._iterate
+
+    def stopped_at_second(self: Trainer) -> None:
+        iterate(self)
+        if self.iteration == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_iterate", stopped_at_second)
+    store = Store(tmp_path / "store")
+    assert JobRun(raw, tmp_path / "run", store).run(resume=False) == STOPPED == 143
+    assert store.names() == []
+    monkeypatch.setattr(Trainer, "_iterate", iterate)
+    assert JobRun(raw, tmp_path / "run", store).run(resume=False) == 1
+    assert "--resume" in events(tmp_path / "run")[-1].message
+    assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 0
+    assert [event.resumed_from for event in events(tmp_path / "run") if event.kind == "started"] == [0, 2]
+    assert store.names() == ["tiny"]
+
+
+def test_a_diverged_job_says_where_and_what_is_left(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw["train"] |= {"iterations": 4, "checkpoint_every": 1}
+    monkeypatch.setattr("distillers.methods.dmd2.generator_loss", lambda logits: logits.sum() * float("nan"))
+    assert JobRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == 1
+    failed = events(tmp_path / "run")[-1]
+    assert failed.kind == "failed" and failed.step == 1
+    assert "student turn's loss is nan" in failed.message
+    assert failed.last_checkpoint == "checkpoints/iteration-00000001.safetensors"
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert JobRun(raw, tmp_path / "run", store).run(resume=False) == 0
+    raw["config"] |= {"student_lr": 0.5}
+    assert JobRun(raw, tmp_path / "run", store, replace=True).run(resume=True) == 1
+    assert "other settings" in events(tmp_path / "run")[-1].message
+
+
+def test_two_processes_may_fill_one_cache(base: Path, data: Path, tmp_path: Path) -> None:
+    """The slower of the two finds the folder there, and takes it."""
+    corpus = load_corpus(DataSpec(source=str(data)), 32)
+    model = StableDiffusion.load(base)
+
+    class Raced(StableDiffusion):
+        def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+            if not (tmp_path / "conditions").exists():
+                cached_conditions(tmp_path / "conditions", model, corpus.captions, lambda *_: None)
+            return super().encode_prompts(prompts)
+
+    found = cached_conditions(tmp_path / "conditions", Raced(model.pipeline), corpus.captions, lambda *_: None)
+    assert len(found["encoder_hidden_states"]) == len(corpus.captions)
+    assert [path.name for path in tmp_path.iterdir()] == ["conditions"]
