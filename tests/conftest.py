@@ -8,7 +8,9 @@ from typing import Any
 
 # Before anything imports the libraries that read these.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")
-os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin while they wait cost minutes where other processes compute
+os.environ["OMP_WAIT_POLICY"] = (
+    "passive"  # threads that spin while they wait cost minutes where other processes compute
+)
 for _variable in [name for name in os.environ if name.startswith("FEWSTEP_")]:
     del os.environ[_variable]
 

@@ -84,9 +84,7 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
     published(store, base, base_folder, tmp_path)
     student = load_student(store.open("student"), base)
     ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
-    pipeline = DiffusionPipeline.from_pretrained(
-        export(store, "student", tmp_path / "out", 4), dtype=torch.float32
-    )
+    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
     theirs = diffusers_pixels(pipeline, 4, 1.0, seed=7)
     assert (ours - theirs).abs().mean() * 255 < 0.01
     base_pixels = (base.decode(draw(base, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
