@@ -7,6 +7,7 @@ batch by batch where it draws fewer than there are. A batch follows from (seed, 
 import hashlib
 import os
 import shutil
+import tempfile
 from bisect import bisect
 from collections.abc import Callable
 from itertools import accumulate
@@ -164,8 +165,8 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
         tick: told how far it is.
     """
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         files: dict[str, np.memmap] = {}
         for start in range(0, len(captions), ENCODE_BATCH):
             encoded = base.encode_prompts(captions[start : start + ENCODE_BATCH])
