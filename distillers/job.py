@@ -102,6 +102,10 @@ class JobRun:
             self.trainer.asked_to_stop = True
 
     def _train_and_publish(self, resume: bool) -> None:
+        done = self._published() if resume else None
+        if done is not None:  # killed after publishing and before it could say so
+            self._finished(done, int(done.metrics["iterations"]), float(done.metrics["training_seconds"]))
+            return
         self._refuse_taken_name()
         previous = signal.signal(signal.SIGTERM, self.stop)
         try:
@@ -109,18 +113,23 @@ class JobRun:
             trainer.asked_to_stop = self._stop
             trainer.run()
             if self.accelerator.is_main_process:
-                manifest = self._publish(trainer)
-                self.reporter.emit(
-                    Finished(
-                        at=now(),
-                        step=trainer.iteration,
-                        student=manifest.name,
-                        seconds=trainer.seconds,
-                        metrics=manifest.metrics,
-                    )
-                )
+                self._finished(self._publish(trainer), trainer.iteration, trainer.seconds)
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+    def _finished(self, manifest: StudentManifest, step: int, seconds: float) -> None:
+        self.reporter.emit(
+            Finished(at=now(), step=step, student=manifest.name, seconds=seconds, metrics=manifest.metrics)
+        )
+
+    def _published(self) -> StudentManifest | None:
+        """The student that this very job, whose checkpoints are in the folder, has published already."""
+        try:
+            manifest = self.store.manifest(self.job.student)
+        except StoreError:
+            return None
+        trained_here = any((self.folder / "checkpoints").glob("iteration-*.safetensors"))
+        return manifest if trained_here and manifest.job == self.job else None
 
     def _refuse_taken_name(self) -> None:
         taken = (self.store.root / self.job.student).exists()

@@ -20,6 +20,7 @@ from distillers.checkpoint import load_checkpoint, pack_optimizer, save_checkpoi
 from distillers.ema import Average
 from distillers.events import Reporter, now
 from distillers.methods.base import Batch, Method, OptimizerSettings, Step, Trained, Turn, TurnLoss
+from distillers.precision import fast_kernels
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from weights.contracts import Progress, Saved, Started, TrainSpec
@@ -209,7 +210,7 @@ class Trainer:
         self._only(turn)
         module = self._module(turn)
         for number, step in enumerate(steps):
-            with self._unsynced(module, number + 1 < len(steps)):
+            with self._unsynced(module, number + 1 < len(steps)), fast_kernels(self.accelerator.device):
                 loss, metrics = module(turn, step)
                 self._check(turn, "loss", loss)
                 self.accelerator.backward(loss / len(steps))
@@ -285,7 +286,7 @@ class Trainer:
         path = self.folder / "samples" / f"iteration-{self.iteration:08d}.png"
         network = self.networks["student"].module
         network.eval()
-        with self.averaged(), self.accelerator.autocast():
+        with self.averaged(), self.accelerator.autocast(), fast_kernels(self.accelerator.device):
             pictures = self.sheet.draw(self.method.student)
         network.train()
         self.reporter.picture(self.iteration, "samples", self.sheet.save(pictures, path))

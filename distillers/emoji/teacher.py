@@ -34,6 +34,7 @@ from distillers.checkpoint import (
     unpack_optimizer,
 )
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.precision import fast_kernels, resolve_precision
 
 TOKENS = 20
 CAPTION_ODDS = (0.35, 0.10, 0.20, 0.12, 0.06, 0.10)  # in `captions`' order; the rest of 1 is no caption at all
@@ -161,7 +162,8 @@ def train(options: argparse.Namespace) -> None:
         average.load_state_dict(unet.state_dict())
         card = json.loads((options.output / "fewstep.json").read_text())
         step, used = card["trained_steps"], card["trained_minutes"] * 60.0
-    scheduler = build_scheduler()
+    scheduler, device = build_scheduler(), torch.device("cpu")
+    bfloat16 = resolve_precision("auto", device) == "bfloat16"
     budget, last, saved, total = options.minutes * 60, time.monotonic(), used, 0.0
     while used < budget:
         rate = learning_rate(step, used / budget, options.lr)
@@ -169,7 +171,9 @@ def train(options: argparse.Namespace) -> None:
             group["lr"] = rate
         latents, states, noise, times = batches.draw(step)
         noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        loss = (unet(noisy, times, states).sample - scheduler.get_velocity(latents, noise, times)).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), fast_kernels(device):
+            velocity = unet(noisy, times, states).sample
+        loss = (velocity.float() - scheduler.get_velocity(latents, noise, times)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

@@ -238,6 +238,20 @@ class DMD2(Method):
     def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
         return add_noise(self.teacher.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
 
+    def _shares_pass(self) -> bool:
+        """Whether one pass of the fake score gives both its estimate and the discriminator's features."""
+        return self.heads is not None and self.config.share_times and self.critic is self.fake_score
+
+    def _features(
+        self, x: Tensor, shared: tuple[Tensor, Tensor], cond: Cond, step: Step
+    ) -> tuple[list[Tensor], Tensor]:
+        """The discriminator's features of x and the times of its noise: the score losses' (x_t, t), or its own."""
+        x_t, t = shared
+        if not self.config.share_times:
+            t = draw_times(step.size, self.config.gan_times, step.local, x.device)
+            x_t = self._noised(x, t, step)
+        return self.critic.features(x_t, t, cond), t
+
     def _student_loss(self, step: Step) -> TurnLoss:
         config = self.config
         x, cond = self._sample(step)
@@ -245,7 +259,7 @@ class DMD2(Method):
             step.scratch["samples"] = (x.detach(), cond)
         t = draw_times(step.size, config.dm_times, step.local, x.device)
         x_t = self._noised(x, t, step)
-        share = self.heads is not None and config.share_times and self.critic is self.fake_score
+        share = self._shares_pass()
         features: list[Tensor] = []
         with torch.no_grad():
             teacher_x0 = guided_x0(
@@ -266,10 +280,7 @@ class DMD2(Method):
         }
         if self.heads is not None:
             if not share:
-                if not config.share_times:
-                    t = draw_times(step.size, config.gan_times, step.local, x.device)
-                    x_t = self._noised(x, t, step)
-                features = self.critic.features(x_t, t, cond)
+                features, _ = self._features(x, (x_t, t), cond, step)
             adversarial = generator_loss(self.heads(features))
             loss = loss + config.gan_weight * adversarial
             metrics["student/adversarial"] = adversarial
@@ -286,19 +297,17 @@ class DMD2(Method):
         x_t = self._noised(x, t, step)
         schedule = self.teacher.schedule
         weight = score_weight(schedule.alpha(t), schedule.sigma(t), config.score_weighting, config.sigma_data)
+        share = self._shares_pass()
         features: list[Tensor] = []
-        if self.heads is not None and config.share_times and self.critic is self.fake_score:
+        if share:
             x0, features = self.fake_score.with_features(x_t, t, cond)
         else:
             x0 = self.fake_score(x_t, t, cond)
         score = denoising_loss(x0, x, weight)
         loss, metrics = score, {"critic/score": score}
         if self.heads is not None:
-            if not features:
-                if not config.share_times:
-                    t = draw_times(step.size, config.gan_times, step.local, x.device)
-                    x_t = self._noised(x, t, step)
-                features = self.critic.features(x_t, t, cond)
+            if not share:
+                features, t = self._features(x, (x_t, t), cond, step)
             adversarial, seen = self._discriminator_loss(self.heads, self.heads(features), t, step)
             loss = loss + config.discriminator_weight * adversarial
             metrics |= seen

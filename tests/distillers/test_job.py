@@ -304,6 +304,26 @@ def test_sigterm_saves_and_the_job_goes_on(
     assert store.names() == ["tiny"]
 
 
+def test_a_job_killed_between_publishing_and_saying_so_has_finished(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    with monkeypatch.context() as killed:
+        killed.setattr(JobRun, "_finished", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            JobRun(raw, tmp_path / "run", store).run(resume=False)
+    before = store.open("tiny")
+    assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 0
+    last = events(tmp_path / "run")[-1]
+    assert (last.kind, last.student, last.step) == ("finished", "tiny", 2)
+    assert store.open("tiny") == before, "nothing is trained or published again"
+    # The same spec elsewhere, and another spec here, are other jobs: the name is taken for them.
+    assert JobRun(raw, tmp_path / "elsewhere", store).run(resume=True) == 1
+    raw["train"] |= {"iterations": 3}
+    assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 1
+    assert "published already" in events(tmp_path / "run")[-1].message
+
+
 def test_a_diverged_job_says_where_and_what_is_left(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distillers.checkpoint import load_checkpoint
 from distillers.ema import Average
 from distillers.methods.base import Method, MethodConfig, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
-from distillers.precision import resolve_precision
+from distillers.precision import fast_kernels, resolve_precision
 from distillers.seeds import generator_of, seed_of
 from distillers.trainer import BadCheckpoint, Diverged, Interrupted
 from tests.distillers.mixtures import mixture_setup, trainer_of
@@ -314,3 +314,22 @@ def test_precision_is_what_was_asked_or_what_the_processor_has(monkeypatch: pyte
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         assert resolve_precision("auto", cpu) == ("bfloat16" if avx or amx else "float32")
     assert resolve_precision("auto", torch.device("meta")) == "float32"
+
+
+def test_kernels_that_are_slow_in_bfloat16_run_in_float32() -> None:
+    """Exactly: as if the inputs had been float32, rounded once at the end. Float32 inputs are left alone."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=generator).bfloat16().requires_grad_().unbind()
+    x = torch.randn(2, 8, 4, 4, generator=generator).bfloat16()
+    norm = torch.nn.GroupNorm(4, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    expected = attend(q.float(), k.float(), v.float()).bfloat16(), norm(x.float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), fast_kernels(torch.device("cpu")):
+        found = attend(q, k, value=v), norm(x)
+        wide = norm(x.float())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert wide.dtype == torch.float32
+    with fast_kernels(torch.device("meta")), torch.autocast("cpu", torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
