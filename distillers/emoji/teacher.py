@@ -143,53 +143,74 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 200) * max(0.03, min(1.0, (1 - progress) / 0.25))
 
 
+class Training:
+    """The network, its average and its optimizer, and how far they are: resumed where there is something to resume."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.unet = build_unet().to(memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.unet).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
+        self.step, self.seconds = 0, 0.0
+        if self.checkpoint.exists():
+            tensors, state = load_checkpoint(self.checkpoint)
+            self.step, self.seconds = state["step"], state["seconds"]
+            unpack_module(self.unet, "unet", tensors)
+            unpack_module(self.average, "average", tensors)
+            unpack_optimizer(self.optimizer, "optimizer", tensors, state["optimizer"])
+        elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
+            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
+            self.average.load_state_dict(self.unet.state_dict())
+            card = json.loads((self.output / "fewstep.json").read_text())
+            self.step, self.seconds = card["trained_steps"], card["trained_minutes"] * 60.0
+
+    def take(self, loss: Tensor, rate: float) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        update_average(self.average, self.unet, min(EMA_DECAY, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+
+    def save(self) -> None:
+        """Writes the checkpoint and the pipeline."""
+        moments, hyper = pack_optimizer(self.optimizer, "optimizer")
+        tensors = {**pack_module(self.unet, "unet"), **pack_module(self.average, "average"), **moments}
+        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizer": hyper})
+        save_pipeline(self.output, self.average, self.step, self.seconds)
+
+
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     autoencoder = AutoencoderTiny.from_pretrained(options.output / "vae", dtype=torch.float32).eval()
-    batches = Batches(options.work, autoencoder, options.batch)
-    unet = build_unet().to(memory_format=torch.channels_last)
-    average = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    checkpoint, step, used = options.work / "checkpoint.safetensors", 0, 0.0
-    if checkpoint.exists():
-        tensors, state = load_checkpoint(checkpoint)
-        step, used = state["step"], state["seconds"]
-        unpack_module(unet, "unet", tensors)
-        unpack_module(average, "average", tensors)
-        unpack_optimizer(optimizer, "optimizer", tensors, state["optimizer"])
-    elif (options.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(options.output / "unet").state_dict())
-        average.load_state_dict(unet.state_dict())
-        card = json.loads((options.output / "fewstep.json").read_text())
-        step, used = card["trained_steps"], card["trained_minutes"] * 60.0
-    scheduler, device = build_scheduler(), torch.device("cpu")
-    bfloat16 = resolve_precision("auto", device) == "bfloat16"
-    budget, last, saved, total = options.minutes * 60, time.monotonic(), used, 0.0
-    while used < budget:
-        rate = learning_rate(step, used / budget, options.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        latents, states, noise, times = batches.draw(step)
+    batches, training, scheduler = (
+        Batches(options.work, autoencoder, options.batch),
+        Training(options),
+        build_scheduler(),
+    )
+    cpu = torch.device("cpu")
+    bfloat16 = resolve_precision("auto", cpu) == "bfloat16"
+    budget, last, saved, losses = options.minutes * 60, time.monotonic(), training.seconds, []
+    while training.seconds < budget:
+        rate = learning_rate(training.step, training.seconds / budget, options.lr)
+        latents, states, noise, times = batches.draw(training.step)
         noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), fast_kernels(device):
-            velocity = unet(noisy, times, states).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), fast_kernels(cpu):
+            velocity = training.unet(noisy, times, states).sample
         loss = (velocity.float() - scheduler.get_velocity(latents, noise, times)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        update_average(average, unet, min(EMA_DECAY, (1 + step) / (10 + step)))
-        step, total = step + 1, total + loss.item()
-        used, last = used + time.monotonic() - last, time.monotonic()
-        if step % 50 == 0:
-            print(f"step {step} loss {total / 50:.4f} lr {rate:.1e} {used / 60:.1f} min", flush=True)
-            total = 0.0
-        if used - saved > options.save_minutes * 60 or used >= budget:
-            moments, hyper = pack_optimizer(optimizer, "optimizer")
-            tensors = {**pack_module(unet, "unet"), **pack_module(average, "average"), **moments}
-            save_checkpoint(checkpoint, tensors, {"step": step, "seconds": used, "optimizer": hyper})
-            save_pipeline(options.output, average, step, used)
-            last, saved = time.monotonic(), used
+        training.take(loss, rate)
+        losses.append(loss.item())
+        training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
+        if training.step % 50 == 0:
+            mean, minutes = sum(losses) / len(losses), training.seconds / 60
+            print(f"step {training.step} loss {mean:.4f} lr {rate:.1e} {minutes:.1f} min", flush=True)
+            losses = []
+        if training.seconds - saved > options.save_minutes * 60 or training.seconds >= budget:
+            training.save()
+            last, saved = time.monotonic(), training.seconds
 
 
 @torch.no_grad()

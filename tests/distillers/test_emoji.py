@@ -1,6 +1,8 @@
 """The bundled pictures and their recipe: what is committed is what the recipe says, and training never sees held out."""
 
+import argparse
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from distillers.checkpoint import load_checkpoint
 from distillers.emoji import autoencoder, teacher
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
 from distillers.emoji.prepare import (
@@ -154,3 +157,41 @@ def test_the_bundled_network_is_the_recipes() -> None:
     )
     fresh = teacher.build_unet()
     assert {n: p.shape for n, p in bundled.named_parameters()} == {n: p.shape for n, p in fresh.named_parameters()}
+
+
+class FewBatches:
+    """Stands in for the training data, whose captions take minutes to encode."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def draw(self, step: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(step)
+        latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
+        return latents, torch.randn(2, teacher.TOKENS, 384, generator=generator), noise, torch.tensor([100, 999])
+
+
+def test_the_teacher_goes_on_from_its_checkpoint_else_from_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher, "Batches", FewBatches)
+    bundled = Path(teacher.__file__).parents[2] / "weights/bundled/emoji-base"
+    output, work = tmp_path / "base", tmp_path / "work"
+    shutil.copytree(bundled / "vae", output / "vae")
+    (output / "text_encoder").mkdir()  # there already: only the network is written
+    work.mkdir()
+
+    def train(minutes: float) -> dict[str, float]:
+        teacher.train(argparse.Namespace(output=output, work=work, minutes=minutes, save_minutes=60, batch=2, lr=1e-4))
+        return json.loads((output / "fewstep.json").read_text())
+
+    first = train(1e-6)
+    assert first["trained_steps"] == 1 and first["default_guidance"] == 3.0
+    tensors, state = load_checkpoint(work / "checkpoint.safetensors")
+    assert state["step"] == 1 and any(name.startswith("optimizer") for name in tensors)
+    minutes = state["seconds"] / 60
+    assert train(minutes + 1e-6)["trained_steps"] == 2
+    assert train(minutes)["trained_steps"] == 2, "its time is up: nothing is trained, nothing is lost"
+    (work / "checkpoint.safetensors").unlink()
+    (output / "fewstep.json").write_text(json.dumps(first | {"trained_steps": 7, "trained_minutes": 1}))
+    assert train(1 + 1e-6)["trained_steps"] == 8
