@@ -5,7 +5,7 @@ Text encoder: all-MiniLM-L6-v2 (a `BertModel`, frozen; Reimers & Gurevych 2019, 
 8x8 and 4x4, and pooled into the time embedding, which modulates every block (cheap, and much of the alignment).
 Objective: v-prediction (Salimans & Ho 2022, arXiv:2202.00512) over a cosine schedule with zero terminal SNR (Lin et al.
 2023, arXiv:2305.08891), plain MSE, a tenth of the captions dropped for guidance. The learning rate is constant, then falls
-over the last quarter of ``--minutes``; run it again with more minutes and it goes on, from its checkpoint if that is
+over the last 40% of ``--minutes``; run it again with more minutes and it goes on, from its checkpoint if that is
 still there, else from the weights with fresh optimizer moments.
 
     python -m distillers.emoji.teacher --work work/teacher --minutes 240 weights/bundled/emoji-base
@@ -28,12 +28,11 @@ from transformers import BertModel, BertTokenizerFast
 from distillers.checkpoint import (
     load_checkpoint,
     pack_module,
-    pack_optimizer,
     save_checkpoint,
     unpack_module,
-    unpack_optimizer,
 )
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.optimizers import Optimizers
 from distillers.precision import fast_kernels, resolve_precision
 
 TOKENS = 20
@@ -139,8 +138,8 @@ class Batches:
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
-    """Linear warm-up over 200 steps, constant, then linear to 3% over the last quarter of the budget."""
-    return peak * min(1.0, (step + 1) / 200) * max(0.03, min(1.0, (1 - progress) / 0.25))
+    """Linear warm-up over 200 steps, constant, then linear to 1% over the last 40% of the budget."""
+    return peak * min(1.0, (step + 1) / 200) * max(0.01, min(1.0, (1 - progress) / 0.4))
 
 
 class Training:
@@ -149,7 +148,7 @@ class Training:
     def __init__(self, options: argparse.Namespace) -> None:
         self.unet = build_unet().to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizers = Optimizers(self.unet)
         self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
         self.step, self.seconds = 0, 0.0
         if self.checkpoint.exists():
@@ -157,7 +156,7 @@ class Training:
             self.step, self.seconds = state["step"], state["seconds"]
             unpack_module(self.unet, "unet", tensors)
             unpack_module(self.average, "average", tensors)
-            unpack_optimizer(self.optimizer, "optimizer", tensors, state["optimizer"])
+            self.optimizers.unpack(tensors, state["optimizers"])
         elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
             self.average.load_state_dict(self.unet.state_dict())
@@ -166,20 +165,18 @@ class Training:
 
     def take(self, loss: Tensor, rate: float) -> None:
         """One optimizer step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
+        self.unet.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizer.step()
+        self.optimizers.step(rate)
         update_average(self.average, self.unet, min(EMA_DECAY, (1 + self.step) / (10 + self.step)))
         self.step += 1
 
     def save(self) -> None:
         """Writes the checkpoint and the pipeline."""
-        moments, hyper = pack_optimizer(self.optimizer, "optimizer")
+        moments, hyper = self.optimizers.pack()
         tensors = {**pack_module(self.unet, "unet"), **pack_module(self.average, "average"), **moments}
-        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizer": hyper})
+        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizers": hyper})
         save_pipeline(self.output, self.average, self.step, self.seconds)
 
 
@@ -247,7 +244,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=240, help="training time in all, earlier runs included")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
