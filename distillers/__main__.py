@@ -81,10 +81,12 @@ def run(arguments: list[str]) -> int:
         return 2
 
     from distillers.job import JobRun
+    from weights.bundled import STUDENTS
     from weights.store import Store
 
     folder = options.folder or Path("runs") / raw["student"]
-    job = JobRun(raw, folder, Store(options.store.expanduser()), cache=options.cache, replace=options.replace)
+    store = Store(options.store.expanduser(), STUDENTS)
+    job = JobRun(raw, folder, store, cache=options.cache, replace=options.replace)
     return job.run(options.resume)
 
 

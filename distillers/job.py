@@ -25,7 +25,7 @@ from weights.contracts import Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, StoreError
-from weights.students import base_reference
+from weights.students import base_reference, check_base, load_student
 
 STOPPED = 143
 """Exit status after SIGTERM, as a shell reports it."""
@@ -124,6 +124,8 @@ class JobRun:
 
     def _published(self) -> StudentManifest | None:
         """The student that this very job, whose checkpoints are in the folder, has published already."""
+        if not self._is_taken():
+            return None
         try:
             manifest = self.store.manifest(self.job.student)
         except StoreError:
@@ -131,9 +133,12 @@ class JobRun:
         trained_here = any((self.folder / "checkpoints").glob("iteration-*.safetensors"))
         return manifest if trained_here and manifest.job == self.job else None
 
+    def _is_taken(self) -> bool:
+        """Whether the name is published; a bundled student of that name will be hidden, and is no hindrance."""
+        return (self.store.root / self.job.student).exists()
+
     def _refuse_taken_name(self) -> None:
-        taken = (self.store.root / self.job.student).exists()
-        if taken and not self.replace:
+        if self._is_taken() and not self.replace:
             raise BadSpec(
                 [
                     {
@@ -195,12 +200,20 @@ class JobRun:
                 add_adapters(model, lora)
             return model
 
+        def new_student() -> TextToImage:
+            if self.job.start is None:
+                return new_network(True)
+            model = self._start(self.job.start, base)
+            model.network.requires_grad_(True).train()
+            return model
+
         uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
         setup = Setup(
             base=base,
             uncond=uncond,
             latent_shape=base.latent_shape(),
             new_network=new_network,
+            new_student=new_student,
             device=self.accelerator.device,
             has_pictures=with_pictures,
         )
@@ -209,6 +222,13 @@ class JobRun:
         if self.precision == "bfloat16":
             base.network.to(torch.bfloat16)  # frozen: autocast would convert its weights anew at every call
         return built
+
+    def _start(self, name: str, base: TextToImage) -> TextToImage:
+        """A student's weights to go on from. Whole weights may come from another version of the base; adapters may not."""
+        folder = self.store.open(name)
+        if folder.manifest.adapter == "lora":
+            check_base(folder, self.reference.sha256)
+        return load_student(folder, base)
 
     def _sheet(self, feed: Feed, built: Method) -> Sheet:
         prompts = feed.corpus.sheet

@@ -112,6 +112,8 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not Path(job.data.prompts).is_file():
         errors.append(_error("data.prompts", f"no file {job.data.prompts!r}"))
+    if job.start is not None and job.lora is not None:
+        errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
     if errors:
         raise BadSpec(errors)
     return job.model_copy(update={"config": config.model_dump(mode="json")}), config

@@ -81,6 +81,10 @@ class DistillJob(Contract):
     method: str = Field(description="name of a method in distillers/methods")
     base: str = Field("emoji-base", description="bundled base, a diffusers pipeline folder, or a hub id")
     family: str = Field("stable_diffusion", description="name of a family in weights/families")
+    start: Name | None = Field(
+        None,
+        description="published student whose weights training goes on from (a later stage); the base's if left out",
+    )
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
     lora: LoraSpec | None = Field(None, description="train adapters of this shape; full fine-tuning when left out")

@@ -59,7 +59,8 @@ class Optimizers:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The moments as named tensors, and the rest as JSON-able state."""
-        tensors, state = {}, {}
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Any] = {}
         for name, optimizer in self.both.items():
             moments, state[name] = pack_optimizer(optimizer, name)
             tensors |= moments

@@ -117,6 +117,8 @@ class Setup:
     new_network: Callable[[bool], TextToImage]
     """A trainable copy of the teacher: ``new_network(True)`` has low-rank adapters where the job asks for them, and
     trains those alone; ``new_network(False)`` trains every weight."""
+    new_student: Callable[[], TextToImage]
+    """What the student is at first: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
     device: torch.device
     has_pictures: bool = True
     """Whether batches carry real latents."""

@@ -151,7 +151,7 @@ class DMD2(Method):
     def __init__(self, config: DMD2Config, setup: Setup) -> None:
         self.config = config
         self.setup = setup
-        self._student = setup.new_network(True)
+        self._student = setup.new_student()
         self._fake_score = setup.new_network(config.fake_score_lora)
         self.fake_score = self._fake_score.denoiser
         self.teacher = setup.teacher

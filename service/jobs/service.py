@@ -12,7 +12,7 @@ from service.jobs.table import JobTable
 from service.jobs.validation import check_specs
 from weights.bundled import STUDENTS, bundled_bases
 from weights.contracts import DistillJob
-from weights.store import Store
+from weights.store import Store, StoreError
 
 CHECKS_AT_ONCE = 2
 """Processes that check specs, over all requests."""
@@ -61,12 +61,19 @@ class TableJobs:
         return added
 
     def _check_names(self, specs: Sequence[DistillJob], batch: bool) -> None:
-        """Refuse a name that is published already: better now than after hours of training."""
+        """Refuse a name that is published already, and a start that is not: better now than when its turn comes."""
+        students = set(Store(self._settings.store, STUDENTS).names())
         seen = published_names(self._settings)
         for index, spec in enumerate(specs):
+            prefix = f"jobs.{index}." if batch else ""
             if spec.student in seen:
-                param = f"jobs.{index}.student" if batch else "student"
+                param = f"{prefix}student"
                 raise InvalidSpec(f"{param}: the name {spec.student!r} is taken; choose another", param, "name_taken")
+            if spec.start is not None and spec.start not in students:
+                known = ", ".join(sorted(students)) or "none yet"
+                raise InvalidSpec(
+                    f"{prefix}start: no student {spec.start!r} is published; there are: {known}", f"{prefix}start"
+                )
             seen.add(spec.student)
 
     async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
@@ -115,9 +122,17 @@ class TableJobs:
         return job
 
     def _check_resume(self, job_id: str) -> None:
-        student = self._table.get(job_id).spec.student
-        if student in published_names(self._settings):
+        """Refuse when the name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
+        spec = self._table.get(job_id).spec
+        student = spec.student
+        if student in published_names(self._settings) and not self._published_by(spec):
             raise JobConflict(f"the store has a student {student!r} by now; delete it to resume job {job_id!r}")
+
+    def _published_by(self, spec: DistillJob) -> bool:
+        try:
+            return Store(self._settings.store).manifest(spec.student).job == spec
+        except StoreError:
+            return False
 
     def _wake(self) -> None:
         if self._supervisor:

@@ -49,6 +49,7 @@ def mixture_setup(preset: str = "line", schedule: Schedule = VP, prediction: Pre
         uncond=exact.encode_prompts([""]),
         latent_shape=exact.latent_shape(),
         new_network=new_network,
+        new_student=lambda: new_network(True),
         device=torch.device("cpu"),
     )
 

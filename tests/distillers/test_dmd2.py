@@ -192,7 +192,7 @@ def test_the_fake_score_takes_adapters_only_where_asked(adapters: bool) -> None:
         return setup.new_network(flag)
 
     DMD2(DMD2Config(fake_score_lora=adapters), replace(setup, new_network=new_network))
-    assert asked == [True, adapters]
+    assert asked == [adapters]
 
 
 def test_the_manifest_gets_schedules_and_guidance() -> None:

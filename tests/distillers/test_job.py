@@ -75,6 +75,7 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"method": "dmd3"}, "method", "dmd2"),
         ({"family": "dit"}, "family", "stable_diffusion"),
         ({"student": "../x"}, "student", "lower-case"),
+        ({"start": "a", "lora": {"rank": 2}}, "start", "leave out lora, or start"),
         ({"config": {"student_every": 0}}, "config.student_every", "greater than or equal to 1"),
         ({"config": {"colour": 1}}, "config.colour", "not permitted"),
         ({"train": {"iterations": "many"}}, "train.iterations", "integer"),
@@ -267,6 +268,39 @@ def test_a_lora_job_publishes_adapters_that_draw_like_the_student(raw: dict[str,
         untouched = base.denoiser(x, t, cond)
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-3)
     assert (ours - untouched).abs().max() > 10 * (ours - theirs).abs().max()
+
+
+def test_a_later_stage_starts_from_a_student(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert JobRun(raw, tmp_path / "first", store).run(resume=False) == 0
+    base = StableDiffusion.load(raw["base"])
+    first = load_student(store.open("tiny"), base)
+    second = raw | {"student": "later", "start": "tiny", "train": raw["train"] | {"iterations": 1}}  # no student's turn
+    run = JobRun(second, tmp_path / "second", store)
+    assert run.run(resume=False) == 0
+    assert run.trainer is not None
+    fake_score = run.trainer.networks["fake_score"].module
+    for name, weight in load_student(store.open("later"), base).network.named_parameters():
+        torch.testing.assert_close(weight, first.network.get_parameter(name), rtol=0, atol=0)
+    moved = [(weight - base.network.get_parameter(name)).abs().max() for name, weight in fake_score.named_parameters()]
+    assert max(moved) < 1e-3, "the fake score starts from the teacher"
+    manifest = store.manifest("later")
+    assert manifest.job is not None and manifest.job.start == "tiny"
+    third = raw | {"student": "none", "start": "nobody"}
+    assert JobRun(third, tmp_path / "third", store).run(resume=False) == 1
+    assert "'nobody'" in events(tmp_path / "third")[-1].message
+
+
+def test_adapters_are_no_start_for_another_base(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert JobRun(raw | {"lora": {"rank": 2}}, tmp_path / "first", store).run(resume=False) == 0
+    later = raw | {"student": "later", "start": "tiny"}
+    assert JobRun(later, tmp_path / "second", store).run(resume=False) == 0
+    assert store.manifest("later").adapter == "full", "the adapters are merged"
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    run = JobRun(later | {"student": "third", "base": str(other)}, tmp_path / "third", store)
+    assert run.run(resume=False) == 1
+    assert "was made from base" in events(tmp_path / "third")[-1].message
 
 
 def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path: Path) -> None:

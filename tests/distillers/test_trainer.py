@@ -27,7 +27,7 @@ class Fake(Method):
     Config = MethodConfig
 
     def __init__(self, config: Any, setup: Setup, *, warmup: int = 0, poison: int | None = None) -> None:
-        self.model = setup.new_network(True)
+        self.model = setup.new_student()
         self.other = nn.Linear(2, 1)
         self.warmup, self.poison = warmup, poison
         self.stepped: list[tuple[str, int]] = []

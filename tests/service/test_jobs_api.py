@@ -3,12 +3,15 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from safetensors.torch import save_file
 
 from service.app import create_app
 from service.jobs.base import JobSettings
@@ -16,6 +19,8 @@ from service.jobs.service import TableJobs
 from service.settings import Settings
 from tests.service.fake_server import PaintingEngine, make_app
 from tests.service.jobs_help import PATIENCE
+from weights.contracts import BaseReference, DistillJob, StepSchedule, StudentManifest
+from weights.store import Store
 
 JOBS = "/v1/distillation/jobs"
 NO_JSON = [
@@ -104,6 +109,7 @@ def test_a_job_from_its_spec_to_a_drawn_picture(client: TestClient) -> None:
         ({"method": "nothing"}, "method", "invalid_value", "no method 'nothing'"),
         ({"config": {"steps": 0}}, "config.steps", "invalid_value", "at least 1"),
         ({"student": "emoji-base"}, "student", "name_taken", "'emoji-base' is taken"),
+        ({"start": "nobody"}, "start", "invalid_value", "no student 'nobody' is published"),
     ],
 )
 def test_a_wrong_spec_names_its_field(
@@ -111,6 +117,37 @@ def test_a_wrong_spec_names_its_field(
 ) -> None:
     assert words in refused(idle.post(JOBS, json=spec() | change), 400, param, code)
     assert idle.get(JOBS).json()["data"] == []
+
+
+def publish(settings: Settings, folder: Path, name: str, job: DistillJob | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({"weight": torch.zeros(1)}, folder / "unet.safetensors")
+    manifest = StudentManifest(
+        name=name,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        method="fake",
+        family="stable_diffusion",
+        base=BaseReference(id="emoji-base", sha256="0" * 64),
+        schedules={1: StepSchedule(timesteps=[1.0])},
+        job=job,
+        code_version="0",
+    )
+    Store(settings.store).publish(manifest, folder, replace=True)
+
+
+def test_a_job_may_start_from_a_published_student(idle: TestClient, settings: Settings, tmp_path: Path) -> None:
+    publish(settings, tmp_path / "work", "first")
+    assert idle.post(JOBS, json=spec("second") | {"start": "first"}).json()["spec"]["start"] == "first"
+
+
+def test_a_job_resumes_unless_another_took_its_name(idle: TestClient, settings: Settings, tmp_path: Path) -> None:
+    job = idle.post(JOBS, json=spec()).json()
+    resume = f"{JOBS}/{job['id']}/resume"
+    idle.post(f"{JOBS}/{job['id']}/cancel")
+    publish(settings, tmp_path / "work", "student")
+    assert "by now" in refused(idle.post(resume), 409, None, "job_conflict")
+    publish(settings, tmp_path / "work", "student", DistillJob.model_validate(job["spec"]))
+    assert idle.post(resume).json()["status"] == "queued", "it published before it was killed"
 
 
 def test_a_missing_field_and_all_others_are_named(idle: TestClient) -> None:
