@@ -20,6 +20,7 @@ from distillers.checkpoint import load_checkpoint, pack_optimizer, save_checkpoi
 from distillers.ema import Average
 from distillers.events import Reporter, now
 from distillers.methods.base import Batch, Method, OptimizerSettings, Step, Trained, Turn, TurnLoss
+from distillers.muon import Muon
 from distillers.precision import fast_kernels
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
@@ -80,6 +81,8 @@ def _build_optimizer(settings: OptimizerSettings, weights: list[nn.Parameter]) -
     common["weight_decay"] = settings.weight_decay
     if settings.kind == "radam":
         return torch.optim.RAdam(weights, decoupled_weight_decay=True, **common)
+    if settings.kind == "muon":
+        return Muon(weights, **common)
     fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
     return torch.optim.AdamW(weights, fused=fused, **common)
 

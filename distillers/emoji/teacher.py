@@ -28,11 +28,13 @@ from transformers import BertModel, BertTokenizerFast
 from distillers.checkpoint import (
     load_checkpoint,
     pack_module,
+    pack_optimizer,
     save_checkpoint,
     unpack_module,
+    unpack_optimizer,
 )
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
-from distillers.emoji.optimizers import Optimizers
+from distillers.muon import Muon
 from distillers.precision import fast_kernels, resolve_precision
 
 TOKENS = 20
@@ -148,7 +150,7 @@ class Training:
     def __init__(self, options: argparse.Namespace) -> None:
         self.unet = build_unet().to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
-        self.optimizers = Optimizers(self.unet)
+        self.optimizer = Muon(self.unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
         self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
         self.step, self.seconds = 0, 0.0
         if self.checkpoint.exists():
@@ -156,7 +158,7 @@ class Training:
             self.step, self.seconds = state["step"], state["seconds"]
             unpack_module(self.unet, "unet", tensors)
             unpack_module(self.average, "average", tensors)
-            self.optimizers.unpack(tensors, state["optimizers"])
+            unpack_optimizer(self.optimizer, "optimizer", tensors, state["optimizer"])
         elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
             self.average.load_state_dict(self.unet.state_dict())
@@ -168,15 +170,17 @@ class Training:
         self.unet.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        self.optimizers.step(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
         update_average(self.average, self.unet, min(EMA_DECAY, (1 + self.step) / (10 + self.step)))
         self.step += 1
 
     def save(self) -> None:
         """Writes the checkpoint and the pipeline."""
-        moments, hyper = self.optimizers.pack()
+        moments, hyper = pack_optimizer(self.optimizer, "optimizer")
         tensors = {**pack_module(self.unet, "unet"), **pack_module(self.average, "average"), **moments}
-        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizers": hyper})
+        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizer": hyper})
         save_pipeline(self.output, self.average, self.step, self.seconds)
 
 

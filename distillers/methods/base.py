@@ -33,7 +33,7 @@ class OptimizerSettings:
     """How the trainer optimizes one network."""
 
     lr: float
-    kind: Literal["adamw", "radam"] = "adamw"
+    kind: Literal["adamw", "muon", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     eps: float = 1e-8

@@ -98,6 +98,9 @@ class DMD2Config(MethodConfig):
     )
     r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
     r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="of every network; muon steps matrices along their orthogonalised momentum"
+    )
     student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
     fake_score_lr: float = Field(1e-5, gt=0, description="fake score's learning rate")
     head_lr: float | None = Field(None, gt=0, description="discriminator head's; the fake score's when left out")
@@ -177,7 +180,9 @@ class DMD2(Method):
         config = self.config
 
         def settings(lr: float, betas: Interval) -> OptimizerSettings:
-            return OptimizerSettings(lr=lr, betas=betas, weight_decay=config.weight_decay, warmup=config.warmup)
+            return OptimizerSettings(
+                kind=config.optimizer, lr=lr, betas=betas, weight_decay=config.weight_decay, warmup=config.warmup
+            )
 
         networks = {
             "student": Trained(

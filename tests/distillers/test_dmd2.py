@@ -179,8 +179,10 @@ def test_every_network_has_its_own_optimizer_settings() -> None:
     }
     assert {(each.optimizer.weight_decay, each.optimizer.warmup) for each in trained.values()} == {(0.2, 7)}
     assert [name for name, each in trained.items() if each.average] == ["student"]
-    other = DMD2(DMD2Config(head_lr=5e-4), mixture_setup()).trained()
+    other = DMD2(DMD2Config(head_lr=5e-4, optimizer="muon"), mixture_setup()).trained()
     assert other["heads"].optimizer.lr == 5e-4
+    assert {each.optimizer.kind for each in other.values()} == {"muon"}
+    assert {each.optimizer.kind for each in trained.values()} == {"adamw"}
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -1,7 +1,6 @@
 """The bundled pictures and their recipe: what is committed is what the recipe says, and training never sees held out."""
 
 import argparse
-import copy
 import json
 import shutil
 import zipfile
@@ -15,7 +14,6 @@ from PIL import Image
 from distillers.checkpoint import load_checkpoint
 from distillers.emoji import autoencoder, teacher
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
-from distillers.emoji.optimizers import Optimizers, as_matrix
 from distillers.emoji.prepare import (
     HELD_OUT_PERCENT,
     STYLES,
@@ -190,36 +188,11 @@ def test_the_teacher_goes_on_from_its_checkpoint_else_from_its_weights(
     first = train(1e-6)
     assert first["trained_steps"] == 1 and first["default_guidance"] == 3.0
     tensors, state = load_checkpoint(work / "checkpoint.safetensors")
-    assert state["step"] == 1 and {"muon.0.momentum_buffer", "adamw.0.exp_avg"} <= tensors.keys()
+    kinds = {name.rsplit(".", 1)[1] for name in tensors if name.startswith("optimizer.")}
+    assert state["step"] == 1 and kinds == {"step", "momentum", "exp_avg", "exp_avg_sq"}
     minutes = state["seconds"] / 60
     assert train(minutes + 1e-6)["trained_steps"] == 2
     assert train(minutes)["trained_steps"] == 2, "its time is up: nothing is trained, nothing is lost"
     (work / "checkpoint.safetensors").unlink()
     (output / "fewstep.json").write_text(json.dumps(first | {"trained_steps": 7, "trained_minutes": 1}))
     assert train(1 + 1e-6)["trained_steps"] == 8
-
-
-def test_a_matrix_steps_by_muon_and_the_rest_by_adamw() -> None:
-    """Muon's step has the same size along every direction: about lr 0.2 sqrt(max side) times an orthogonal matrix."""
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Conv2d(16, 24, 3), torch.nn.Conv2d(24, 4, 1)).to(
-        memory_format=torch.channels_last
-    )
-    before = copy.deepcopy(network)
-    both = Optimizers(network, weight_decay=0.0)
-    for weight in network.parameters():
-        weight.grad = torch.randn_like(weight)
-    both.step(1e-3)
-    step = as_matrix((before[0].weight - network[0].weight).detach())
-    assert step.shape == (24, 16 * 9)
-    sizes = torch.linalg.svdvals(step) / (1e-3 * 0.2 * 144**0.5)
-    assert sizes.min() > 0.6 and sizes.max() < 1.3
-    left, _, right = torch.linalg.svd(as_matrix(network[0].weight.grad), full_matrices=False)
-    assert torch.nn.functional.cosine_similarity(step.flatten(), (left @ right).flatten(), dim=0) > 0.95
-    for name, weight in network.named_parameters():
-        if name != "0.weight":  # AdamW's first step is the gradient's sign
-            torch.testing.assert_close(
-                before.get_parameter(name) - weight, 1e-3 * weight.grad.sign(), rtol=1e-3, atol=0
-            )
-    with pytest.raises(ValueError, match="channels_last"):
-        Optimizers(torch.nn.Conv2d(16, 24, 3))
