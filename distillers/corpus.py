@@ -15,8 +15,6 @@ from weights.contracts import DataSpec
 
 SHEET = 8
 """Prompts on a sample sheet."""
-EMOJI_ODDS = [0.35, 0.10, 0.20, 0.12, 0.06, 0.10]
-"""Of an emoji's captions, as the bundled teacher saw them: half of the draws name the very emoji."""
 
 
 class BadData(ValueError):
@@ -63,8 +61,8 @@ def load_corpus(spec: DataSpec, size: int) -> Corpus:
 
 
 def _emoji() -> Corpus:
+    from distillers.emoji.data import CAPTION_ODDS, load_pictures, load_records, sampling_weights
     from distillers.emoji.data import captions as captions_of
-    from distillers.emoji.data import load_pictures, load_records, sampling_weights
 
     records = load_records()
     train = [record for record in records if record.split != "held_out"]
@@ -80,7 +78,7 @@ def _emoji() -> Corpus:
         captions=captions,
         rows=rows,
         weights=sampling_weights(train).double(),
-        odds=EMOJI_ODDS,
+        odds=list(CAPTION_ODDS),
         pictures=pictures,
         prompts=None,
         sheet=sheet,

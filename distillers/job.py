@@ -124,21 +124,13 @@ class JobRun:
 
     def _published(self) -> StudentManifest | None:
         """The student that this very job, whose checkpoints are in the folder, has published already."""
-        if not self._is_taken():
-            return None
-        try:
-            manifest = self.store.manifest(self.job.student)
-        except StoreError:
-            return None
         trained_here = any((self.folder / "checkpoints").glob("iteration-*.safetensors"))
-        return manifest if trained_here and manifest.job == self.job else None
-
-    def _is_taken(self) -> bool:
-        """Whether the name is published; a bundled student of that name will be hidden, and is no hindrance."""
-        return (self.store.root / self.job.student).exists()
+        return self.store.made_by(self.job) if trained_here else None
 
     def _refuse_taken_name(self) -> None:
-        if self._is_taken() and not self.replace:
+        """A bundled student of that name will be hidden, and is no hindrance."""
+        taken = (self.store.root / self.job.student).exists()
+        if taken and not self.replace:
             raise BadSpec(
                 [
                     {
@@ -193,19 +185,18 @@ class JobRun:
     ) -> Method:
         lora = self.job.lora
 
-        def new_network(adapters: bool) -> TextToImage:
-            model = base.copy()
+        def trainable(model: TextToImage, adapters: bool) -> TextToImage:
             model.network.requires_grad_(True).train()
             if adapters and lora is not None:
                 add_adapters(model, lora)
             return model
 
+        def new_network(adapters: bool) -> TextToImage:
+            return trainable(base.copy(), adapters)
+
         def new_student() -> TextToImage:
-            if self.job.start is None:
-                return new_network(True)
-            model = self._start(self.job.start, base)
-            model.network.requires_grad_(True).train()
-            return model
+            start = self.job.start
+            return trainable(base.copy() if start is None else self._start(start, base), True)
 
         uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
         setup = Setup(

@@ -74,8 +74,8 @@ class Muon(torch.optim.AdamW):
         state["step"] += 1
         momentum = state["momentum"].mul_(self.momentum).add_(gradient)
         direction = orthogonalised(as_matrix(gradient.add(momentum, alpha=self.momentum)))
+        size = 0.2 * max(direction.shape) ** 0.5
         if weight.ndim == 4:
             out, into, *kernel = weight.shape
             direction = direction.view(out, *kernel, into).permute(0, 3, 1, 2)
-        size = 0.2 * max(weight.shape[0], weight[0].numel()) ** 0.5
         weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * size)

@@ -30,8 +30,8 @@ def resolve_precision(asked: Precision, device: torch.device) -> Literal["float3
 class Float32Kernels(TorchFunctionMode):
     """Runs attention and group normalisation in float32 where they are given bfloat16, and returns bfloat16.
 
-    torch's CPU kernels of the two are slower in bfloat16 than in float32: attention's backward pass 12 times, group
-    normalisation 2.5 times (torch 2.13, Zen 4), which ate most of what the other layers gain. Accuracy only rises.
+    torch's CPU kernels of the two are slower in bfloat16 than in float32, attention's backward pass many times (seen with
+    torch 2.13 on Zen 4), which ate most of what the other layers gain. Accuracy only rises.
     """
 
     SLOW = (F.scaled_dot_product_attention, F.group_norm)

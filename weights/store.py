@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.contracts import StudentManifest, check_name
+from weights.contracts import DistillJob, StudentManifest, check_name
 from weights.student_files import (
     MANIFEST,
     AlreadyExists,
@@ -118,6 +118,14 @@ class Store:
             Corrupt: the manifest cannot be read.
         """
         return read_manifest(self._folder(name), name)
+
+    def made_by(self, job: DistillJob) -> StudentManifest | None:
+        """What this very job published in root, if it did; bundled students are nobody's."""
+        try:
+            manifest = Store(self.root).manifest(job.student)
+        except StoreError:
+            return None
+        return manifest if manifest.job == job else None
 
     def open(self, name: str) -> StudentFolder:
         """The student's folder, each file checked against its sha256 (again only when its size or mtime changes).

@@ -56,6 +56,10 @@ def sampling_weights(records: list[Record]) -> Tensor:
     return tensor / tensor.sum()
 
 
+CAPTION_ODDS = (0.35, 0.10, 0.20, 0.12, 0.06, 0.10)
+"""How often each of `captions` is drawn. What is left of 1 is, for the teacher, no caption at all."""
+
+
 def captions(record: Record) -> list[str]:
     """A picture's captions, from the most specific to the coarsest.
 

@@ -33,12 +33,11 @@ from distillers.checkpoint import (
     unpack_module,
     unpack_optimizer,
 )
-from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.data import CAPTION_ODDS, captions, load_pictures, load_records, sampling_weights, to_range
 from distillers.muon import Muon
 from distillers.precision import fast_kernels, resolve_precision
 
 TOKENS = 20
-CAPTION_ODDS = (0.35, 0.10, 0.20, 0.12, 0.06, 0.10)  # in `captions`' order; the rest of 1 is no caption at all
 EMA_DECAY = 0.999
 
 

@@ -12,7 +12,7 @@ from service.jobs.table import JobTable
 from service.jobs.validation import check_specs
 from weights.bundled import STUDENTS, bundled_bases
 from weights.contracts import DistillJob
-from weights.store import Store, StoreError
+from weights.store import Store
 
 CHECKS_AT_ONCE = 2
 """Processes that check specs, over all requests."""
@@ -62,15 +62,15 @@ class TableJobs:
 
     def _check_names(self, specs: Sequence[DistillJob], batch: bool) -> None:
         """Refuse a name that is published already, and a start that is not: better now than when its turn comes."""
-        students = set(Store(self._settings.store, STUDENTS).names())
-        seen = published_names(self._settings)
+        students = Store(self._settings.store, STUDENTS).names()
+        seen = taken_names(self._settings, students)
         for index, spec in enumerate(specs):
             prefix = f"jobs.{index}." if batch else ""
             if spec.student in seen:
                 param = f"{prefix}student"
                 raise InvalidSpec(f"{param}: the name {spec.student!r} is taken; choose another", param, "name_taken")
             if spec.start is not None and spec.start not in students:
-                known = ", ".join(sorted(students)) or "none yet"
+                known = ", ".join(students) or "none yet"
                 raise InvalidSpec(
                     f"{prefix}start: no student {spec.start!r} is published; there are: {known}", f"{prefix}start"
                 )
@@ -124,21 +124,15 @@ class TableJobs:
     def _check_resume(self, job_id: str) -> None:
         """Refuse when the name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
         spec = self._table.get(job_id).spec
-        student = spec.student
-        if student in published_names(self._settings) and not self._published_by(spec):
-            raise JobConflict(f"the store has a student {student!r} by now; delete it to resume job {job_id!r}")
-
-    def _published_by(self, spec: DistillJob) -> bool:
-        try:
-            return Store(self._settings.store).manifest(spec.student).job == spec
-        except StoreError:
-            return False
+        store = Store(self._settings.store, STUDENTS)
+        if spec.student in taken_names(self._settings, store.names()) and store.made_by(spec) is None:
+            raise JobConflict(f"the store has a student {spec.student!r} by now; delete it to resume job {job_id!r}")
 
     def _wake(self) -> None:
         if self._supervisor:
             self._supervisor.wake()
 
 
-def published_names(settings: JobSettings) -> set[str]:
-    """Every name that a new student cannot have: bases and published students, the bundled ones included."""
-    return {*settings.reserved, *bundled_bases(), *Store(settings.store, STUDENTS).names()}
+def taken_names(settings: JobSettings, students: Sequence[str]) -> set[str]:
+    """Every name that a new student cannot have: bases and ``students``, those of the store, the bundled ones included."""
+    return {*settings.reserved, *bundled_bases(), *students}
