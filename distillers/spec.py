@@ -19,7 +19,8 @@ from weights.contracts import DistillJob
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 FREE = {"iterations", "max_minutes", "threads", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
-"""Settings of the trainer that may differ when a job is resumed: they change how far it goes, not where."""
+"""Settings of the trainer that may differ when a job is resumed: they change how far it goes, not where (but for a
+cooldown, which moves with the iterations)."""
 
 
 class BadSpec(ValueError):

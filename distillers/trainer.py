@@ -224,13 +224,21 @@ class Trainer:
         self._note({f"{turn.name}/gradient_norm": norm})
         for network in trained:
             for group in network.optimizer.param_groups:
-                group["lr"] = network.learning_rate(turn)
+                group["lr"] = network.learning_rate(turn) * self._cooldown()
             network.optimizer.step()
             network.optimizer.zero_grad(set_to_none=True)
             network.updates += 1
             if network.average is not None:
                 network.average.update()
         self.method.after_step(turn, self.iteration)
+
+    def _cooldown(self) -> float:
+        """What learning rates are multiplied by: 1, then linearly to ``1 / n`` at the last of n cooling iterations.
+
+        It goes by iterations, never by the clock, so that a resumed job repeats what an uninterrupted one does.
+        """
+        cooling = self.spec.cooldown * self.spec.iterations
+        return min(1.0, (self.spec.iterations - self.iteration) / cooling) if cooling >= 1 else 1.0
 
     def _only(self, turn: Turn) -> None:
         """Only the turn's networks get gradients: no loss reaches another, and no work is spent on it."""

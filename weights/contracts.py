@@ -67,6 +67,9 @@ class TrainSpec(Contract):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
+    cooldown: float = Field(
+        0.0, ge=0, le=1, description="share of the iterations, the last ones, over which learning rates fall towards 0"
+    )
     gradient_clip: float = Field(10.0, gt=0, description="largest gradient norm")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)

@@ -123,6 +123,17 @@ def test_warmup_rises_by_the_networks_own_updates(tmp_path: Path) -> None:
     assert seen == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
 
+def test_learning_rates_fall_over_the_last_share_of_the_iterations(tmp_path: Path) -> None:
+    trainer = fake_trainer(tmp_path, iterations=10, cooldown=0.4)
+    seen = []
+    for trainer.iteration in range(10):
+        trainer._iterate()
+        seen.append([network.optimizer.param_groups[0]["lr"] for network in trainer.networks.values()])
+    student, other = zip(*seen, strict=True)
+    assert student == pytest.approx([1e-2] * 7 + [0.75e-2, 0.5e-2, 0.25e-2])
+    assert other[1::2] == pytest.approx([0.5, 0.5, 0.5, 0.375, 0.125])
+
+
 def test_gradients_are_clipped(tmp_path: Path) -> None:
     trainer = fake_trainer(tmp_path, gradient_clip=1e-3)
     norms = []
