@@ -18,15 +18,8 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from distillers.checkpoint import (
-    load_checkpoint,
-    pack_module,
-    pack_optimizer,
-    save_checkpoint,
-    unpack_module,
-    unpack_optimizer,
-)
 from distillers.emoji.data import load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.resume import load_run, save_run
 
 WIDTH = 48
 LATENT_NOISE = 0.05
@@ -75,6 +68,47 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * min(1.0, progress / 0.02 + 1e-3) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+class Training:
+    """The autoencoder, its average and its optimizer, and how far they are: resumed where there is a checkpoint."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        model = AutoencoderTiny.from_pretrained(options.start) if options.start else build()
+        self.model = model.to(memory_format=torch.channels_last)
+        self.decoder_only = options.decoder_only
+        self.trained = self.model.decoder if options.decoder_only else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.trained.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        self.checkpoint = options.work / "checkpoint.safetensors"
+        self.modules = {"model": self.model, "average": self.average}
+        self.step, self.seconds = load_run(self.checkpoint, self.modules, self.optimizer) or (0, 0.0)
+        self.generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+
+    def loss(self, target: Tensor) -> Tensor:
+        """Of these pictures, ``(B, 3, H, W)`` in [-1, 1]."""
+        with torch.set_grad_enabled(not self.decoder_only):
+            latents = self.model.encode(target).latents
+        noise = torch.randn(latents.shape, generator=self.generator)
+        loss = reconstruction_loss(self.model.decode(latents + LATENT_NOISE * noise).sample, target)
+        return loss if self.decoder_only else loss + 1e-3 * latents.square().mean()
+
+    def take(self, loss: Tensor, rate: float) -> None:
+        """One optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.step += 1
+
+    def save(self) -> None:
+        save_run(self.checkpoint, self.modules, self.optimizer, self.step, self.seconds)
+
+
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     records = load_records()
@@ -82,55 +116,24 @@ def train(options: argparse.Namespace) -> None:
     train_rows = torch.tensor([i for i, r in enumerate(records) if r.split == "train"])
     held_out = pictures[[i for i, r in enumerate(records) if r.split == "held_out"]][:512]
     weights = sampling_weights([records[i] for i in train_rows])
-    model = AutoencoderTiny.from_pretrained(options.start) if options.start else build()
-    model = model.to(memory_format=torch.channels_last)
-    trained = model.decoder if options.decoder_only else model
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    checkpoint, step, used = options.work / "checkpoint.safetensors", 0, 0.0
-    if checkpoint.exists():
-        tensors, state = load_checkpoint(checkpoint)
-        step, used = state["step"], state["seconds"]
-        unpack_module(model, "model", tensors)
-        unpack_module(average, "average", tensors)
-        unpack_optimizer(optimizer, "optimizer", tensors, state["optimizer"])
+    training = Training(options)
     budget, last = options.minutes * 60, time.monotonic()
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-    while used < budget:
-        rate = learning_rate(used / budget, options.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        rows = train_rows[torch.multinomial(weights, options.batch, generator=generator)]
-        target = to_range(pictures[rows]).contiguous(memory_format=torch.channels_last)
-        if options.decoder_only:
-            with torch.no_grad():
-                latents = model.encode(target).latents
-        else:
-            latents = model.encode(target).latents
-        output = model.decode(latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)).sample
-        loss = reconstruction_loss(output, target)
-        if not options.decoder_only:
-            loss = loss + 1e-3 * latents.square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(model)
-        step += 1
-        used += time.monotonic() - last
-        last = time.monotonic()
-        if step % 250 == 0 or used >= budget:
-            quality = psnr(average.module, held_out[:128])
+    while training.seconds < budget:
+        rate = learning_rate(training.seconds / budget, options.lr)
+        rows = train_rows[torch.multinomial(weights, options.batch, generator=training.generator)]
+        loss = training.loss(to_range(pictures[rows]).contiguous(memory_format=torch.channels_last))
+        training.take(loss, rate)
+        training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
+        if training.step % 250 == 0 or training.seconds >= budget:
+            quality, minutes = psnr(training.average.module, held_out[:128]), training.seconds / 60
             print(
-                f"step {step} loss {loss.item():.4f} psnr {quality:.2f} dB lr {rate:.1e} {used / 60:.1f} min",
+                f"step {training.step} loss {loss.item():.4f} psnr {quality:.2f} dB lr {rate:.1e} {minutes:.1f} min",
                 flush=True,
             )
-            moments, hyper = pack_optimizer(optimizer, "optimizer")
-            tensors = {**pack_module(model, "model"), **pack_module(average, "average"), **moments}
-            save_checkpoint(checkpoint, tensors, {"step": step, "seconds": used, "optimizer": hyper})
+            training.save()
             last = time.monotonic()
-    finish(average.module, pictures[train_rows[:2048]], options)
-    print(f"held out: {psnr(average.module, held_out):.2f} dB")
+    finish(training.average.module, pictures[train_rows[:2048]], options)
+    print(f"held out: {psnr(training.average.module, held_out):.2f} dB")
 
 
 def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace) -> None:

@@ -25,15 +25,9 @@ from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, U
 from torch import Tensor
 from transformers import BertModel, BertTokenizerFast
 
-from distillers.checkpoint import (
-    load_checkpoint,
-    pack_module,
-    pack_optimizer,
-    save_checkpoint,
-    unpack_module,
-    unpack_optimizer,
-)
+from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.emoji.data import CAPTION_ODDS, captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.resume import load_run, save_run
 from distillers.muon import Muon
 from distillers.precision import fast_kernels, resolve_precision
 
@@ -151,13 +145,10 @@ class Training:
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizer = Muon(self.unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
         self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
+        self.modules = {"unet": self.unet, "average": self.average}
         self.step, self.seconds = 0, 0.0
-        if self.checkpoint.exists():
-            tensors, state = load_checkpoint(self.checkpoint)
-            self.step, self.seconds = state["step"], state["seconds"]
-            unpack_module(self.unet, "unet", tensors)
-            unpack_module(self.average, "average", tensors)
-            unpack_optimizer(self.optimizer, "optimizer", tensors, state["optimizer"])
+        if resumed := load_run(self.checkpoint, self.modules, self.optimizer):
+            self.step, self.seconds = resumed
         elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
             self.average.load_state_dict(self.unet.state_dict())
@@ -177,9 +168,7 @@ class Training:
 
     def save(self) -> None:
         """Writes the checkpoint and the pipeline."""
-        moments, hyper = pack_optimizer(self.optimizer, "optimizer")
-        tensors = {**pack_module(self.unet, "unet"), **pack_module(self.average, "average"), **moments}
-        save_checkpoint(self.checkpoint, tensors, {"step": self.step, "seconds": self.seconds, "optimizer": hyper})
+        save_run(self.checkpoint, self.modules, self.optimizer, self.step, self.seconds)
         save_pipeline(self.output, self.average, self.step, self.seconds)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from distillers.checkpoint import load_checkpoint
 from distillers.emoji import autoencoder, teacher
@@ -132,6 +133,24 @@ def test_the_autoencoder_has_its_shape_and_its_loss_sees_edges() -> None:
         pictures + 0.01, pictures
     )
     assert autoencoder.learning_rate(0.5, 1.0) > autoencoder.learning_rate(1.0, 1.0) > 0
+
+
+def test_the_autoencoder_goes_on_from_its_checkpoint_and_can_leave_its_encoder_alone(tmp_path: Path) -> None:
+    bundled = Path(autoencoder.__file__).parents[2] / "weights/bundled/emoji-base/vae"
+    output, work = tmp_path / "vae", tmp_path / "work"
+
+    def train(minutes: float) -> tuple[int, float]:
+        options = {"start": bundled, "decoder_only": True, "batch": 2, "lr": 1e-3, "seed": 0}
+        autoencoder.train(argparse.Namespace(output=output, work=work, minutes=minutes, **options))
+        _, state = load_checkpoint(work / "checkpoint.safetensors")
+        return state["step"], state["seconds"] / 60
+
+    steps, minutes = train(1e-6)
+    assert steps == 1
+    assert train(minutes + 1e-6)[0] == 2
+    before, after = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (bundled, output))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
 
 
 def test_a_perfect_teacher_has_zero_loss_and_times_cover_the_schedule() -> None:
