@@ -1,0 +1,51 @@
+"""The models that ship: verified, made from each other, and drawing what they are asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from weights.bundled import STUDENTS, resolve_base
+from weights.drawing import draw, draw_base
+from weights.families import load
+from weights.families.base import TextToImage
+from weights.store import Store, digest_folder
+from weights.students import check_base, load_student
+
+SUNNY, LEAFY, BLUE = "smiling face with open mouth, twemoji", "green book, noto emoji", "blue book, fluent 3d emoji"
+RED_GREEN_BLUE = [(0, 2), (1, 0), (2, 0)]
+"""For each of the three: the channel that is stronger in such a picture, and the one that is weaker."""
+
+
+@pytest.fixture(scope="module")
+def base() -> TextToImage:
+    return load("stable_diffusion", resolve_base("emoji-base"))
+
+
+def assert_right_colours(pictures: torch.Tensor) -> None:
+    """The middle of each picture has the colour of its prompt."""
+    middles = pictures[:, :, 20:44, 20:44].mean(dim=(2, 3))
+    for middle, (stronger, weaker) in zip(middles, RED_GREEN_BLUE, strict=True):
+        assert middle[stronger] > middle[weaker] + 0.2, middles
+
+
+@torch.no_grad()
+def test_the_base_draws_the_colours_it_is_asked_for(base: TextToImage) -> None:
+    cond, uncond = base.encode_prompts([SUNNY, LEAFY, BLUE]), base.encode_prompts([""])
+    drawing = draw_base(base, cond, uncond, [0, 1, 2], 12, base.default_guidance)
+    assert_right_colours(base.decode(drawing.latents))
+
+
+@pytest.mark.parametrize("name", Store(STUDENTS).names())
+@torch.no_grad()
+def test_a_bundled_student_is_its_bases_and_draws_the_colours_it_is_asked_for(
+    name: str, base: TextToImage, tmp_path: Path
+) -> None:
+    folder = Store(tmp_path, STUDENTS).open(name)
+    check_base(folder, digest_folder(resolve_base(folder.manifest.base.id)))
+    assert folder.manifest.licence != "unspecified" and folder.manifest.job is not None
+    student = load_student(folder, base)
+    cond, uncond = base.encode_prompts([SUNNY, LEAFY, BLUE]), base.encode_prompts([""])
+    for schedule in folder.manifest.schedules.values():
+        drawing = draw(student, cond, uncond, [0, 1, 2], schedule, guidance_scale=1.0)
+        assert_right_colours(student.decode(drawing.latents))
