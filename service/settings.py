@@ -43,7 +43,10 @@ class Settings(BaseSettings):
     )
     family: str = Field("stable_diffusion", min_length=1, description="Model family of these bases.")
     default_model: str | None = Field(
-        None, min_length=1, description="Model for requests that name none; the first bundled student when unset."
+        None,
+        min_length=1,
+        description="Model for requests that name none; when unset, the first bundled student of a base that is served, "
+        "or else the first base.",
     )
 
     device: str = Field(

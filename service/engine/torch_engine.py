@@ -26,8 +26,7 @@ from weights.contracts import StudentManifest
 from weights.denoiser import Cond, cond_repeat
 from weights.drawing import Drawing, draw, draw_base
 from weights.families import families
-from weights.store import Store
-from weights.student_files import MANIFEST
+from weights.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class TorchEngine:
     Args:
         settings: bases, device, precision, limits.
         store: where students are.
-        bundled: folder of the bundled students, the first of which is the default model.
+        bundled: folder of the bundled students, the first of which is the default model where its base is served.
     """
 
     def __init__(self, settings: Settings, store: Store, bundled: Path | None = None) -> None:
@@ -54,7 +53,7 @@ class TorchEngine:
         self._residency = Residency(
             store, settings.bases, settings.family, self._device, _dtype(settings, self._device), settings.max_resident
         )
-        self._bundled = bundled
+        self._store, self._bundled = store, bundled
         self._line = WaitingLine(settings.queue_size)
         self._thread: threading.Thread | None = None
         self._ready = False
@@ -135,10 +134,10 @@ class TorchEngine:
     def _default_model(self) -> str:
         if self._settings.default_model is not None:
             return self._settings.default_model
-        if self._bundled is not None and self._bundled.is_dir():
-            names = sorted(path.parent.name for path in self._bundled.glob(f"*/{MANIFEST}"))
-            if names:
-                return names[0]
+        for name in Store(self._bundled).names() if self._bundled is not None else []:
+            with contextlib.suppress(StoreError):  # one that cannot be read is nobody's default
+                if self._store.manifest(name).base.id in self._settings.bases:
+                    return name
         return self._settings.bases[0]
 
     def _plan(self, request: DrawRequest) -> Plan:

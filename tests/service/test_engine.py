@@ -31,6 +31,7 @@ from weights.denoiser import cond_repeat
 from weights.drawing import Drawing, draw
 from weights.families import TextToImage, load
 from weights.store import Store
+from weights.students import base_reference
 
 T = TypeVar("T")
 
@@ -266,6 +267,23 @@ def test_the_default_is_the_first_bundled_student(tiny_base: TinyBase, tmp_path:
     )
     (drawn,) = harness.draw(model=None)
     assert drawn.model == "shipped"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_bundled_student_of_a_base_that_is_not_served_is_no_default(
+    tiny_base: TinyBase, tmp_path: Path, broken: bool
+) -> None:
+    bundled = Store(tmp_path / "bundled")
+    strange = base_reference(tiny_base.id).model_copy(update={"id": "emoji-base"})
+    tiny_base.publish(bundled, tmp_path / "work", "shipped", base=strange)
+    if broken:
+        (bundled.root / "shipped" / "student.json").write_text("{")
+    harness = Harness(tiny_base, tmp_path)
+    harness.engine = TorchEngine(
+        harness.engine._settings, Store(tmp_path / "store", tmp_path / "bundled"), tmp_path / "bundled"
+    )
+    (drawn,) = harness.draw(model=None)
+    assert drawn.model == tiny_base.id
 
 
 def test_a_setting_names_the_default(tiny_base: TinyBase, tmp_path: Path) -> None:

@@ -84,9 +84,14 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
     published(store, base, base_folder, tmp_path)
     student = load_student(store.open("student"), base)
     ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
-    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
+    exported = export(store, "student", tmp_path / "out", 4)
+    pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
     theirs = diffusers_pixels(pipeline, 4, 1.0, seed=7)
     assert (ours - theirs).abs().mean() * 255 < 0.01
+    for written in (exported, store.open("student").path):
+        configs = {path.relative_to(written): path.read_text() for path in written.rglob("*.json")}
+        named = [name for name, text in configs.items() if name.name != "student.json" and str(tmp_path.parent) in text]
+        assert configs and not named, "they tell where the base lay on this machine"
     base_pixels = (base.decode(draw(base, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
     assert (ours - base_pixels).abs().mean() * 255 > 0.01, "the student's own weights must show"
 
