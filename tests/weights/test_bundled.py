@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from weights.bundled import STUDENTS, resolve_base
 from weights.drawing import draw, draw_base
+from weights.export import export
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, digest_folder
@@ -49,3 +51,24 @@ def test_a_bundled_student_is_its_bases_and_draws_the_colours_it_is_asked_for(
     for schedule in folder.manifest.schedules.values():
         drawing = draw(student, cond, uncond, [0, 1, 2], schedule, guidance_scale=1.0)
         assert_right_colours(student.decode(drawing.latents))
+
+
+@pytest.mark.parametrize("name", Store(STUDENTS).names())
+@torch.no_grad()
+def test_a_bundled_student_draws_the_same_pixels_with_diffusers_alone(
+    name: str, base: TextToImage, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store", STUDENTS)
+    folder = store.open(name)
+    student = load_student(folder, base)
+    for steps, schedule in folder.manifest.schedules.items():
+        drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], schedule)
+        exported = export(store, name, tmp_path / f"exported-{steps}", steps)
+        pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(7)
+        theirs = pipeline(
+            SUNNY, num_inference_steps=steps, guidance_scale=1.0, generator=generator, output_type="pt"
+        ).images
+        ours = (student.decode(drawing.latents) + 1) / 2
+        assert (ours - theirs).abs().mean() < 1 / 255
