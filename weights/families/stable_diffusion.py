@@ -138,7 +138,8 @@ class StableDiffusion(TextToImage):
         prediction = _PREDICTIONS[scheduler.prediction_type]
         schedule = DiscreteVP(pipeline.scheduler.alphas_cumprod)
         self.denoiser: UNetDenoiser = UNetDenoiser(network or pipeline.unet, schedule, prediction)
-        for part in (self.vae, self.denoiser.unet):  # where it was loaded from must not be published: a machine's path
+        parts: list[Any] = [self.vae, self.denoiser.unet]
+        for part in parts:  # where it was loaded from must not be published: a machine's path
             part.register_to_config(_name_or_path="")
         self.scale = 2 ** (len(self._vae_widths()) - 1)
         self.size = int(pipeline.unet.config.sample_size) * self.scale
