@@ -73,6 +73,7 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     )
     pipeline.save_pretrained(folder)
     vocabulary.unlink()
+    (folder / "fewstep.json").write_text(json.dumps({"licence": "CC0-1.0"}))
     return folder
 
 

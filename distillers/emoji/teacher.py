@@ -33,6 +33,7 @@ from distillers.precision import fast_kernels, resolve_precision
 
 TOKENS = 20
 EMA_DECAY = 0.999
+LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -223,7 +224,8 @@ def save_pipeline(folder: Path, unet: UNet2DConditionModel, step: int, seconds: 
             requires_safety_checker=False,
         ).save_pretrained(folder)
     copy.deepcopy(unet).half().save_pretrained(folder / "unet")
-    card = {"default_steps": 50, "default_guidance": 3.0, "trained_steps": step, "trained_minutes": round(seconds / 60)}
+    card = {"default_steps": 50, "default_guidance": 3.0, "licence": LICENCE}
+    card |= {"trained_steps": step, "trained_minutes": round(seconds / 60)}
     (folder / "fewstep.json").write_text(json.dumps(card, indent=2) + "\n")
 
 

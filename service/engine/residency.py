@@ -169,6 +169,7 @@ class Residency:
             default_steps=base.default_steps,
             default_guidance=base.default_guidance,
             size=base.size,
+            licence=base.licence,
         )
 
     def _student_info(self, manifest: StudentManifest) -> ModelInfo:

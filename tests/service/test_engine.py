@@ -210,6 +210,7 @@ def test_what_a_model_says_of_itself(harness: Harness) -> None:
 
     base, student = harness.run(scenario)
     assert (base.kind, base.size, base.steps, base.max_steps) == ("base", 32, (), 100)
+    assert (base.licence, student.licence) == ("CC0-1.0", "unspecified")
     assert (student.kind, student.size, student.steps, student.base) == ("student", 32, (1, 2, 4), base.id)
 
 

@@ -36,6 +36,7 @@ def test_the_base_draws_the_colours_it_is_asked_for(base: TextToImage) -> None:
     cond, uncond = base.encode_prompts([SUNNY, LEAFY, BLUE]), base.encode_prompts([""])
     drawing = draw_base(base, cond, uncond, [0, 1, 2], 12, base.default_guidance)
     assert_right_colours(base.decode(drawing.latents))
+    assert base.licence == "Apache-2.0 AND CC-BY-4.0 AND MIT"
 
 
 @pytest.mark.parametrize("name", Store(STUDENTS).names())

@@ -31,6 +31,8 @@ class TextToImage(ABC):
     """Steps of the undistilled model at which its quality is quoted."""
     default_guidance: float
     """Guidance scale of the undistilled model at which its quality is quoted (1.0 is off)."""
+    licence: str = "unspecified"
+    """Of the undistilled model's weights, as an SPDX expression where its folder tells one."""
 
     @classmethod
     @abstractmethod

@@ -145,6 +145,7 @@ class StableDiffusion(TextToImage):
         self.size = int(pipeline.unet.config.sample_size) * self.scale
         self.default_steps = int(self.card.get("default_steps", 50))
         self.default_guidance = float(self.card.get("default_guidance", 7.5))
+        self.licence = str(self.card.get("licence", "unspecified"))
 
     def _vae_widths(self) -> list[int]:
         config = self.vae.config
