@@ -26,7 +26,7 @@ from weights.contracts import StudentManifest
 from weights.denoiser import Cond, cond_repeat
 from weights.drawing import Drawing, draw, draw_base
 from weights.families import families
-from weights.store import Store, StoreError
+from weights.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class TorchEngine:
         self._residency = Residency(
             store, settings.bases, settings.family, self._device, _dtype(settings, self._device), settings.max_resident
         )
-        self._store, self._bundled = store, bundled
+        self._bundled = Store(bundled).names() if bundled is not None else []
         self._line = WaitingLine(settings.queue_size)
         self._thread: threading.Thread | None = None
         self._ready = False
@@ -134,9 +134,10 @@ class TorchEngine:
     def _default_model(self) -> str:
         if self._settings.default_model is not None:
             return self._settings.default_model
-        for name in Store(self._bundled).names() if self._bundled is not None else []:
-            with contextlib.suppress(StoreError):  # one that cannot be read is nobody's default
-                if self._store.manifest(name).base.id in self._settings.bases:
+        for name in self._bundled:
+            with contextlib.suppress(EngineError):  # one that cannot be read is nobody's default
+                info = self._residency.info(name)
+                if isinstance(info, StudentManifest) and info.base.id in self._settings.bases:
                     return name
         return self._settings.bases[0]
 

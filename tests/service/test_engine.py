@@ -386,7 +386,7 @@ def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: P
         waiting.cancel()
         await until(lambda: len(engine._line) == 0)
         gate.open.set()
-        await busy
+        assert len(await busy) == 1
 
     Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
 

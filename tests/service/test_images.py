@@ -63,7 +63,7 @@ def test_every_extension_reaches_the_engine(client: TestClient, engine: FakeEngi
 
 
 def test_openai_fields_and_nulls_are_accepted(client: TestClient) -> None:
-    ask(
+    body = ask(
         client,
         n=None,
         size="auto",
@@ -78,6 +78,7 @@ def test_openai_fields_and_nulls_are_accepted(client: TestClient) -> None:
         diversity=None,
         output_compression=None,
     )
+    assert len(body["data"]) == 1
 
 
 def test_seeds_count_up_from_one_number(client: TestClient) -> None:

@@ -205,6 +205,7 @@ def test_a_batch_is_refused_whole(idle: TestClient, jobs: Any, param: str, code:
 
 def test_fields_beside_a_batch_are_refused(idle: TestClient) -> None:
     refused(idle.post(JOBS, json={"jobs": [spec()], "method": "fake"}), 400, "method", "unknown_parameter")
+    assert idle.get(JOBS).json()["data"] == []
 
 
 def test_two_open_jobs_cannot_make_one_student(idle: TestClient) -> None:
