@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from weights.contracts import GuidanceConvention, StepSchedule
@@ -26,6 +26,30 @@ class MethodConfig(BaseModel):
     """Base of every method's Config: keyword-only, frozen, unknown fields refused, each field described."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def default_schedules() -> dict[int, StepSchedule]:
+    """1, 2 and 4 steps: native timesteps 999; 999, 499; 999, 749, 499, 249 of 1000."""
+    return {
+        1: StepSchedule(timesteps=[1.0]),
+        2: StepSchedule(timesteps=[1.0, 0.5]),
+        4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
+    }
+
+
+class FewStepConfig(MethodConfig):
+    """Of a method whose student draws in few steps."""
+
+    schedules: dict[int, StepSchedule] = Field(
+        default_factory=default_schedules, min_length=1, description="step counts to be good at, and their times"
+    )
+
+    @model_validator(mode="after")
+    def _schedules_have_their_length(self) -> Self:
+        for steps, schedule in self.schedules.items():
+            if len(schedule.timesteps) != steps:
+                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

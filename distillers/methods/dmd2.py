@@ -30,8 +30,8 @@ from distillers.losses.distribution_matching import distribution_matching_gradie
 from distillers.losses.regression import regression_loss
 from distillers.losses.score import Weighting, denoising_loss, score_weight
 from distillers.methods.base import (
+    FewStepConfig,
     Method,
-    MethodConfig,
     OptimizerSettings,
     Setup,
     Step,
@@ -51,21 +51,9 @@ from weights.families.base import TextToImage
 Interval = tuple[float, float]
 
 
-def default_schedules() -> dict[int, StepSchedule]:
-    """1, 2 and 4 steps: native timesteps 999; 999, 499; 999, 749, 499, 249 of 1000."""
-    return {
-        1: StepSchedule(timesteps=[1.0]),
-        2: StepSchedule(timesteps=[1.0, 0.5]),
-        4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
-    }
-
-
-class DMD2Config(MethodConfig):
+class DMD2Config(FewStepConfig):
     """DMD2's settings; the defaults are the public code's for SD1.5 where it has them."""
 
-    schedules: dict[int, StepSchedule] = Field(
-        default_factory=default_schedules, min_length=1, description="step counts to be good at, and their times"
-    )
     step_weights: dict[int, float] | None = Field(
         None, description="how often each step count is trained, in proportion; equally when left out"
     )
@@ -121,9 +109,6 @@ class DMD2Config(MethodConfig):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        for steps, schedule in self.schedules.items():
-            if len(schedule.timesteps) != steps:
-                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
         for name in ("dm_times", "score_times", "gan_times", "guidance_interval"):
             interval = getattr(self, name)
             if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:

@@ -1,0 +1,141 @@
+"""Consistency distillation: LCM (Luo et al. 2023, https://arxiv.org/abs/2310.04378), CD (Song et al. 2023,
+https://arxiv.org/abs/2303.01469).
+
+A consistency function gives the same picture for every state of one trajectory of the probability-flow ODE. On a grid of
+``solver_steps`` times, t_n = n / solver_steps, the guided teacher makes one DDIM step down the trajectory, and the student
+must answer there as it answers here:
+
+    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real picture, n uniform in skip..solver_steps
+    x_s = DDIM(x_t, D_T(x_t, t; w), t -> s),  s = t_{n - skip}
+    loss = d(f(x_t, t), sg f^-(x_s, s)),  f^-(x_0, 0) = x_0           d the pseudo-Huber of `regression_loss`
+
+f is the student's x_0 estimate, f^- that of its moving average (``target_decay``; at 0 the student itself, as LCM-LoRA
+does). The boundary f(x, 0) = x is what makes the answer a picture and not a constant.
+
+Departures from the public code: it enforces the boundary with ``f = c_skip x_t + c_out D``, where c_skip = 0.25 / ((10 n)^2
++ 0.25) at native timestep n is below 1e-5 at every timestep of its grid; here the state itself is the target at s = 0, and
+f = D, which is what every sampler assumes of a student. The guidance scale is fixed, as in LCM-LoRA; LCM's embedding of it
+is another network.
+"""
+
+import copy
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from distillers.critics import guided_x0
+from distillers.losses.regression import regression_loss
+from distillers.methods.base import FewStepConfig, Method, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
+from distillers.rollout import draw_noise
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Denoiser
+from weights.diffusion.samplers import ddim_step
+from weights.diffusion.schedules import add_noise, expand
+from weights.families.base import TextToImage
+
+
+class ConsistencyConfig(FewStepConfig):
+    """The defaults are LCM's for SD1.5, but for the guidance scale, which it draws and embeds."""
+
+    solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
+    skip: int = Field(
+        1, ge=1, description="of these times, how far the two states lie apart; 1 is 20 of 1000 timesteps"
+    )
+    guidance_scale: float = Field(7.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
+    target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
+    lr: float = Field(1e-6, gt=0, description="student's learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises")
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.skip > self.solver_steps:
+            raise ValueError(f"skip: {self.skip} must be at most solver_steps, {self.solver_steps}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas} must lie in [0, 1)")
+        return self
+
+
+class Consistency(Method):
+    """See the module's text."""
+
+    name = "consistency"
+    Config = ConsistencyConfig
+
+    def __init__(self, config: ConsistencyConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self._student = setup.new_student()
+        self.teacher = setup.teacher
+        self.average: TextToImage | None = None
+        if config.target_decay > 0:
+            self.average = self._student.with_network(copy.deepcopy(self._student.network))
+            self.average.network.requires_grad_(False)
+
+    @classmethod
+    def needs_pictures(cls, config: ConsistencyConfig) -> str | None:
+        return "consistency distillation follows the teacher from noised real pictures"
+
+    @property
+    def student(self) -> TextToImage:
+        return self._student
+
+    @property
+    def target(self) -> Denoiser:
+        """Who answers at the trajectory's lower state."""
+        return (self.average or self._student).denoiser
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+        optimizer = OptimizerSettings(
+            lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
+        )
+        return {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
+
+    def turns(self, iteration: int) -> list[Turn]:
+        return [Turn(name="student", trains=("student",))]
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return dict(self.config.schedules)
+
+    def guidance(self) -> GuidanceConvention:
+        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        config, real, cond = self.config, step.batch.real, step.batch.real_cond or step.batch.cond
+        assert real is not None, "needs_pictures lets no such batch through"
+        index = torch.randint(config.skip, config.solver_steps + 1, (len(real),), generator=step.local).to(real.device)
+        t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
+        x_t = add_noise(self.teacher.schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        with torch.no_grad():
+            guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale)
+            x_s = ddim_step(x_t, guided, t, s, self.teacher.schedule)
+            # At s = 0 no network is asked: the answer is the last step's picture (its rows are computed, and dropped).
+            later = self.target(x_s, s.clamp_min(1 / config.solver_steps), cond)
+            target = torch.where(expand(s, x_s) > 0, later, guided)
+        loss = regression_loss(self.student.denoiser(x_t, t, cond), target, config.huber)
+        with torch.no_grad():
+            metrics = {
+                "student/target_std": target.std(),
+                "student/solver_gap": (target - guided).square().mean().sqrt(),
+            }
+        return TurnLoss(loss=loss, metrics=metrics)
+
+    @torch.no_grad()
+    def after_step(self, turn: Turn, iteration: int) -> None:
+        if self.average is not None:
+            ours, theirs = self.average.network.parameters(), self._student.network.parameters()
+            torch._foreach_lerp_(list(ours), list(theirs), 1 - self.config.target_decay)
+
+    def state(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        return {f"target.{name}": value for name, value in self.average.network.named_parameters()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in self.state().items():
+            value.copy_(tensors[name])
