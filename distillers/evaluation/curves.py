@@ -30,7 +30,7 @@ def plot(path: Path, real: Real, qualities: Sequence[Quality], spreads: Sequence
     kernel.set_title("kernel distance to real pictures")
     frechet.set_title("Frechet distance to real pictures")
     alignment.set_title("R-precision")
-    _bars(diversity, spreads)
+    _points(diversity, spreads)
     kernel.legend(fontsize=8)
     figure.savefig(path)
     return path
@@ -61,16 +61,14 @@ def _by_steps(axes: Any, qualities: Sequence[Quality], value: Callable[[Quality]
     axes.grid(alpha=0.25)
 
 
-def _bars(axes: Any, spreads: Sequence[Spread]) -> None:
-    names = [_plain(s.subject.title) for s in spreads]
+def _points(axes: Any, spreads: Sequence[Spread]) -> None:
+    """Points, not bars: the differences are small beside the values, and a bar's length would have to start at 0."""
     values = [s.distance.value for s in spreads]
     errors = [s.distance.value - s.distance.low for s in spreads]
     positions = range(len(spreads))
-    axes.barh(positions, values, xerr=errors, capsize=3, color="#7a9cc6")
-    axes.set_yticks(positions, names, fontsize=8)
+    axes.errorbar(values, positions, xerr=errors, fmt="o", capsize=3)
+    axes.set_yticks(positions, [_plain(s.subject.title) for s in spreads], fontsize=8)
     axes.invert_yaxis()
-    least = min((v - e for v, e in zip(values, errors, strict=True)), default=0.0)
-    axes.set_xlim(left=0.9 * least)
     axes.set_title("diversity: mean pairwise feature distance")
     axes.grid(alpha=0.25, axis="x")
 
