@@ -259,7 +259,12 @@ class DMD2(Method):
                 fake_x0 = self.fake_score(x_t, t, cond)
         if share:
             fake_x0, features = self.fake_score.with_features(x_t, t, cond)
-        gradient = distribution_matching_gradient(x, fake_x0, teacher_x0)
+        logits = None
+        if self.heads is not None:
+            if not share:
+                features, _ = self._features(x, (x_t, t), cond, step)
+            logits = self.heads(features)
+        gradient = distribution_matching_gradient(x, fake_x0, teacher_x0, self._weight(logits, t))
         matching = gradient_as_loss(x, gradient)
         loss = config.dm_weight * matching
         metrics = {
@@ -268,13 +273,15 @@ class DMD2(Method):
             "student/mean": x.mean(),
             "student/std": x.std(),
         }
-        if self.heads is not None:
-            if not share:
-                features, _ = self._features(x, (x_t, t), cond, step)
-            adversarial = generator_loss(self.heads(features))
+        if logits is not None:
+            adversarial = generator_loss(logits)
             loss = loss + config.gan_weight * adversarial
             metrics["student/adversarial"] = adversarial
         return TurnLoss(loss=loss, metrics=_detached(metrics))
+
+    def _weight(self, logits: Tensor | None, t: Tensor) -> Tensor | None:
+        """h(r) of each picture ``(B,)``; None is the reverse KL's, 1."""
+        return None
 
     def _critic_loss(self, step: Step) -> TurnLoss:
         config = self.config

@@ -1,0 +1,122 @@
+"""f-distill: where its ratios come from, what they do to the gradient, and that every divergence finds the teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import distillers.methods.f_distill as module
+from distillers.losses.divergences import DIVERGENCES, Divergence
+from distillers.methods.base import Step, Turn
+from distillers.methods.dmd2 import DMD2, DMD2Config
+from distillers.methods.f_distill import FDistill, FDistillConfig
+from distillers.seeds import generator_of
+from tests.distillers.mixtures import MixtureFeed, distance_to_data, mixture_setup, trainer_of
+from weights.contracts import StepSchedule
+
+STUDENT = Turn(name="student", trains=("student",))
+ONE = {1: StepSchedule(timesteps=[1.0])}
+
+
+def a_step(method: DMD2, size: int = 16) -> Step:
+    return Step(
+        iteration=0,
+        micro=0,
+        batch=MixtureFeed(method.setup, size).batch(0),
+        shared=generator_of("shared"),
+        local=generator_of("local"),
+    )
+
+
+def build(**config: Any) -> FDistill:
+    setup = mixture_setup()
+    torch.manual_seed(0)
+    return FDistill(FDistillConfig(guidance_scale=1.0, **config), setup)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gan_weight", 0.0),
+        ("share_times", False),
+        ("ratio_range", (0.0, 1.0)),
+        ("ratio_range", (2.0, 1.0)),
+        ("divergence", "total_variation"),
+        ("ratio_bins", 0),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as error:
+        FDistillConfig.model_validate({field: value})
+    assert field in str(error.value)
+
+
+def test_under_the_reverse_kl_it_is_dmd2() -> None:
+    ours = build(divergence="reverse_kl")
+    torch.manual_seed(0)
+    theirs = DMD2(DMD2Config(guidance_scale=1.0, share_times=True), mixture_setup())
+    losses = [method.loss(STUDENT, a_step(method)).loss for method in (ours, theirs)]
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
+    method = build(
+        divergence="forward_kl", normalize_weights=False, ratio_bins=2, ratio_decay=0.5, ratio_range=(0.5, 9)
+    )
+    logits = torch.tensor([[2.0], [4.0], [1.0]]).log()  # r = 2 and 4 early, 1 late
+    t = torch.tensor([0.1, 0.4, 0.9])
+    weight = method._weight(logits, t)
+    assert torch.allclose(method.ratio_means, torch.tensor([0.5 + 0.5 * 3.0, 1.0]))
+    assert torch.allclose(weight, torch.tensor([2 / 2.0, 4 / 2.0, 1.0]))
+    held = method._weight(torch.tensor([[-9.0], [9.0], [0.0]]), t)
+    assert held.min() == 0.5
+    assert held[1].item() == pytest.approx(4.0, abs=0.01), "it is a quarter of its bin's average"
+    assert method.ratio_means[1] == pytest.approx(1.0)
+
+
+def test_normalized_weights_leave_the_steps_size() -> None:
+    method = build(divergence="pearson_chi2")
+    weight = method._weight(torch.randn(64, 1, generator=torch.Generator().manual_seed(0)), torch.rand(64))
+    assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert weight.std() > 0.1
+
+
+def test_averages_are_saved_and_come_back() -> None:
+    method, other = build(), build()
+    method._weight(torch.full((4, 1), 2.0), torch.full((4,), 0.5))
+    other.load_state(method.state())
+    assert torch.equal(other.ratio_means, method.ratio_means)
+    assert not torch.equal(other.ratio_means, torch.ones(10))
+
+
+# Convergence
+
+QUICK = {
+    "guidance_scale": 1.0, "student_every": 4, "student_lr": 1e-3, "fake_score_lr": 2e-3, "head_lr": 2e-3,
+    "student_betas": (0.0, 0.99), "critic_betas": (0.0, 0.99), "warmup": 10, "score_weighting": "v",
+    "dm_times": (0.15, 0.98), "schedules": ONE, "gan_weight": 1e-3, "discriminator_weight": 0.1,
+}  # fmt: skip
+
+
+def distance_after(iterations: int, folder: Path, **config: Any) -> float:
+    setup = mixture_setup("ring")
+    torch.manual_seed(0)
+    method = FDistill(FDistillConfig(**{**QUICK, **config}), setup)
+    trainer = trainer_of(method, setup, folder, iterations=iterations, checkpoint_every=10_000, sample_every=10_000)
+    trainer.run()
+    with trainer.averaged():
+        return distance_to_data(method, ONE[1], setup)
+
+
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_every_divergence_finds_the_teachers_distribution(divergence: Divergence, tmp_path: Path) -> None:
+    """A fitted network's own samples are 0.81 away."""
+    assert distance_after(250, tmp_path, divergence=divergence) < 0.4
+
+
+def test_with_a_weight_of_the_wrong_sign_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = module.divergence_weight
+    monkeypatch.setattr(module, "divergence_weight", lambda *given: -right(*given))
+    assert distance_after(100, tmp_path, divergence="forward_kl", normalize_weights=False) > 0.6
