@@ -31,7 +31,7 @@ def build() -> AutoencoderTiny:
         encoder_block_out_channels=(WIDTH,) * 3,
         decoder_block_out_channels=(WIDTH,) * 3,
         num_encoder_blocks=(0, 1, 3),
-        num_decoder_blocks=(3, 2, 0),
+        num_decoder_blocks=(5, 2, 0),
         latent_channels=4,
         scaling_factor=1.0,
     )
@@ -142,11 +142,16 @@ def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace
         with torch.no_grad():
             latents = torch.cat([model.encode(to_range(batch)).latents for batch in pictures.split(64)])
         model.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    model.half().save_pretrained(options.output)
+    save(model, options.output)
+
+
+def save(model: AutoencoderTiny, folder: Path) -> None:
+    """Writes the model in half precision."""
+    model.half().save_pretrained(folder)
     # AutoencoderTiny writes this key into its configuration and then warns of it whenever it is loaded.
-    config = json.loads((options.output / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     config.pop("block_out_channels", None)
-    (options.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.float()
 
 
