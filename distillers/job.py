@@ -173,7 +173,7 @@ class JobRun:
             accelerator=self.accelerator,
             folder=self.folder,
             reporter=self.reporter,
-            fingerprint=fingerprint(job),
+            fingerprint=fingerprint(job, self.reference.sha256),
             sheet=self._sheet(feed, built),
         )
         self._resume(trainer, resume)

@@ -124,10 +124,10 @@ def _has_pictures(job: DistillJob) -> bool:
     return job.data.source == "emoji" or Path(job.data.source, "metadata.jsonl").is_file()
 
 
-def fingerprint(job: DistillJob) -> str:
-    """Of everything in a job that a resumed run must have in common with its checkpoint."""
+def fingerprint(job: DistillJob, base_digest: str) -> str:
+    """Of all that a resumed run must have in common with its checkpoint: the job's settings and its base's weights."""
     plain = job.model_dump(mode="json", exclude={"student": True, "licence": True, "train": FREE})
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain, base_digest], sort_keys=True).encode()).hexdigest()
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -104,11 +104,12 @@ def test_recipes_check_and_overrides_change_them() -> None:
         read_spec("no_such_recipe")
 
 
-def test_the_fingerprint_ignores_how_far_a_job_goes(raw: dict[str, Any]) -> None:
+def test_the_fingerprint_ignores_how_far_a_job_goes_and_knows_its_base(raw: dict[str, Any]) -> None:
     job, _ = check_spec(raw)
     longer, _ = check_spec({**raw, "train": {**raw["train"], "iterations": 99, "log_every": 3}})
     other, _ = check_spec({**raw, "train": {**raw["train"], "batch_size": 3}})
-    assert fingerprint(job) == fingerprint(longer) != fingerprint(other)
+    assert fingerprint(job, "digest") == fingerprint(longer, "digest") != fingerprint(other, "digest")
+    assert fingerprint(job, "digest") != fingerprint(job, "of a base that was trained further")
 
 
 def test_the_check_command(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
