@@ -1,7 +1,7 @@
 """Which number format to train in, and how: bfloat16 where the processor computes in it, float32 elsewhere."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -57,3 +57,11 @@ def _widen(value: Any) -> Any:
 def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, bfloat16 training skips the kernels that are slow in it on this device; float32 is left as it is."""
     return Float32Kernels() if device.type == "cpu" else nullcontext()
+
+
+@contextmanager
+def training_format(device: torch.device) -> Iterator[None]:
+    """Inside, networks run in the format that "auto" means on this device, without the kernels that are slow in it."""
+    bfloat16 = resolve_precision("auto", device) == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), fast_kernels(device):
+        yield

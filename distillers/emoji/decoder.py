@@ -10,6 +10,7 @@ trained on them, stay valid.
 """
 
 import argparse
+import copy
 import os
 import time
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from distillers.emoji import autoencoder, finished
 from distillers.emoji.data import load_pictures, load_records, to_range
 from distillers.emoji.resume import load_run, save_run
 from distillers.emoji.teacher import Batches, cached
+from distillers.precision import training_format
 from weights.families.stable_diffusion import StableDiffusion
 
 LEARNING_RATE = 1e-3
@@ -100,7 +102,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        with finished.teachers_format():
+        with training_format(torch.device("cpu")):
             output = self.decoder(latents / self.vae.config.scaling_factor).float()
         half = len(latents) // 2
         real, done = (
@@ -116,7 +118,7 @@ class Training:
     def save(self, folder: Path) -> AutoencoderTiny:
         """Writes the checkpoint, and the averaged decoder with the untouched encoder; returns these."""
         save_run(self.checkpoint, self.modules, self.optimizer, self.step, self.seconds)
-        vae = deepened(self.vae)
+        vae = copy.deepcopy(self.vae)
         vae.decoder.load_state_dict(self.average.module.state_dict())
         autoencoder.save(vae, folder)
         return vae

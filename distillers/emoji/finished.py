@@ -1,12 +1,10 @@
 """Latents as the bundled teacher leaves them, where it is known what they should have been."""
 
-from contextlib import AbstractContextManager, ExitStack
-
 import torch
 from torch import Tensor
 
 from distillers.emoji.teacher import Batches
-from distillers.precision import fast_kernels, resolve_precision
+from distillers.precision import training_format
 from weights.denoiser import Denoiser
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise
@@ -41,18 +39,9 @@ def make(teacher: StableDiffusion, batches: Batches) -> Tensor:
     """All training latents, finished; in the order of ``batches.latents``, float16. About 5 minutes on a core."""
     generator = torch.Generator().manual_seed(0)
     texts = batches.states[torch.from_numpy(batches.rows[:, 0])]  # of the captions that name the picture
-    with teachers_format():
+    with training_format(torch.device("cpu")):
         done = [
             finish(teacher.denoiser, latents.float(), text.float(), generator).half()
             for latents, text in zip(batches.latents.split(BATCH), texts.split(BATCH), strict=True)
         ]
     return torch.cat(done)
-
-
-def teachers_format() -> AbstractContextManager[object]:
-    """The number format that training uses on this processor."""
-    cpu = torch.device("cpu")
-    stack = ExitStack()
-    stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision("auto", cpu) == "bfloat16"))
-    stack.enter_context(fast_kernels(cpu))
-    return stack

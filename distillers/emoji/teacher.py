@@ -29,7 +29,7 @@ from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.emoji.data import CAPTION_ODDS, captions, load_pictures, load_records, sampling_weights, to_range
 from distillers.emoji.resume import load_run, save_run
 from distillers.muon import Muon
-from distillers.precision import fast_kernels, resolve_precision
+from distillers.precision import training_format
 
 TOKENS = 20
 EMA_DECAY = 0.999
@@ -181,14 +181,12 @@ def train(options: argparse.Namespace) -> None:
         Training(options),
         build_scheduler(),
     )
-    cpu = torch.device("cpu")
-    bfloat16 = resolve_precision("auto", cpu) == "bfloat16"
     budget, last, saved, losses = options.minutes * 60, time.monotonic(), training.seconds, []
     while training.seconds < budget:
         rate = learning_rate(training.step, training.seconds / budget, options.lr)
         latents, states, noise, times = batches.draw(training.step)
         noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16), fast_kernels(cpu):
+        with training_format(torch.device("cpu")):
             velocity = training.unet(noisy, times, states).sample
         loss = (velocity.float() - scheduler.get_velocity(latents, noise, times)).square().mean()
         training.take(loss, rate)

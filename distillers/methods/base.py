@@ -11,10 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from weights.contracts import GuidanceConvention, StepSchedule
@@ -26,6 +26,16 @@ class MethodConfig(BaseModel):
     """Base of every method's Config: keyword-only, frozen, unknown fields refused, each field described."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{betas} must lie in [0, 1)")
+    return betas
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
+"""Of an optimizer's two running means, each in [0, 1)."""
 
 
 def default_schedules() -> dict[int, StepSchedule]:

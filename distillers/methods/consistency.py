@@ -27,7 +27,17 @@ from torch import Tensor
 
 from distillers.critics import guided_x0
 from distillers.losses.regression import regression_loss
-from distillers.methods.base import FewStepConfig, Method, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
+from distillers.methods.base import (
+    Betas,
+    FewStepConfig,
+    Method,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+)
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Denoiser
@@ -47,7 +57,7 @@ class ConsistencyConfig(FewStepConfig):
     huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
     lr: float = Field(1e-6, gt=0, description="student's learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    betas: Betas = Field((0.9, 0.999), description="AdamW's betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     warmup: int = Field(0, ge=0, description="updates over which the learning rate rises")
 
@@ -55,8 +65,6 @@ class ConsistencyConfig(FewStepConfig):
     def _is_consistent(self) -> Self:
         if self.skip > self.solver_steps:
             raise ValueError(f"skip: {self.skip} must be at most solver_steps, {self.solver_steps}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {self.betas} must lie in [0, 1)")
         return self
 
 

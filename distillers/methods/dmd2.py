@@ -30,6 +30,7 @@ from distillers.losses.distribution_matching import distribution_matching_gradie
 from distillers.losses.regression import regression_loss
 from distillers.losses.score import Weighting, denoising_loss, score_weight
 from distillers.methods.base import (
+    Betas,
     FewStepConfig,
     Method,
     OptimizerSettings,
@@ -92,8 +93,8 @@ class DMD2Config(FewStepConfig):
     student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
     fake_score_lr: float = Field(1e-5, gt=0, description="fake score's learning rate")
     head_lr: float | None = Field(None, gt=0, description="discriminator head's; the fake score's when left out")
-    student_betas: Interval = Field((0.9, 0.999), description="AdamW's betas; beta1 = 0 steadies the game of two")
-    critic_betas: Interval = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
+    student_betas: Betas = Field((0.9, 0.999), description="AdamW's betas; beta1 = 0 steadies the game of two")
+    critic_betas: Betas = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of all networks")
     warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises")
     fake_score_lora: bool = Field(
@@ -115,9 +116,6 @@ class DMD2Config(FewStepConfig):
                 raise ValueError(f"{name}: {interval} must be (low, high) with 0 <= low <= high <= 1")
             if interval is not None and name != "guidance_interval" and interval[0] < 0.001:
                 raise ValueError(f"{name}: {interval} must not start below 0.001, where nothing is noised")
-        for name in ("student_betas", "critic_betas"):
-            if not all(0 <= beta < 1 for beta in getattr(self, name)):
-                raise ValueError(f"{name}: {getattr(self, name)} must lie in [0, 1)")
         if self.regression_iterations and 1 not in self.schedules:
             raise ValueError("regression_iterations: the regression trains the one-step schedule; add 1 to schedules")
         weights = self.step_weights
@@ -164,7 +162,7 @@ class DMD2(Method):
     def trained(self) -> dict[str, Trained]:
         config = self.config
 
-        def settings(lr: float, betas: Interval) -> OptimizerSettings:
+        def settings(lr: float, betas: Betas) -> OptimizerSettings:
             return OptimizerSettings(
                 kind=config.optimizer, lr=lr, betas=betas, weight_decay=config.weight_decay, warmup=config.warmup
             )

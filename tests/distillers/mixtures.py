@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distillers.events import Reporter
-from distillers.methods.base import Batch, Method, Setup
+from distillers.methods.base import Batch, Method, Setup, Step
 from distillers.seeds import generator_of
 from distillers.trainer import Trainer
 from weights.contracts import StepSchedule, TrainSpec
@@ -66,6 +66,18 @@ class MixtureFeed:
         cond = {"label": torch.full((self.batch_size,), -1)}
         real = self.base.mixture.sample(cond["label"], generator_of("feed", iteration, micro, rank)).float()
         return Batch(cond=cond, real=real, real_cond=cond)
+
+
+def step_of(setup: Setup, size: int, iteration: int = 0, name: str = "", scratch: dict[str, Any] | None = None) -> Step:
+    """One micro-batch of ``size`` exact samples, for the turn of that name."""
+    return Step(
+        iteration=iteration,
+        micro=0,
+        batch=MixtureFeed(setup, size).batch(iteration),
+        shared=generator_of("shared", name, iteration),
+        local=generator_of("local", name, iteration),
+        scratch={} if scratch is None else scratch,
+    )
 
 
 def trainer_of(method: Method, setup: Setup, folder: Path, *, batch_size: int = 256, **train: Any) -> Trainer:

@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.consistency as module
-from distillers.methods.base import Setup, Step, Turn
+from distillers.methods.base import Setup, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
-from distillers.seeds import generator_of
-from tests.distillers.mixtures import VP, MixtureFeed, distance_to_data, mixture_setup, trainer_of
+from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
@@ -37,16 +36,6 @@ class Known(Denoiser):
 
 def build(setup: Setup | None = None, **config: Any) -> Consistency:
     return Consistency(ConsistencyConfig(**{"guidance_scale": 1.0, **config}), setup or mixture_setup())
-
-
-def a_step(method: Consistency, iteration: int = 0) -> Step:
-    return Step(
-        iteration=iteration,
-        micro=0,
-        batch=MixtureFeed(method.setup, B).batch(iteration),
-        shared=generator_of("shared", iteration),
-        local=generator_of("local", iteration),
-    )
 
 
 def known(method: Consistency, teacher: float, student: float, target: float) -> tuple[Known, Known, Known]:
@@ -82,7 +71,7 @@ def test_the_states_lie_on_the_teachers_trajectory(skip: int) -> None:
     """Where the teacher sees one point, DDIM is exact: the lower state has the same noise, at a time ``skip`` lower."""
     method = build(solver_steps=10, skip=skip)
     _, student, target = known(method, teacher=0.5, student=0.5, target=0.5)
-    step = a_step(method)
+    step = step_of(method.setup, B)
     step = replace(step, batch=replace(step.batch, real=torch.full((B, 1, 1, 1), 0.5)))
     assert float(method.loss(TURN, step).loss) == 0
     (x_t, t), (x_s, s) = student.asked[0], target.asked[0]
@@ -99,13 +88,13 @@ def test_the_states_lie_on_the_teachers_trajectory(skip: int) -> None:
 def test_at_the_trajectorys_end_the_target_is_the_picture_itself() -> None:
     method = build(solver_steps=1, huber=0.0)
     known(method, teacher=0.25, student=1.0, target=99.0)
-    assert float(method.loss(TURN, a_step(method)).loss) == pytest.approx(0.75**2)
+    assert float(method.loss(TURN, step_of(method.setup, B)).loss) == pytest.approx(0.75**2)
 
 
 def test_before_it_the_target_is_the_average() -> None:
     method = build(solver_steps=2, huber=0.0)
     _, student, _ = known(method, teacher=0.25, student=1.0, target=3.0)
-    loss = float(method.loss(TURN, a_step(method)).loss)
+    loss = float(method.loss(TURN, step_of(method.setup, B, iteration=1)).loss)
     last = int((student.asked[0][1] < 0.75).sum())  # rows whose lower state is the picture
     assert 0 < last < B
     assert loss == pytest.approx(((B - last) * 2.0**2 + last * 0.75**2) / B)
@@ -131,7 +120,7 @@ def test_guidance_reaches_the_solver() -> None:
     losses = []
     for scale in (1.0, 3.0):
         method = build(mixture_setup("ring"), guidance_scale=scale)
-        step = a_step(method)
+        step = step_of(method.setup, B)
         cond = {"label": torch.zeros(B, dtype=torch.int64)}
         step = replace(step, batch=replace(step.batch, cond=cond, real_cond=cond))
         losses.append(float(method.loss(TURN, step).loss.detach()))

@@ -16,7 +16,7 @@ import distillers.methods.dmd2 as module
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.seeds import generator_of, seed_of
-from tests.distillers.mixtures import MixtureFeed, distance_to_data, fitted, mixture_setup, trainer_of
+from tests.distillers.mixtures import distance_to_data, fitted, mixture_setup, step_of, trainer_of
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond, Denoiser
 
@@ -67,14 +67,7 @@ class Counted:
         self.method.fake_score, self.method.teacher = self.fake_score, self.teacher
 
     def step(self, iteration: int = 0, scratch: dict[str, Any] | None = None, name: str = "") -> Step:
-        return Step(
-            iteration=iteration,
-            micro=0,
-            batch=MixtureFeed(self.setup, B).batch(iteration),
-            shared=generator_of("shared", name, iteration),
-            local=generator_of("local", name, iteration),
-            scratch={} if scratch is None else scratch,
-        )
+        return step_of(self.setup, B, iteration, name, scratch)
 
     def take(self, turn: Turn, step: Step | None = None) -> TurnLoss:
         return self.method.loss(turn, step or self.step(name=turn.name))

@@ -9,25 +9,14 @@ from pydantic import ValidationError
 
 import distillers.methods.f_distill as module
 from distillers.losses.divergences import DIVERGENCES, Divergence
-from distillers.methods.base import Step, Turn
+from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
-from distillers.seeds import generator_of
-from tests.distillers.mixtures import MixtureFeed, distance_to_data, mixture_setup, trainer_of
+from tests.distillers.mixtures import distance_to_data, mixture_setup, step_of, trainer_of
 from weights.contracts import StepSchedule
 
 STUDENT = Turn(name="student", trains=("student",))
 ONE = {1: StepSchedule(timesteps=[1.0])}
-
-
-def a_step(method: DMD2, size: int = 16) -> Step:
-    return Step(
-        iteration=0,
-        micro=0,
-        batch=MixtureFeed(method.setup, size).batch(0),
-        shared=generator_of("shared"),
-        local=generator_of("local"),
-    )
 
 
 def build(**config: Any) -> FDistill:
@@ -57,7 +46,7 @@ def test_under_the_reverse_kl_it_is_dmd2() -> None:
     ours = build(divergence="reverse_kl")
     torch.manual_seed(0)
     theirs = DMD2(DMD2Config(guidance_scale=1.0, share_times=True), mixture_setup())
-    losses = [method.loss(STUDENT, a_step(method)).loss for method in (ours, theirs)]
+    losses = [method.loss(STUDENT, step_of(method.setup, 16)).loss for method in (ours, theirs)]
     assert torch.equal(losses[0], losses[1])
 
 
