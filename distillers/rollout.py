@@ -11,7 +11,7 @@ from torch import Tensor
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import few_step_update, initial_state, needs_noise
-from weights.diffusion.schedules import add_noise
+from weights.diffusion.schedules import Schedule, add_noise
 
 TIME_GRID = 1000
 """Times are drawn as n / 1000: exactly the native timesteps of discrete teachers, and fine enough for all others."""
@@ -26,6 +26,17 @@ def draw_times(count: int, interval: tuple[float, float], generator: torch.Gener
     """Uniform times on the grid of 1000 inside the closed ``interval``: ``(count,)`` float32."""
     low, high = (round(end * TIME_GRID) for end in interval)
     return (torch.randint(low, high + 1, (count,), generator=generator) / TIME_GRID).to(device)
+
+
+def draw_lognormal_times(
+    count: int, mean: float, std: float, schedule: Schedule, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Times at which ``ln(sigma_t / alpha_t)`` is normal (EDM's distribution of training noise): ``(count,)`` float32.
+
+    Levels that the schedule never reaches are its nearest end. https://arxiv.org/abs/2206.00364, section 5.
+    """
+    log_snr = -(mean + std * torch.randn(count, generator=generator, dtype=torch.float64))
+    return schedule.time_of_log_snr(log_snr).float().to(device)
 
 
 def draw_step(

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from distillers.critics import Heads, guided_x0, head
-from distillers.rollout import draw_step, draw_times, simulate
+from distillers.rollout import draw_lognormal_times, draw_step, draw_times, simulate
 from distillers.seeds import generator_of
 from tests.distillers.mixtures import VP, fitted
 from tests.helpers import tiny_unet
 from weights.contracts import StepSchedule
 from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import few_step, initial_state
+from weights.diffusion.schedules import EDM, RectifiedFlow, Schedule, TrigFlow
 from weights.families.gaussian_mixture import PRESETS, AnalyticDenoiser
 from weights.families.stable_diffusion import UNetDenoiser
 
@@ -92,3 +93,12 @@ def test_times_lie_on_the_grid_and_reach_both_ends() -> None:
     times = draw_times(5000, (0.981, 0.99), generator_of("times"), torch.device("cpu"))
     assert sorted({round(float(time) * 1000) for time in times}) == list(range(981, 991))
     torch.testing.assert_close(times * 1000, (times * 1000).round(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [VP, EDM(), RectifiedFlow(), TrigFlow()], ids=lambda each: type(each).__name__)
+def test_lognormal_times_are_normal_in_the_log_of_the_noise(schedule: Schedule) -> None:
+    times = draw_lognormal_times(4000, -0.5, 0.8, schedule, generator_of("levels"), torch.device("cpu"))
+    levels = -schedule.log_snr(times.double())
+    assert times.dtype == torch.float32 and times.min() >= 0 and times.max() <= 1
+    assert levels.mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert levels.std().item() == pytest.approx(0.8, abs=0.05)
