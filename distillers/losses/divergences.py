@@ -7,15 +7,16 @@ For ``D_f(p || q) = E_q[f(p / q)]`` between the teacher's distribution p and the
 (Xu et al. 2025, https://arxiv.org/abs/2502.15681, theorem 1): every f-divergence is the reverse KL's gradient, whose h is
 1, times a weight. r comes from a discriminator's logits, whose optimum is ``log r``. Large h where r is large (forward KL)
 covers the teacher's modes; small h there (reverse KL, Neyman) seeks them. Constant factors are left out.
+
+The usual divergences' weights are all of one form, ``h(r) = r^a (1 + r)^b``: a divergence is a name, or its (a, b).
 """
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Divergence = Literal[
+DivergenceName = Literal[
     "reverse_kl",
     "softened_reverse_kl",
     "jensen_shannon",
@@ -25,41 +26,59 @@ Divergence = Literal[
     "neyman_chi2",
     "pearson_chi2",
 ]
+Divergence = DivergenceName | tuple[float, float]
 
-DIVERGENCES: dict[Divergence, Callable[[Tensor], Tensor]] = {
-    "reverse_kl": torch.ones_like,
-    "softened_reverse_kl": lambda r: 1 / (1 + r),
-    "jensen_shannon": lambda r: r / (1 + r),
-    "squared_hellinger": torch.sqrt,
-    "forward_kl": lambda r: r,
-    "jeffreys": lambda r: 1 + r,
-    "neyman_chi2": lambda r: 1 / r,
-    "pearson_chi2": torch.square,
+DIVERGENCES: dict[DivergenceName, tuple[float, float]] = {
+    "reverse_kl": (0.0, 0.0),
+    "softened_reverse_kl": (0.0, -1.0),
+    "jensen_shannon": (1.0, -1.0),
+    "squared_hellinger": (0.5, 0.0),
+    "forward_kl": (1.0, 0.0),
+    "jeffreys": (0.0, 1.0),
+    "neyman_chi2": (-1.0, 0.0),
+    "pearson_chi2": (2.0, 0.0),
 }
-"""h by the divergence's name."""
+"""(a, b) by the divergence's name."""
 
 LARGEST_LOGIT = 10.0
 
 
-def divergence_weight(name: Divergence, ratio: Tensor) -> Tensor:
-    """``h(r)``, ``(B,)``.
-
-    Args:
-        name: one of `DIVERGENCES`.
-        ratio: r, positive, ``(B,)``.
+def powers(divergence: Divergence) -> tuple[float, float]:
+    """(a, b) of ``h(r) = r^a (1 + r)^b``.
 
     Raises:
         ValueError: no divergence has that name.
     """
-    if name not in DIVERGENCES:
-        raise ValueError(f"{name!r} is no divergence; there are: {', '.join(DIVERGENCES)}")
-    return DIVERGENCES[name](ratio)
+    if isinstance(divergence, tuple):
+        return divergence
+    if divergence not in DIVERGENCES:
+        raise ValueError(
+            f"{divergence!r} is no divergence: use one of {', '.join(get_args(DivergenceName))}, or (a, b)"
+        )
+    return DIVERGENCES[divergence]
+
+
+def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
+    """``h(r)``, ``(B,)``.
+
+    Args:
+        divergence: a name of `DIVERGENCES`, or (a, b).
+        ratio: r, positive, ``(B,)``.
+    """
+    a, b = powers(divergence)
+    return ratio**a * (1 + ratio) ** b
+
+
+def weight_elasticity(divergence: Divergence, ratio: Tensor) -> Tensor:
+    """``r h'(r) / h(r) = a + b r / (1 + r)``, ``(B,)``; arguments as in `divergence_weight`."""
+    a, b = powers(divergence)
+    return a + b * ratio / (1 + ratio)
 
 
 def density_ratio(logits: Tensor) -> Tensor:
-    """``r = e^logit`` of each picture, ``(B,)`` float32: the mean over heads, held within +-10, without a graph.
+    """``r = e^logit`` of each picture, ``(B,)`` float32: the mean over heads, held within +-10.
 
     Args:
         logits: ``(B, heads)``, larger meaning real.
     """
-    return logits.detach().float().flatten(1).mean(dim=1).clamp(-LARGEST_LOGIT, LARGEST_LOGIT).exp()
+    return torch.exp(logits.float().flatten(1).mean(dim=1).clamp(-LARGEST_LOGIT, LARGEST_LOGIT))

@@ -10,10 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distillers.losses.divergences import DIVERGENCES, Divergence, density_ratio, divergence_weight
+from distillers.losses.divergences import (
+    DIVERGENCES,
+    DivergenceName,
+    density_ratio,
+    divergence_weight,
+    weight_elasticity,
+)
 from weights.diffusion.mixture import Mixture, log_ratio
 
-F: dict[Divergence, Callable[[Tensor], Tensor]] = {
+F: dict[DivergenceName, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: -r.log(),
     "softened_reverse_kl": lambda r: (r + 1) * ((r + 1) / r).log(),
     "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
@@ -37,14 +43,14 @@ def teacher() -> Mixture:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(F) == set(DIVERGENCES) == set(get_args(Divergence))
+    assert set(F) == set(DIVERGENCES) == set(get_args(DivergenceName))
     with pytest.raises(ValueError, match="jensen_shannon"):
         divergence_weight("total_variation", torch.ones(1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 @given(ratio=st.floats(0.05, 20))
-def test_a_weight_is_r_squared_times_the_second_derivative(name: Divergence, ratio: float) -> None:
+def test_a_weight_is_r_squared_times_the_second_derivative(name: DivergenceName, ratio: float) -> None:
     r = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), r)
@@ -52,7 +58,7 @@ def test_a_weight_is_r_squared_times_the_second_derivative(name: Divergence, rat
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
-def test_the_weighted_score_difference_is_the_divergences_gradient(name: Divergence) -> None:
+def test_the_weighted_score_difference_is_the_divergences_gradient(name: DivergenceName) -> None:
     """By quadrature, in one dimension, for a student that is a Gaussian and shifts its mean."""
     x = torch.linspace(-5, 5, 20_001, dtype=torch.float64).unsqueeze(1)
     dx = float(x[1, 0] - x[0, 0])
@@ -74,5 +80,14 @@ def test_the_weighted_score_difference_is_the_divergences_gradient(name: Diverge
 def test_ratios_come_from_logits_and_are_held() -> None:
     logits = torch.tensor([[0.0, 2.0], [50.0, 50.0], [-50.0, -50.0]], requires_grad=True)
     ratio = density_ratio(logits)
-    assert not ratio.requires_grad
+    (gradient,) = torch.autograd.grad(ratio.sum(), logits)
+    assert torch.allclose(gradient[0], torch.full((2,), math.e / 2)), "a ratio's derivative by its logit is itself"
     assert torch.allclose(ratio, torch.tensor([math.e, math.exp(10.0), math.exp(-10.0)]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("divergence", [*sorted(DIVERGENCES), (0.3, -2.0)], ids=str)
+def test_the_elasticity_is_the_weights_own(divergence: DivergenceName | tuple[float, float]) -> None:
+    r = torch.tensor([0.2, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
+    weight = divergence_weight(divergence, r)
+    (slope,) = torch.autograd.grad(weight.sum(), r)
+    assert torch.allclose((r * slope / weight).detach(), weight_elasticity(divergence, r.detach()))

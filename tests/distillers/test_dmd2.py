@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.dmd2 as module
+import distillers.methods.score_distillation as family
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.seeds import generator_of, seed_of
@@ -321,13 +322,13 @@ def test_backward_simulation_decides_what_a_step_is_trained_on(
 ) -> None:
     called: Counter[str] = Counter()
     for name in ("simulate", "noised_real"):
-        original = getattr(module, name)
+        original = getattr(family, name)
 
         def spy(*args: Any, _original: Callable[..., Tensor] = original, _name: str = name) -> Tensor:
             called[_name] += 1
             return _original(*args)
 
-        monkeypatch.setattr(module, name, spy)
+        monkeypatch.setattr(family, name, spy)
     counted = Counted(schedules=FOUR, backward_simulation=simulated)
     counted.take(STUDENT)
     counted.take(CRITIC)
@@ -488,6 +489,6 @@ def test_with_the_wrong_sign_it_does_not(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_without_the_fake_score_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the teacher's score: the student climbs to the modes' tops, the spread is lost."""
-    right = module.denoising_loss
-    monkeypatch.setattr(module, "denoising_loss", lambda *given: 0.0 * right(*given))
+    right = family.denoising_loss
+    monkeypatch.setattr(family, "denoising_loss", lambda *given: 0.0 * right(*given))
     assert distance_after(300, tmp_path) > 0.3

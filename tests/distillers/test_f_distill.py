@@ -1,17 +1,20 @@
 """f-distill: where its ratios come from, what they do to the gradient, and that every divergence finds the teacher."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 import distillers.methods.f_distill as module
-from distillers.losses.divergences import DIVERGENCES, Divergence
+from distillers.losses.divergences import DIVERGENCES, DivergenceName
 from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
+from distillers.methods.score_distillation import Noised
 from tests.distillers.mixtures import distance_to_data, mixture_setup, step_of, trainer_of
 from weights.contracts import StepSchedule
 
@@ -50,34 +53,40 @@ def test_under_the_reverse_kl_it_is_dmd2() -> None:
     assert torch.equal(losses[0], losses[1])
 
 
+def weighed(method: FDistill, ratios: list[float], t: Tensor) -> Tensor:
+    zeros = torch.zeros(len(t), 1, 1, 1)
+    logits = torch.tensor(ratios).log().unsqueeze(1)
+    return method.weight(Noised(x=zeros, x_t=zeros, t=t, fake_x0=zeros, teacher_x0=zeros, logits=logits))
+
+
 def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
     method = build(
         divergence="forward_kl", normalize_weights=False, ratio_bins=2, ratio_decay=0.5, ratio_range=(0.5, 9)
     )
-    logits = torch.tensor([[2.0], [4.0], [1.0]]).log()  # r = 2 and 4 early, 1 late
     t = torch.tensor([0.1, 0.4, 0.9])
-    weight = method._weight(logits, t)
-    assert torch.allclose(method.ratio_means, torch.tensor([0.5 + 0.5 * 3.0, 1.0]))
+    weight = weighed(method, [2.0, 4.0, 1.0], t)
+    assert torch.allclose(method.ratios.means, torch.tensor([0.5 + 0.5 * 3.0, 1.0]))
     assert torch.allclose(weight, torch.tensor([2 / 2.0, 4 / 2.0, 1.0]))
-    held = method._weight(torch.tensor([[-9.0], [9.0], [0.0]]), t)
+    held = weighed(method, [math.exp(-9), math.exp(9), 1.0], t)
     assert held.min() == 0.5
     assert held[1].item() == pytest.approx(4.0, abs=0.01), "it is a quarter of its bin's average"
-    assert method.ratio_means[1] == pytest.approx(1.0)
+    assert method.ratios.means[1] == pytest.approx(1.0)
 
 
 def test_normalized_weights_leave_the_steps_size() -> None:
     method = build(divergence="pearson_chi2")
-    weight = method._weight(torch.randn(64, 1, generator=torch.Generator().manual_seed(0)), torch.rand(64))
+    ratios = torch.randn(64, generator=torch.Generator().manual_seed(0)).exp().tolist()
+    weight = weighed(method, ratios, torch.rand(64))
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)
     assert weight.std() > 0.1
 
 
 def test_averages_are_saved_and_come_back() -> None:
     method, other = build(), build()
-    method._weight(torch.full((4, 1), 2.0), torch.full((4,), 0.5))
+    weighed(method, [2.0] * 4, torch.full((4,), 0.5))
     other.load_state(method.state())
-    assert torch.equal(other.ratio_means, method.ratio_means)
-    assert not torch.equal(other.ratio_means, torch.ones(10))
+    assert torch.equal(other.ratios.means, method.ratios.means)
+    assert not torch.equal(other.ratios.means, torch.ones(10))
 
 
 # Convergence
@@ -100,7 +109,7 @@ def distance_after(iterations: int, folder: Path, **config: Any) -> float:
 
 
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
-def test_every_divergence_finds_the_teachers_distribution(divergence: Divergence, tmp_path: Path) -> None:
+def test_every_divergence_finds_the_teachers_distribution(divergence: DivergenceName, tmp_path: Path) -> None:
     """A fitted network's own samples are 0.81 away."""
     assert distance_after(250, tmp_path, divergence=divergence) < 0.4
 

@@ -1,0 +1,47 @@
+"""Diff-Instruct: the integral KL divergence, and nothing else (Luo et al. 2023, https://arxiv.org/abs/2305.18455).
+
+DMD2 without its discriminator, its normalisation and its pace: of the family (`distillers.methods.score_distillation`), the
+student's picture x moves along the plain difference of the two scores (theorem 3.1, in x0 estimates),
+
+    grad_x = F_S(x_t) - F_T(x_t),    ln(sigma_t / alpha_t) ~ N(-1.2, 1.2^2)
+
+and student and fake score step in turn. The weight of a time is what the difference of x0 estimates leaves of the paper's
+w(t): ``grad_x`` is ``sigma_t^2 / alpha_t (score_p - score_q)``, negated.
+
+Departures: the public code feeds its one-step generator noise of standard deviation 1 in EDM's units; here what a student
+is fed is its step schedule's matter, and pure noise unless that says otherwise. A discriminator may be switched on
+(``gan_weight``), as everywhere in the family.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from distillers.losses.distribution_matching import distribution_matching_gradient, gradient_as_loss
+from distillers.methods.base import Betas
+from distillers.methods.score_distillation import Interval, Noised, ScoreDistillation, ScoreDistillationConfig
+
+
+class DiffInstructConfig(ScoreDistillationConfig):
+    """The family's settings with the paper's defaults."""
+
+    guidance_scale: float = Field(
+        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
+    )
+    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
+    dm_levels: Interval | None = Field(
+        (-1.2, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
+    )
+    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
+    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
+
+
+class DiffInstruct(ScoreDistillation):
+    """See the module's text."""
+
+    name = "diff_instruct"
+    Config = DiffInstructConfig
+
+    def matching(self, seen: Noised) -> Tensor:
+        gradient = distribution_matching_gradient(seen.x, seen.fake_x0, seen.teacher_x0, normalize=False)
+        return gradient_as_loss(seen.x, gradient)

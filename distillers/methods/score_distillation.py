@@ -1,0 +1,343 @@
+"""What the score distillation family shares: three networks, two turns, and one place for the loss between two scores.
+
+Student G, frozen teacher (x0 estimate F_T, guided), fake score (F_S, a copy of the teacher that follows the student's
+distribution). Every iteration the fake score learns from the student's samples; every ``student_every``-th the student
+steps as well (the two-time-scale rule, DMD2, https://arxiv.org/abs/2405.14867, section 4.2). The losses, for a student's
+picture x and ``x_t = alpha_t x + sigma_t eps``:
+
+    student     dm_weight * matching(x, F_S(x_t), F_T(x_t))                   each method's own: `ScoreDistillation.matching`
+                + gan_weight * softplus(-D(x_t))                              DMD2, section 4.3
+    fake score  w_t ||F_S(x_t) - x||^2                                        denoising score matching
+                + discriminator_weight * (softplus(D(x_t)) + softplus(-D(real_t)))
+
+D is a small head on the fake score's bottleneck. A student of several steps is trained on the states it makes itself
+(backward simulation, DMD2, section 4.5); here one student serves several step counts: each iteration draws a count and a
+step.
+"""
+
+from abc import abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from distillers.critics import Heads, guided_x0
+from distillers.losses.adversarial import approximate_r1, discriminator_loss, generator_loss
+from distillers.losses.score import Weighting, denoising_loss, score_weight
+from distillers.methods.base import (
+    Betas,
+    FewStepConfig,
+    Method,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+)
+from distillers.rollout import (
+    at_time,
+    draw_lognormal_times,
+    draw_noise,
+    draw_step,
+    draw_times,
+    noised_real,
+    simulate,
+)
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Cond
+from weights.diffusion.schedules import add_noise
+from weights.families.base import TextToImage
+
+Interval = tuple[float, float]
+
+
+class ScoreDistillationConfig(FewStepConfig):
+    """Settings of the whole family; the defaults are DMD2's for SD1.5 where its public code has them."""
+
+    step_weights: dict[int, float] | None = Field(
+        None, description="how often each step count is trained, in proportion; equally when left out"
+    )
+    guidance_scale: float = Field(
+        1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
+    )
+    guidance_interval: Interval | None = Field(
+        None, description="guide only at times inside it (low, high); everywhere when left out"
+    )
+    student_every: int = Field(
+        5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)"
+    )
+    backward_simulation: bool = Field(
+        True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+    )
+    share_samples: bool = Field(True, description="the fake score reuses the samples of the student's turn")
+    dm_weight: float = Field(1.0, gt=0, description="weight of the distribution matching loss")
+    dm_times: Interval = Field((0.021, 0.981), description="times of distribution matching, uniform between")
+    dm_levels: Interval | None = Field(
+        None, description="(mean, std) of a normal ln(sigma / alpha) to draw distribution matching's times from instead"
+    )
+    score_times: Interval = Field((0.001, 1.0), description="times of the fake score's training, uniform between")
+    score_weighting: Weighting = Field("eps", description="prediction whose squared error trains the fake score")
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
+    gan_weight: float = Field(1e-3, ge=0, description="student's adversarial weight; 0 turns the GAN off")
+    discriminator_weight: float = Field(1e-2, gt=0, description="discriminator's weight in the fake score's loss")
+    gan_features: Literal["fake_score", "teacher"] = Field(
+        "fake_score", description="whose bottleneck the head reads; the paper's is the fake score's"
+    )
+    gan_times: Interval = Field((0.001, 1.0), description="times at which pictures are shown to the discriminator")
+    share_times: bool = Field(
+        False, description="show the discriminator the score losses' own noised pictures (saves a pass each turn)"
+    )
+    r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
+    r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="of every network; muon steps matrices along their orthogonalised momentum"
+    )
+    student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
+    fake_score_lr: float = Field(1e-5, gt=0, description="fake score's learning rate")
+    head_lr: float | None = Field(None, gt=0, description="discriminator head's; the fake score's when left out")
+    student_betas: Betas = Field((0.9, 0.999), description="AdamW's betas; beta1 = 0 steadies the game of two")
+    critic_betas: Betas = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of all networks")
+    warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises")
+    fake_score_lora: bool = Field(
+        False, description="in a LoRA job the fake score trains adapters too; else all weights"
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for name in ("dm_times", "score_times", "gan_times", "guidance_interval"):
+            interval = getattr(self, name)
+            if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+                raise ValueError(f"{name}: {interval} must be (low, high) with 0 <= low <= high <= 1")
+            if interval is not None and name != "guidance_interval" and interval[0] < 0.001:
+                raise ValueError(f"{name}: {interval} must not start below 0.001, where nothing is noised")
+        if self.dm_levels is not None and self.dm_levels[1] <= 0:
+            raise ValueError(f"dm_levels: {self.dm_levels} must be (mean, std) with std above 0")
+        weights = self.step_weights
+        if weights is not None and (
+            set(weights) - set(self.schedules) or min(weights.values(), default=0) < 0 or not sum(weights.values())
+        ):
+            raise ValueError(
+                f"step_weights: {weights} must be at least 0, not all 0, and only for {sorted(self.schedules)}"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noised:
+    """A student's pictures under noise, as both scores see them."""
+
+    x: Tensor
+    """Before noising, ``(B, ...)``, with a graph to the student."""
+    x_t: Tensor
+    t: Tensor
+    """``(B,)``."""
+    fake_x0: Tensor
+    """``F_S(x_t)``; with a graph to x where the method differentiates scores."""
+    teacher_x0: Tensor
+    """``F_T(x_t)``, guided; likewise."""
+    logits: Tensor | None
+    """The discriminator's, ``(B, heads)``, with a graph to x; of x_t itself where times are shared."""
+
+
+class ScoreDistillation(Method):
+    """See the module's text. A method of the family says what its loss between the scores is."""
+
+    differentiates_scores: ClassVar[bool] = False
+    """Whether the loss's gradient flows through both scores to x_t; it costs their backward passes."""
+
+    def __init__(self, config: ScoreDistillationConfig, setup: Setup) -> None:
+        self.config = config
+        self.setup = setup
+        self._student = setup.new_student()
+        self._fake_score = setup.new_network(config.fake_score_lora)
+        self.fake_score = self._fake_score.denoiser
+        self.teacher = setup.teacher
+        self.heads: Heads | None = None
+        if config.gan_weight > 0:
+            self.critic = self.fake_score if config.gan_features == "fake_score" else self.teacher
+            self.heads = Heads(self.critic, setup.latent_shape, setup.uncond, setup.device)
+
+    @classmethod
+    def needs_pictures(cls, config: ScoreDistillationConfig) -> str | None:
+        if config.gan_weight > 0:
+            return f"gan_weight {config.gan_weight} compares with real pictures; set it to 0 to train on prompts alone"
+        if not config.backward_simulation and max(config.schedules) > 1:
+            return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
+        return None
+
+    @abstractmethod
+    def matching(self, seen: Noised) -> Tensor:
+        """The loss that moves the student's distribution to the teacher's, a scalar with a graph to the student."""
+
+    @property
+    def student(self) -> TextToImage:
+        return self._student
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+
+        def settings(lr: float, betas: Betas) -> OptimizerSettings:
+            return OptimizerSettings(
+                kind=config.optimizer, lr=lr, betas=betas, weight_decay=config.weight_decay, warmup=config.warmup
+            )
+
+        networks = {
+            "student": Trained(
+                module=self.student.network, optimizer=settings(config.student_lr, config.student_betas), average=True
+            ),
+            "fake_score": Trained(
+                module=self._fake_score.network, optimizer=settings(config.fake_score_lr, config.critic_betas)
+            ),
+        }
+        if self.heads is not None:
+            lr = config.head_lr or config.fake_score_lr
+            networks["heads"] = Trained(module=self.heads, optimizer=settings(lr, config.critic_betas))
+        return networks
+
+    def turns(self, iteration: int) -> list[Turn]:
+        critic = Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
+        if (iteration + 1) % self.config.student_every == 0:
+            return [Turn(name="student", trains=("student",)), critic]
+        return [critic]
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return dict(self.config.schedules)
+
+    def guidance(self) -> GuidanceConvention:
+        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        return self._student_loss(step) if turn.name == "student" else self._critic_loss(step)
+
+    def _sample(self, step: Step) -> tuple[Tensor, Cond]:
+        """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
+        schedule, k = draw_step(self.config.schedules, self.config.step_weights, step.shared)
+        denoiser, batch = self.student.denoiser, step.batch
+        noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
+        cond = batch.cond
+        if self.config.backward_simulation or len(schedule.timesteps) == 1:
+            x_t = simulate(denoiser, noise, schedule, k, cond, step.local)
+        else:
+            assert batch.real is not None, "needs_pictures lets no such batch through"
+            cond = batch.real_cond or batch.cond
+            x_t = noised_real(denoiser, batch.real, noise, schedule, k)
+        return denoiser(x_t, at_time(schedule.network_times[k], x_t), cond), cond
+
+    def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
+        return add_noise(self.teacher.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
+
+    def _shares_pass(self) -> bool:
+        """Whether one pass of the fake score gives both its estimate and the discriminator's features."""
+        return self.heads is not None and self.config.share_times and self.critic is self.fake_score
+
+    def _features(
+        self, x: Tensor, shared: tuple[Tensor, Tensor], cond: Cond, step: Step
+    ) -> tuple[list[Tensor], Tensor]:
+        """The discriminator's features of x and the times of its noise: the score losses' (x_t, t), or its own."""
+        x_t, t = shared
+        if not self.config.share_times:
+            t = draw_times(step.size, self.config.gan_times, step.local, x.device)
+            x_t = self._noised(x, t, step)
+        return self.critic.features(x_t, t, cond), t
+
+    def _see(self, x: Tensor, cond: Cond, step: Step) -> Noised:
+        """The pictures, noised, with both scores' estimates and the discriminator's logits."""
+        config = self.config
+        if config.dm_levels is None:
+            t = draw_times(step.size, config.dm_times, step.local, x.device)
+        else:
+            t = draw_lognormal_times(step.size, *config.dm_levels, self.teacher.schedule, step.local, x.device)
+        x_t = self._noised(x, t, step)
+        share = self._shares_pass()
+        features: list[Tensor] = []
+        with nullcontext() if self.differentiates_scores else torch.no_grad():
+            teacher_x0 = guided_x0(
+                self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale, config.guidance_interval
+            )
+            if not share:
+                fake_x0 = self.fake_score(x_t, t, cond)
+        if share:
+            fake_x0, features = self.fake_score.with_features(x_t, t, cond)
+        logits = None
+        if self.heads is not None:
+            if not share:
+                features, _ = self._features(x, (x_t, t), cond, step)
+            logits = self.heads(features)
+        return Noised(x=x, x_t=x_t, t=t, fake_x0=fake_x0, teacher_x0=teacher_x0, logits=logits)
+
+    def _student_loss(self, step: Step) -> TurnLoss:
+        x, cond = self._sample(step)
+        if self.config.share_samples:
+            step.scratch["samples"] = (x.detach(), cond)
+        seen = self._see(x, cond, step)
+        matching = self.matching(seen)
+        loss = self.config.dm_weight * matching
+        metrics = {
+            "student/matching": matching,
+            "student/score_gap": (seen.fake_x0 - seen.teacher_x0).square().mean().sqrt(),
+            "student/mean": x.mean(),
+            "student/std": x.std(),
+        }
+        if seen.logits is not None:
+            adversarial = generator_loss(seen.logits)
+            loss = loss + self.config.gan_weight * adversarial
+            metrics["student/adversarial"] = adversarial
+        return TurnLoss(loss=loss, metrics=detached(metrics))
+
+    def _critic_loss(self, step: Step) -> TurnLoss:
+        config = self.config
+        if "samples" in step.scratch:
+            x, cond = step.scratch["samples"]
+        else:
+            with torch.no_grad():
+                x, cond = self._sample(step)
+        t = draw_times(step.size, config.score_times, step.local, x.device)
+        x_t = self._noised(x, t, step)
+        schedule = self.teacher.schedule
+        weight = score_weight(schedule.alpha(t), schedule.sigma(t), config.score_weighting, config.sigma_data)
+        share = self._shares_pass()
+        features: list[Tensor] = []
+        if share:
+            x0, features = self.fake_score.with_features(x_t, t, cond)
+        else:
+            x0 = self.fake_score(x_t, t, cond)
+        score = denoising_loss(x0, x, weight)
+        loss, metrics = score, {"critic/score": score}
+        if self.heads is not None:
+            if not share:
+                features, t = self._features(x, (x_t, t), cond, step)
+            adversarial, seen = self._discriminator_loss(self.heads, self.heads(features), t, step)
+            loss = loss + config.discriminator_weight * adversarial
+            metrics |= seen
+        return TurnLoss(loss=loss, metrics=detached(metrics))
+
+    def _discriminator_loss(
+        self, heads: Heads, fake_logits: Tensor, t: Tensor, step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss and what to log, given its logits on the student's pictures at times t."""
+        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
+        assert real is not None, "needs_pictures lets no such batch through"
+        real_t = self._noised(real, t[: len(real)], step)
+        logits = heads(self.critic.features(real_t, t[: len(real)], cond))
+        loss = discriminator_loss(logits, fake_logits)
+        metrics = {
+            "critic/discriminator": loss,
+            "critic/real_logits": logits.mean(),
+            "critic/fake_logits": fake_logits.mean(),
+        }
+        if self.config.r1_weight > 0:
+            noise = draw_noise(tuple(real.shape), step.local, real.device)
+            disturbed = heads(self.critic.features(real_t + self.config.r1_noise * noise, t[: len(real)], cond))
+            penalty = approximate_r1(logits, disturbed)
+            loss = loss + self.config.r1_weight * penalty
+            metrics["critic/r1"] = penalty
+        return loss, metrics
+
+
+def detached(metrics: dict[str, Tensor]) -> dict[str, Any]:
+    return {name: value.detach() for name, value in metrics.items()}

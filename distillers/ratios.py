@@ -1,0 +1,73 @@
+"""Density ratios from a discriminator, and the settings of the methods that weigh pictures by them."""
+
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from distillers.losses.divergences import Divergence, density_ratio
+from distillers.methods.base import MethodConfig
+from distillers.methods.score_distillation import Interval
+
+
+class RatioConfig(MethodConfig):
+    """The divergence's settings, to be mixed into those of a method of the score distillation family."""
+
+    gan_weight: float = Field(
+        1e-3, gt=0, description="student's adversarial weight; its discriminator gives the ratios"
+    )
+    share_times: bool = Field(
+        True, description="show the discriminator the score losses' own noised pictures: ratios are theirs, so always"
+    )
+    divergence: Divergence = Field(
+        "jensen_shannon", description="whose weight h(r) the gradient gets; a name, or (a, b) of h(r) = r^a (1 + r)^b"
+    )
+    ratio_range: Interval = Field((0.1, 20.0), description="what r is held within")
+    ratio_bins: int = Field(10, ge=1, description="intervals of t that have an average of r each")
+    ratio_decay: float = Field(0.99, ge=0, lt=1, description="of those averages")
+    normalize_weights: bool = Field(True, description="divide h by its batch mean: the step's size stays as without it")
+
+    @model_validator(mode="after")
+    def _has_ratios(self) -> Self:
+        if not self.share_times:
+            raise ValueError("share_times: ratios are of the score losses' own noised pictures, so it must be true")
+        low, high = self.ratio_range
+        if not 0 < low < high:
+            raise ValueError(f"ratio_range: {self.ratio_range} must be (low, high) with 0 < low < high")
+        return self
+
+
+class Ratios:
+    """r of each picture over a moving average of its own for its interval of t, held within a range (f-distill's code).
+
+    The averages are each process's own, where the public code keeps one.
+    """
+
+    def __init__(self, config: RatioConfig, device: torch.device) -> None:
+        self.config = config
+        self.means = torch.ones(config.ratio_bins, device=device)
+
+    def __call__(self, logits: Tensor | None, t: Tensor) -> Tensor:
+        """``(B,)``, with the logits' graph; the averages take the ratios in first.
+
+        Args:
+            logits: ``(B, heads)``.
+            t: ``(B,)``.
+        """
+        assert logits is not None, "the config lets no job without a discriminator through"
+        ratio, bins = density_ratio(logits), len(self.means)
+        member = torch.nn.functional.one_hot((t * bins).long().clamp(0, bins - 1), bins).to(ratio.dtype)
+        count = member.sum(0)
+        seen = (member * ratio.detach().unsqueeze(1)).sum(0) / count.clamp_min(1)
+        decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
+        self.means = decay * self.means + (1 - decay) * seen
+        return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {"ratio_means": self.means}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `state` returned."""
+        self.means = tensors["ratio_means"].to(self.means.device)
