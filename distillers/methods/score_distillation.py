@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillers.critics import Heads, guided_x0
 from distillers.losses.adversarial import approximate_r1, discriminator_loss, generator_loss
@@ -170,6 +170,11 @@ class ScoreDistillation(Method):
             return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
         return None
 
+    @property
+    def fake_score_network(self) -> nn.Module:
+        """What the fake score trains."""
+        return self._fake_score.network
+
     @abstractmethod
     def matching(self, seen: Noised) -> Tensor:
         """The loss that moves the student's distribution to the teacher's, a scalar with a graph to the student."""
@@ -191,7 +196,7 @@ class ScoreDistillation(Method):
                 module=self.student.network, optimizer=settings(config.student_lr, config.student_betas), average=True
             ),
             "fake_score": Trained(
-                module=self._fake_score.network, optimizer=settings(config.fake_score_lr, config.critic_betas)
+                module=self.fake_score_network, optimizer=settings(config.fake_score_lr, config.critic_betas)
             ),
         }
         if self.heads is not None:
@@ -200,10 +205,13 @@ class ScoreDistillation(Method):
         return networks
 
     def turns(self, iteration: int) -> list[Turn]:
-        critic = Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
         if (iteration + 1) % self.config.student_every == 0:
-            return [Turn(name="student", trains=("student",)), critic]
-        return [critic]
+            return [Turn(name="student", trains=("student",)), self.critic_turn()]
+        return [self.critic_turn()]
+
+    def critic_turn(self) -> Turn:
+        """The turn of fake score and discriminator."""
+        return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
 
     def schedules(self) -> dict[int, StepSchedule]:
         return dict(self.config.schedules)

@@ -8,12 +8,15 @@ import torch
 
 from distillers.checkpoint import load_checkpoint
 from distillers.methods import UnknownMethod, method, methods
-from distillers.methods.base import Method, MethodConfig, OptimizerSettings
+from distillers.methods.base import Method, MethodConfig, OptimizerSettings, Step, Turn
 from distillers.seeds import generator_of, seed_of
+from distillers.trainer import Trainer
 from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
 
 METHODS = sorted(methods())
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "disback": {"degradation_iterations": 4, "path_points": 3, "backtrack_every": 2, "settings": {"student_every": 2}},
+}
 """Settings that make a method's cycle short enough for a test, where its defaults do not."""
 ITERATIONS = 10
 
@@ -72,21 +75,11 @@ class TestMethod:
         seen = set()
         for iteration in range(ITERATIONS):
             for turn in built.turns(iteration):
-                if turn.name in seen:
-                    continue
-                seen.add(turn.name)
-                trainer._only(turn)
-                trainer.iteration = iteration
-                step = self.step(setup, iteration, turn.name)
-                found = built.loss(turn, step)
-                assert found.loss.ndim == 0 and torch.isfinite(found.loss)
-                assert not [key for key, value in found.metrics.items() if value.requires_grad or value.ndim]
-                found.loss.backward()
-                for network_name, network in trainer.networks.items():
-                    touched = {weight.grad is not None for weight in network.weights.values()}
-                    assert touched == {network_name in turn.trains}, (turn.name, network_name)
-                    for weight in network.weights.values():
-                        weight.grad = None
+                if turn.name not in seen:
+                    seen.add(turn.name)
+                    trainer.iteration = iteration
+                    self.check_loss(built, turn, self.step(setup, iteration, turn.name), trainer)
+                built.after_step(turn, iteration)
         assert all(weight.grad is None for weight in setup.base.network.parameters())
 
     def test_the_same_numbers_give_the_same_loss(self, name: str) -> None:
@@ -125,9 +118,20 @@ class TestMethod:
         assert not [key for key in ends[0] if not torch.equal(ends[0][key], ends[1][key])]
 
     @staticmethod
-    def step(setup: Any, iteration: int, turn: str) -> Any:
-        from distillers.methods.base import Step
+    def check_loss(built: Method, turn: Turn, step: Step, trainer: Trainer) -> None:
+        trainer._only(turn)
+        found = built.loss(turn, step)
+        assert found.loss.ndim == 0 and torch.isfinite(found.loss)
+        assert not [key for key, value in found.metrics.items() if value.requires_grad or value.ndim]
+        found.loss.backward()
+        for name, network in trainer.networks.items():
+            touched = {weight.grad is not None for weight in network.weights.values()}
+            assert touched == {name in turn.trains}, (turn.name, name)
+            for weight in network.weights.values():
+                weight.grad = None
 
+    @staticmethod
+    def step(setup: Any, iteration: int, turn: str) -> Step:
         return Step(
             iteration=iteration,
             micro=0,

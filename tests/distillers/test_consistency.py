@@ -12,10 +12,11 @@ from torch import Tensor
 import distillers.methods.consistency as module
 from distillers.methods.base import Setup, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
+from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.parameterizations import Prediction
-from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
+from weights.diffusion.schedules import Schedule
 
 B = 6
 TURN = Turn(name="student", trains=("student",))
@@ -142,19 +143,7 @@ def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -
         return before, distance_to_data(method, one, setup)
 
 
-CONVENTIONS: list[tuple[Schedule, Prediction]] = [
-    (VP, "v"),
-    (VP, "x0"),
-    (DiscreteVP.from_betas("scaled_linear"), "eps"),  # at zero terminal SNR, eps says nothing of x0
-    (EDM(), "edm"),
-    (RectifiedFlow(), "flow"),
-    (TrigFlow(), "v"),
-]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), CONVENTIONS, ids=lambda value: value if isinstance(value, str) else type(value).__name__
-)
+@in_every_convention
 def test_the_student_finds_the_teachers_distribution(
     schedule: Schedule, prediction: Prediction, tmp_path: Path
 ) -> None:

@@ -1,0 +1,165 @@
+"""DisBack: distribution backtracking (Zhang et al. 2024, https://arxiv.org/abs/2408.15991), around any score distillation.
+
+A student starts far from its teacher, where the teacher's score is least reliable. DisBack first finds a way from the
+teacher to the student, and then leads the student back along it:
+
+    degradation   the fake score, a copy of the teacher, learns the score of the initial student's pictures (section
+                  4.2); on the way its weights are recorded ``path_points`` times, at equal distances: the path
+    backtracking  the method ``method`` distils (section 4.3), with the path's points in the teacher's place: first the
+                  last but one, every ``backtrack_every`` iterations the one before it, and in the end the teacher
+
+The fake score is the path's last point when backtracking starts: it knows the student already. The path is on the CPU and
+in the checkpoints; a point is dropped when the target has passed it. ``method`` is any of the family
+(`distillers.methods.score_distillation`), with its own ``settings``.
+
+Departures: the paper degrades the teacher until it has converged on the student; here for a set number of iterations, so
+that a resumed job repeats what an uninterrupted one does. Guidance is applied to the path's points as to the teacher.
+"""
+
+from typing import Any, Self, cast
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from distillers.methods.base import Method, MethodConfig, Setup, Step, Trained, Turn, TurnLoss, Workspace
+from distillers.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Denoiser
+from weights.families.base import TextToImage
+
+
+class DisBackConfig(MethodConfig):
+    """The path's settings, and the method's that walks it."""
+
+    method: str = Field("dmd2", description="the score distillation to lead back: dmd2, sid, f_distill, ...")
+    settings: dict[str, Any] = Field(default_factory=dict, description="that method's own settings")
+    degradation_iterations: int = Field(
+        1000, ge=1, description="iterations in which the fake score learns the student's"
+    )
+    path_points: int = Field(5, ge=1, description="points recorded on the way, the last one the degraded end")
+    backtrack_every: int = Field(500, ge=1, description="iterations after which the target moves one point up")
+
+    @model_validator(mode="after")
+    def _method_is_of_the_family(self) -> Self:
+        inner = self.inner()
+        if getattr(inner, "regression_iterations", 0):
+            raise ValueError(
+                "settings: regression_iterations must be 0, since the path belongs to the student that regression made: "
+                "regress in a job of its own, and let this one start from its student"
+            )
+        if self.path_points > self.degradation_iterations:
+            raise ValueError(
+                f"path_points: {self.path_points} must be at most degradation_iterations, {self.degradation_iterations}"
+            )
+        return self
+
+    def inner(self) -> ScoreDistillationConfig:
+        """The method's own settings.
+
+        Raises:
+            ValueError: there is no such method in the family, or it does not take these.
+        """
+        from distillers.methods import methods  # this module is among those it imports
+
+        family = {name: each for name, each in methods().items() if issubclass(each, ScoreDistillation)}
+        if self.method not in family:
+            raise ValueError(f"method: {self.method!r} distils no scores: use one of {', '.join(sorted(family))}")
+        try:
+            return cast(ScoreDistillationConfig, family[self.method].Config.model_validate(self.settings))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(["settings", *map(str, first["loc"])])
+            raise ValueError(f"{field}: {first['msg']}") from error
+
+
+class DisBack(Method):
+    """See the module's text."""
+
+    name = "disback"
+    Config = DisBackConfig
+
+    def __init__(self, config: DisBackConfig, setup: Setup) -> None:
+        from distillers.methods import method
+
+        self.config, self.setup = config, setup
+        settings = config.inner()
+        self.inner = cast(ScoreDistillation, method(config.method)(settings, setup))
+        self.path: dict[int, dict[str, Tensor]] = {}
+        """Weights by the number of the point, from 1; the degraded end is the fake score itself."""
+        self._target = setup.new_network(settings.fake_score_lora)
+        self._target.network.requires_grad_(False)
+        self._target_point = 0
+
+    @classmethod
+    def needs_pictures(cls, config: DisBackConfig) -> str | None:
+        from distillers.methods import method
+
+        return method(config.method).needs_pictures(config.inner())
+
+    @property
+    def student(self) -> TextToImage:
+        return self.inner.student
+
+    def trained(self) -> dict[str, Trained]:
+        return self.inner.trained()
+
+    def turns(self, iteration: int) -> list[Turn]:
+        done = iteration - self.config.degradation_iterations
+        return [self.inner.critic_turn()] if done < 0 else self.inner.turns(done)
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return self.inner.schedules()
+
+    def guidance(self) -> GuidanceConvention:
+        return self.inner.guidance()
+
+    def prepare(self, workspace: Workspace) -> None:
+        self.inner.prepare(workspace)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        self.inner.teacher = self._teacher_at(step.iteration)
+        return self.inner.loss(turn, step)
+
+    def point(self, iteration: int) -> int:
+        """The target's point at that iteration; 0 is the teacher."""
+        done = iteration - self.config.degradation_iterations
+        return max(0, self.config.path_points - 1 - done // self.config.backtrack_every) if done >= 0 else 0
+
+    def _teacher_at(self, iteration: int) -> Denoiser:
+        """What the student is led to now."""
+        point = self.point(iteration)
+        if point == 0:
+            return self.setup.teacher
+        if point != self._target_point:
+            self._target.network.load_state_dict(self.path[point])
+            self._target_point = point
+        return self._target.denoiser
+
+    @torch.no_grad()
+    def after_step(self, turn: Turn, iteration: int) -> None:
+        self.inner.after_step(turn, iteration)
+        length, points = self.config.degradation_iterations, self.config.path_points
+        for point in range(1, points):
+            if iteration + 1 == point * length // points:
+                weights = self.inner.fake_score_network.state_dict()
+                self.path[point] = {name: value.detach().cpu().clone() for name, value in weights.items()}
+        if iteration >= length:
+            following = self.point(iteration + 1)
+            self.path = {point: weights for point, weights in self.path.items() if point <= following}
+
+    def state(self) -> dict[str, Tensor]:
+        path = {f"path.{point}.{name}": value for point, kept in self.path.items() for name, value in kept.items()}
+        return {**path, **{f"inner.{name}": value for name, value in self.inner.state().items()}}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self.path, self._target_point = {}, 0
+        inner: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "inner":
+                inner[rest] = value
+            else:
+                point, _, weight = rest.partition(".")
+                self.path.setdefault(int(point), {})[weight] = value.cpu()
+        self.inner.load_state(inner)
