@@ -120,17 +120,16 @@ def test_the_student_finds_the_teachers_distribution(inner: str, tmp_path: Path)
     trainer.run()
     with trainer.averaged():
         after = distance_to_data(method, ONE[1], method.setup)
-    assert after < 0.6 * before, (before, after)
+    assert after < 0.5 * before, (before, after)
 
 
-def test_walking_the_path_the_wrong_way_ends_at_the_students_own(
+def test_a_target_that_stays_at_the_degraded_end_leads_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A target that stays at the degraded end never leads the student anywhere."""
-    monkeypatch.setattr(DisBack, "point", lambda self, iteration: 19 if iteration >= 60 else 0)
-    method = build(degradation_iterations=60, path_points=20, backtrack_every=10)
+    monkeypatch.setattr(DisBack, "point", lambda self, iteration: 49 if iteration >= 150 else 0)
+    method = build(degradation_iterations=150, path_points=50)
     before = distance_to_data(method, ONE[1], method.setup)
-    trainer = trainer_of(method, method.setup, tmp_path, iterations=260, checkpoint_every=10_000, sample_every=10_000)
+    trainer = trainer_of(method, method.setup, tmp_path, iterations=350, checkpoint_every=10_000, sample_every=10_000)
     trainer.run()
     with trainer.averaged():
-        assert distance_to_data(method, ONE[1], method.setup) > 0.7 * before
+        assert distance_to_data(method, ONE[1], method.setup) > 0.65 * before
