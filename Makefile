@@ -22,6 +22,8 @@ PORT ?= 8000
 # `make distill`: a TOML or JSON file, or a recipe's name (distillers/recipes).
 JOB ?= demo
 OUT ?= runs/evaluation
+# Processes that `make test` runs the tests in, each on one core and with about 1.5 GB of memory.
+WORKERS ?= 2
 # More arguments for a verb's command: `make test ARGS="-k schedules"`.
 ARGS ?=
 
@@ -71,7 +73,7 @@ evaluate: $(STAMP) ## measure the bundled teacher and student: JSON, sheets, cur
 
 .PHONY: test
 test: $(STAMP) ## the tests, with the coverage of weights/ and distillers/losses (at least 90%)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(STAMP) ## the tests that need minutes
