@@ -51,6 +51,25 @@ class Denoiser(nn.Module, ABC):
         """Channels of each tensor that `with_features` returns; empty when it has none."""
         return []
 
+    @property
+    def feature_blocks(self) -> list[str]:
+        """Names of the blocks that `block_features` can read, in the order they run; empty when there are none."""
+        return []
+
+    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
+        """What several blocks give, ``[(B, C, h, w), ...]``, in one evaluation, which may end after the last of them.
+
+        Args:
+            x_t: noisy latents, ``(B, ...)``.
+            t: times, ``(B,)``.
+            cond: B rows.
+            blocks: some of `feature_blocks`, each once, in their order; so are the features.
+
+        Raises:
+            TypeError: this denoiser has no inner features.
+        """
+        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot carry a critic's heads")
+
 
 def cond_rows(cond: Cond, rows: Tensor | slice) -> dict[str, Tensor]:
     """Those rows of every tensor."""

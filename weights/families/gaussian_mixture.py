@@ -11,7 +11,7 @@ import copy as copying
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,7 +74,7 @@ class MLP(nn.Module):
         dim: D.
         num_labels: L; label -1 has an embedding of its own.
         width: of the hidden layers.
-        depth: number of residual blocks; features are taken after the middle one.
+        depth: number of residual blocks.
     """
 
     def __init__(self, dim: int, num_labels: int, width: int = 96, depth: int = 3) -> None:
@@ -91,16 +91,15 @@ class MLP(nn.Module):
         )
         self.leave = nn.Sequential(nn.SiLU(), nn.Linear(width, dim))
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Output ``(B, D)`` and features ``(B, width)`` for x ``(B, D)``, c_noise ``(B,)`` and label ``(B,)``."""
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Output ``(B, D)`` and every block's ``(B, width)`` for x ``(B, D)``, c_noise ``(B,)`` and label ``(B,)``."""
         phase = c_noise.unsqueeze(1) * self.frequencies
         noise = self.embed_noise(torch.cat([phase.sin(), phase.cos()], dim=1).to(x.dtype))
         told = noise + self.embed_label(label % self.embed_label.num_embeddings)
-        hidden, features = self.enter(x), x
-        for index, block in enumerate(self.blocks):
+        hidden, features = self.enter(x), []
+        for block in self.blocks:
             hidden = hidden + block(hidden + told)
-            if index == len(self.blocks) // 2:
-                features = hidden
+            features.append(hidden)
         return self.leave(hidden), features
 
 
@@ -120,10 +119,20 @@ class MLPDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The estimate of x_0; ``cond["label"]`` is ``(B,)``."""
-        return self.with_features(x_t, t, cond)[0]
+        return self._run(x_t, t, cond)[0]
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
         """The estimate and the middle block's output ``(B, width, 1, 1)``."""
+        x0, features = self._run(x_t, t, cond)
+        return x0, [features[len(features) // 2]]
+
+    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
+        """Those blocks' outputs, each ``(B, width, 1, 1)``."""
+        features = dict(zip(self.feature_blocks, self._run(x_t, t, cond)[1], strict=True))
+        return [features[block] for block in blocks]
+
+    def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        """The estimate and every block's output."""
         alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
         # Unit variance in, and the noise level as its angle, which unlike the log-SNR is finite at both ends.
         c_in = torch.rsqrt((alpha * self.sigma_data) ** 2 + sigma**2)
@@ -132,11 +141,15 @@ class MLPDenoiser(Denoiser):
         c_noise = torch.atan2(sigma, alpha * self.sigma_data).float()
         output, features = self.network(points, c_noise, cond["label"])
         x0 = to_x0(output.reshape(x_t.shape), x_t, alpha, sigma, self.prediction, self.sigma_data)
-        return x0, [features.reshape(*features.shape, 1, 1)]
+        return x0, [feature.reshape(*feature.shape, 1, 1) for feature in features]
 
     @property
     def feature_channels(self) -> list[int]:
         return [int(self.network.config["width"])]
+
+    @property
+    def feature_blocks(self) -> list[str]:
+        return [f"blocks.{index}" for index in range(len(self.network.blocks))]
 
 
 def fit(

@@ -6,7 +6,7 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, cast
@@ -46,6 +46,11 @@ def _quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+SIDES = ("down_blocks", "up_blocks")
+MIDDLE = ("mid_block",)
+"""A UNet's blocks by the names that the network itself gives them."""
+
+
 class _Enough(Exception):
     """Ends a forward pass once the features that were asked for are there."""
 
@@ -67,11 +72,14 @@ class UNetDenoiser(Denoiser):
         return to_x0(output.float(), x_t.float(), alpha, sigma, self.prediction)
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        with self._recording(stop=False) as features:
+        with self._recording(MIDDLE, stop=False) as features:
             return self(x_t, t, cond), features
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        with self._recording(stop=True) as features:
+        return self.block_features(x_t, t, cond, MIDDLE)
+
+    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
+        with self._recording(blocks, stop=True) as features:
             try:
                 self._call(x_t, t, cond)
             except _Enough:
@@ -82,6 +90,12 @@ class UNetDenoiser(Denoiser):
     def feature_channels(self) -> list[int]:
         return [int(cast(Any, self.unet).config.block_out_channels[-1])]
 
+    @property
+    def feature_blocks(self) -> list[str]:
+        unet = cast(Any, self.unet)
+        down, up = ([f"{side}.{index}" for index in range(len(getattr(unet, side)))] for side in SIDES)
+        return [*down, *MIDDLE, *up]
+
     def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(self.unet.parameters()).dtype
         states = cond["encoder_hidden_states"].to(dtype)
@@ -90,20 +104,24 @@ class UNetDenoiser(Denoiser):
         )
 
     @contextmanager
-    def _recording(self, stop: bool) -> Iterator[list[Tensor]]:
-        """Collects the mid block's output; with ``stop`` the up blocks, more than half of the work, are never run."""
+    def _recording(self, blocks: Sequence[str], stop: bool) -> Iterator[list[Tensor]]:
+        """Collects those blocks' outputs; with ``stop`` nothing is run after the last of them.
+
+        After the mid block that saves the up blocks, more than half of the work.
+        """
         kept: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            kept.append(output)
-            if stop:
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, Any]) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)  # down blocks give their skips as well
+            if stop and len(kept) == len(blocks):
                 raise _Enough
 
-        handle = cast(Any, self.unet).mid_block.register_forward_hook(keep)
+        handles = [self.unet.get_submodule(block).register_forward_hook(keep) for block in blocks]
         try:
             yield kept
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 class StableDiffusion(TextToImage):

@@ -1,0 +1,230 @@
+"""A discriminator in latent space: a frozen denoiser that looks at noised pictures, and a small head on each of its blocks.
+
+LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015, section 3) takes the teacher itself for the frozen denoiser: its
+features tell pictures apart at every noise level, and know their prompts. Heads give a logit for every position of their
+block's output, so that pictures are judged part by part. With x the student's picture and y a real one, x_t and y_t noised
+to times whose ln(sigma_t / alpha_t) is normal, and D the logits:
+
+    student  -mean D(x_t | c)                                                                         hinge
+    heads    mean max(0, 1 - D(y_t | c)) + (1 - m) mean max(0, 1 + D(x_t | c)) + m mean max(0, 1 + D(y_t | c'))
+
+c' is another picture's condition: pictures that do not show what was asked for count as fakes, which teaches the heads to
+look at the prompt (SANA-Sprint, https://arxiv.org/abs/2503.09641, public code). They are a share m of the fakes.
+
+The head is that code's, which has StyleGAN-T's (https://arxiv.org/abs/2301.09515, section 3.2): a 1x1 block, a residual
+block with nine taps, and a 1x1 convolution to one channel, whose spectral norm is 1. Departures from it:
+
+- The nine taps lie in a row of tokens there, in a 3x3 square of the map here.
+- Blocks normalise each picture by itself (GroupNorm), where the public code does it over eight pictures of the batch: a
+  picture's logit does not depend on which others it came with, nor a resumed run on more than weights.
+- The public code divides every convolution by its spectral norm. All but the last have a normalisation behind them that
+  undoes any such factor, so only the last is divided here. It has one output channel, and a matrix of one row is its own
+  singular vector: the spectral norm is its length, exactly, with no power iteration whose state a checkpoint would need.
+- Every head weighs the same. A UNet's maps differ in size, and a mean over all positions would be the largest map's.
+- Pairs whose two pictures have the same condition are no mismatch, and are left out of the fakes.
+- Heads are not told time and prompt again, as in SANA-Sprint's code; LADD's are.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
+from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Step, Trained, TurnLoss
+from distillers.rollout import draw_lognormal_times, draw_noise
+from weights.denoiser import Cond, Denoiser, cond_cat, cond_rows
+from weights.diffusion.schedules import add_noise
+
+Look = tuple[Tensor, Tensor, Cond]
+"""What the discriminator is shown: ``x_t (B, ...)``, ``t (B,)`` and B rows of conditions."""
+
+
+class AdversaryConfig(MethodConfig):
+    """The discriminator's settings, for methods that have one; the defaults are SANA-Sprint's."""
+
+    blocks: list[str] | None = Field(
+        None, min_length=1, description="teacher's blocks that get a head each, such as 'mid_block'; all when left out"
+    )
+    head_kernel: int = Field(
+        3, ge=1, description="side of the residual block's kernel; 3 has the nine taps of the published head"
+    )
+    critic_noise_mean: float = Field(
+        0.1, description="mean of ln(sigma / alpha) shown to the discriminator, for latents of unit variance"
+    )
+    critic_noise_std: float = Field(1.0, ge=0, description="standard deviation of it")
+    mismatched_share: float = Field(
+        0.5, ge=0, lt=1, description="share of the fakes that are real pictures under another's prompt; 0 is off"
+    )
+    r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
+    r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    head_lr: float = Field(2e-6, gt=0, description="heads' learning rate")
+    head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads; beta1 = 0 steadies the game of two")
+
+
+class UnitConv(nn.Conv2d):
+    """A 1x1 convolution to one channel, divided by its spectral norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, 1, h, w)`` for ``(B, channels, h, w)``."""
+        return F.conv2d(features, F.normalize(self.weight, dim=1), self.bias)
+
+
+def _block(channels: int, kernel: int) -> nn.Sequential:
+    groups = math.gcd(channels // 8, 32) if channels % 8 == 0 else 1  # 8 channels or more: maps may have one position
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.GroupNorm(groups, channels), nn.LeakyReLU(0.2)
+    )
+
+
+class LatentHead(nn.Module):
+    """A logit for every position of one feature map.
+
+    Args:
+        channels: C.
+        size: the map's shorter side; taps of the kernel that could only ever meet padding are left out.
+        kernel: side of the residual block's kernel, odd.
+    """
+
+    def __init__(self, channels: int, size: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.enter = _block(channels, 1)
+        self.around = _block(channels, min(kernel, 2 * size - 1))
+        self.leave = UnitConv(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, 1, h, w)`` float32 for ``(B, C, h, w)``; larger means 'real'."""
+        hidden = self.enter(features.to(self.leave.weight.dtype))
+        logits: Tensor = self.leave((hidden + self.around(hidden)) / math.sqrt(2))
+        return logits.float()
+
+
+class LatentAdversary:
+    """The frozen critic with its heads, and both sides' losses."""
+
+    def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
+        """
+        Args:
+            config: the settings.
+            setup: the teacher is the critic. One without inner features, such as the exact teacher of a Gaussian
+                mixture, lends those of a frozen copy of what its students start from.
+
+        Raises:
+            ValueError: ``blocks`` names what the critic does not have.
+        """
+        self.config, self.setup = config, setup
+        self.critic = _critic(setup)
+        self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
+        with torch.no_grad():
+            x_t = torch.zeros(1, *setup.latent_shape, device=setup.device)
+            maps = self.critic.block_features(x_t, torch.ones(1, device=setup.device), setup.uncond, self.blocks)
+        heads = [LatentHead(each.shape[1], min(each.shape[2:]), config.head_kernel) for each in maps]
+        self.heads = nn.ModuleList(heads).to(setup.device)
+
+    def trained(self, weight_decay: float, warmup: int) -> Trained:
+        """The heads, for `Method.trained`."""
+        config = self.config
+        optimizer = OptimizerSettings(
+            lr=config.head_lr, betas=config.head_betas, weight_decay=weight_decay, warmup=warmup
+        )
+        return Trained(module=self.heads, optimizer=optimizer)
+
+    def student_loss(self, x: Tensor, cond: Cond, step: Step) -> Tensor:
+        """How fake the student's pictures look; its gradient reaches x through the frozen critic.
+
+        Args:
+            x: the student's pictures ``(B, ...)``, with their graph.
+            cond: what they were asked to show.
+            step: draws times and noise.
+        """
+        t = self._times(len(x), step)
+        return _over_heads(hinge_generator_loss, self._logits((self._noised(x, t, step), t, cond)))
+
+    def critic_loss(self, x: Tensor, real: Tensor, cond: Cond, step: Step) -> TurnLoss:
+        """The heads' loss on as many real pictures as the student's, at the same times.
+
+        Args:
+            x: the student's pictures ``(B, ...)``, without a graph.
+            real: pictures ``(B, ...)``.
+            cond: of both, row by row.
+            step: draws times and noise.
+        """
+        config, t = self.config, self._times(len(x), step)
+        real_t = self._noised(real, t, step)
+        shown: dict[str, Look] = {"fake": (self._noised(x, t, step), t, cond), "real": (real_t, t, cond)}
+        rows = mismatched_rows(cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
+        if len(rows) > 0:
+            others = self._noised(real.roll(1, 0)[rows], t[rows], step)
+            shown["mismatched"] = (others, t[rows], cond_rows(cond, rows))
+        if config.r1_weight > 0:
+            noise = draw_noise(tuple(real.shape), step.local, real.device)
+            shown["disturbed"] = (real_t + config.r1_noise * noise, t, cond)
+        logits = self._all_logits(shown)
+        loss = _over_heads(hinge_discriminator_loss, logits["real"], logits["fake"])
+        if "mismatched" in logits:
+            share = config.mismatched_share * len(rows) / len(x)
+            wrong = _over_heads(hinge_discriminator_loss, logits["real"], logits["mismatched"])
+            loss = (1 - share) * loss + share * wrong
+        metrics = {"critic/discriminator": loss}
+        for name in ("real", "fake", "mismatched"):
+            if name in logits:
+                metrics[f"critic/{name}_logits"] = _over_heads(torch.mean, logits[name])
+        if "disturbed" in logits:
+            metrics["critic/r1"] = _over_heads(approximate_r1, logits["real"], logits["disturbed"])
+            loss = loss + config.r1_weight * metrics["critic/r1"]
+        return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+    def _times(self, count: int, step: Step) -> Tensor:
+        config, schedule = self.config, self.critic.schedule
+        mean, std = config.critic_noise_mean, config.critic_noise_std
+        return draw_lognormal_times(count, mean, std, schedule, step.local, self.setup.device)
+
+    def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
+        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
+
+    def _logits(self, look: Look) -> list[Tensor]:
+        features = self.critic.block_features(*look, self.blocks)
+        return [head(each) for head, each in zip(self.heads, features, strict=True)]
+
+    def _all_logits(self, shown: dict[str, Look]) -> dict[str, list[Tensor]]:
+        """Every head's logits of each batch, in one evaluation of the critic, which needs no graph here."""
+        x_t, t, conds = zip(*shown.values(), strict=True)
+        with torch.no_grad():
+            features = self.critic.block_features(torch.cat(x_t), torch.cat(t), cond_cat(conds), self.blocks)
+        sizes = [len(times) for times in t]
+        parts = [head(each).split(sizes) for head, each in zip(self.heads, features, strict=True)]
+        return dict(zip(shown, (list(logits) for logits in zip(*parts, strict=True)), strict=True))
+
+
+def mismatched_rows(cond: Cond) -> Tensor:
+    """Rows whose condition is not that of the row before (the last, for the first): int64, ``(at most B,)``."""
+    differs = [(value != value.roll(1, 0)).reshape(len(value), -1).any(dim=1) for value in cond.values()]
+    return torch.stack(differs).any(dim=0).nonzero().flatten()
+
+
+def _over_heads(loss: Callable[..., Tensor], *logits: list[Tensor]) -> Tensor:
+    """The mean over heads of their losses: maps of all sizes weigh the same."""
+    return torch.stack([loss(*each) for each in zip(*logits, strict=True)]).mean()
+
+
+def _critic(setup: Setup) -> Denoiser:
+    """The teacher, or the frozen network that stands in for one without features."""
+    if setup.teacher.feature_blocks:
+        return setup.teacher
+    stand_in = setup.new_network(False)
+    stand_in.network.requires_grad_(False).eval()
+    return stand_in.denoiser
+
+
+def _chosen(asked: list[str] | None, available: list[str]) -> list[str]:
+    """Those blocks in the order they run; all when none are asked for."""
+    unknown = set(asked or ()) - set(available)
+    if unknown:
+        raise ValueError(f"blocks: {sorted(unknown)} are none of this teacher's, which are {available}")
+    return [block for block in available if asked is None or block in asked]

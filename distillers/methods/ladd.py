@@ -1,0 +1,182 @@
+"""LADD: latent adversarial diffusion distillation (Sauer et al. 2024, https://arxiv.org/abs/2403.12015).
+
+The student G denoises real pictures y that were noised to a time t of its own schedules, or noise alone, in one step; the
+result shall pass for a real picture with a discriminator that is the frozen teacher under small heads
+(`distillers.adversary`, which has the losses):
+
+    x = G(alpha_t y + sigma_t eps, t | c)         section 3; t = noise with probability ``noise_share``
+    student, then heads, one step each            hinge losses on x, y noised again
+
+There is no other loss: nothing follows the teacher's trajectories. LADD's own pictures y are the teacher's, made once with
+guidance (section 3.1: they show their prompts better than real ones), which ``pictures = "teacher"`` does, and then prompts
+alone are enough; the default is the data's.
+
+Departures: the paper raises the share of pure noise from 0.1 to 0.7 after 500 iterations, at four fixed times; here it is
+constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, section 3.3, "max-time weighting"), and the other times are
+those of all steps but the first of the student's schedules, equally. Optimizers are AdamW where SANA-Sprint has CAME, the
+discriminator's times are SANA-Sprint's: its ln tan(t) ~ N(-0.6, 1) + ln 2, for latents of standard deviation 1 instead of
+0.5, is 0.1. The heads' turn judges the pictures of the student's turn of that iteration instead of new ones, which saves an
+evaluation.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distillers.adversary import AdversaryConfig, LatentAdversary
+from distillers.methods.base import (
+    Betas,
+    FewStepConfig,
+    Method,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+    Workspace,
+)
+from distillers.pairs import TeacherPairs
+from distillers.rollout import draw_noise
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Cond
+from weights.diffusion.schedules import Schedule, add_noise, expand
+from weights.families.base import TextToImage
+
+
+class LADDConfig(AdversaryConfig, FewStepConfig):
+    """The defaults are SANA-Sprint's."""
+
+    noise_share: float = Field(
+        0.5, ge=0, le=1, description="how often the student starts from noise alone, at a schedule's first time"
+    )
+    student_every: int = Field(1, ge=1, description="heads' steps per student's step")
+    pictures: Literal["data", "teacher"] = Field(
+        "data", description="what is real: the data's pictures, or the teacher's, made before the first iteration"
+    )
+    teacher_pictures: int = Field(10_000, ge=1, description="how many of the teacher's pictures to make")
+    teacher_steps: int = Field(50, ge=1, le=1000, description="teacher's DDIM steps a picture")
+    guidance_scale: float = Field(5.0, ge=0, description="teacher's guidance w for its pictures; 1.0 is off")
+    student_lr: float = Field(2e-6, gt=0, description="student's learning rate")
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the student")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of student and heads")
+    warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises")
+
+
+class LADD(Method):
+    """See the module's text."""
+
+    name = "ladd"
+    Config = LADDConfig
+
+    def __init__(self, config: LADDConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self._student = setup.new_student()
+        self.adversary = LatentAdversary(config, setup)
+        self.pairs: TeacherPairs | None = None
+
+    @classmethod
+    def needs_pictures(cls, config: LADDConfig) -> str | None:
+        if config.pictures == "data":
+            return "pictures 'data' is what the student has to pass for; 'teacher' trains on prompts alone"
+        return None
+
+    @property
+    def student(self) -> TextToImage:
+        return self._student
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+        optimizer = OptimizerSettings(
+            lr=config.student_lr, betas=config.student_betas, weight_decay=config.weight_decay, warmup=config.warmup
+        )
+        return {
+            "student": Trained(module=self.student.network, optimizer=optimizer, average=True),
+            "heads": self.adversary.trained(config.weight_decay, config.warmup),
+        }
+
+    def turns(self, iteration: int) -> list[Turn]:
+        critic = Turn(name="critic", trains=("heads",))
+        if (iteration + 1) % self.config.student_every == 0:
+            return [Turn(name="student", trains=("student",)), critic]
+        return [critic]
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return dict(self.config.schedules)
+
+    def guidance(self) -> GuidanceConvention:
+        guided = self.config.guidance_scale if self.config.pictures == "teacher" else 1.0
+        return GuidanceConvention(trained_scale=guided, default_scale=1.0)
+
+    def prepare(self, workspace: Workspace) -> None:
+        config = self.config
+        if config.pictures == "teacher":
+            self.pairs = TeacherPairs(workspace, self.setup, config.teacher_pictures)
+            self.pairs.make(config.teacher_steps, config.guidance_scale)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        if turn.name == "student":
+            x, real, cond = self._sample(step)
+            step.scratch["samples"] = (x.detach(), real, cond)
+            loss = self.adversary.student_loss(x, cond, step)
+            x = x.detach()
+            metrics = {"student/adversarial": loss.detach(), "student/mean": x.mean(), "student/std": x.std()}
+            return TurnLoss(loss=loss, metrics=metrics)
+        if "samples" not in step.scratch:
+            with torch.no_grad():
+                step.scratch["samples"] = self._sample(step)
+        return self.adversary.critic_loss(*step.scratch["samples"], step)
+
+    def _sample(self, step: Step) -> tuple[Tensor, Tensor, Cond]:
+        """The student's pictures, the real ones that it started from, and the conditions of both."""
+        real, cond = self._real(step)
+        noise = draw_noise(tuple(real.shape), step.local, real.device)
+        denoiser, config = self.student.denoiser, self.config
+        x_t, t = starting_states(
+            real, noise, denoiser.schedule, list(config.schedules.values()), config.noise_share, step.local
+        )
+        return denoiser(x_t, t, cond), real, cond
+
+    def _real(self, step: Step) -> tuple[Tensor, Cond]:
+        if self.pairs is not None:
+            _, real, cond = self.pairs.draw(step.size, step.local)
+            return real, cond
+        assert step.batch.real is not None, "needs_pictures lets no such batch through"
+        return step.batch.real, step.batch.real_cond or step.batch.cond
+
+
+def starting_states(
+    real: Tensor,
+    noise: Tensor,
+    diffusion: Schedule,
+    schedules: list[StepSchedule],
+    noise_share: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """What the student denoises, row by row: noise alone, or a real picture at the time of a later step.
+
+    Args:
+        real: pictures ``(B, ...)``.
+        noise: unit normal, ``(B, ...)``.
+        diffusion: the student's noise schedule.
+        schedules: of the step counts; all their first steps are as likely as each other, and so are all later ones.
+        noise_share: how often it is a first step, which sees noise alone, as it does when drawing; always where the
+            schedules have one step.
+        generator: on the CPU.
+
+    Returns:
+        States ``(B, ...)`` and the times that the network is told ``(B,)``.
+    """
+    steps = [list(zip(each.timesteps, each.network_times, strict=True)) for each in schedules]
+    first = [each[0] for each in steps]
+    later = [step for each in steps for step in each[1:]]
+    starts = torch.rand(len(real), generator=generator) < (noise_share if later else 1.0)
+    table = torch.tensor(first + later, dtype=torch.float64)
+    at_first = torch.randint(len(first), (len(real),), generator=generator)
+    at_later = len(first) + torch.randint(max(1, len(later)), (len(real),), generator=generator)
+    t, told = table[torch.where(starts, at_first, at_later.clamp_max(len(table) - 1))].to(real.device).unbind(1)
+    norm = expand(torch.hypot(diffusion.alpha(t), diffusion.sigma(t)), noise).float()  # `initial_state`, row by row
+    x_t = torch.where(expand(starts.to(real.device), real), norm * noise, add_noise(diffusion, real, noise, t.float()))
+    return x_t, told.float()
