@@ -58,7 +58,7 @@ def guided_x0(
     t: Tensor,
     cond: Cond,
     uncond: Cond,
-    scale: float,
+    scale: float | Tensor,
     interval: tuple[float, float] | None = None,
 ) -> Tensor:
     """``uncond + w (cond - uncond)`` in one call, whose unconditional half holds only the rows inside ``interval``.
@@ -72,10 +72,10 @@ def guided_x0(
         t: ``(B,)``.
         cond: B rows.
         uncond: 1 row.
-        scale: w; 1.0 is off.
+        scale: w; 1.0 is off. One for all, or ``(B,)``, which costs the unconditional evaluation of every row.
         interval: guide only where ``low <= t <= high``; everywhere when left out.
     """
-    if scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
     low, high = interval or (0.0, 1.0)
     rows = torch.nonzero((t >= low) & (t <= high)).flatten()
@@ -88,5 +88,6 @@ def guided_x0(
     )
     given, without = both[: len(x_t)], both[len(x_t) :]
     guided = given.clone()
-    guided[rows] = without + expand(torch.tensor(scale, device=x_t.device), without) * (given[rows] - without)
+    factor = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))[rows]
+    guided[rows] = without + expand(factor, without) * (given[rows] - without)
     return guided

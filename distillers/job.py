@@ -198,10 +198,10 @@ class JobRun:
             start = self.job.start
             return trainable(base.copy() if start is None else self._start(start, base), True)
 
-        uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
+        self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
         setup = Setup(
             base=base,
-            uncond=uncond,
+            uncond=self.uncond,
             latent_shape=base.latent_shape(),
             new_network=new_network,
             new_student=new_student,
@@ -225,7 +225,8 @@ class JobRun:
         prompts = feed.corpus.sheet
         encoded = feed.base.encode_prompts(prompts)
         cond = {name: _floats(tensor).to(self.accelerator.device) for name, tensor in encoded.items()}
-        return Sheet(prompts, cond, built.schedules(), self.job.train.seed)
+        scale = built.guidance().default_scale
+        return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
 
     def _workspace(self, feed: Feed) -> Workspace:
         folder = self.folder / "prepared"

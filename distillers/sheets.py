@@ -19,17 +19,29 @@ MARGIN, LINE = 56, 14
 class Sheet:
     """Draws the same pictures again and again while a student learns."""
 
-    def __init__(self, prompts: list[str], cond: Cond, schedules: dict[int, StepSchedule], seed: int) -> None:
+    def __init__(
+        self,
+        prompts: list[str],
+        cond: Cond,
+        schedules: dict[int, StepSchedule],
+        seed: int,
+        guidance_scale: float = 1.0,
+        uncond: Cond | None = None,
+    ) -> None:
         """
         Args:
             prompts: one per column.
             cond: their conditions, on the training device.
             schedules: a row for each.
             seed: the job's; every column has its own seed made from it.
+            guidance_scale: the student's own default.
+            uncond: a single row, for a student that is guided when it draws.
         """
         self.prompts = prompts
         self.cond = cond
         self.schedules = schedules
+        self.guidance_scale = guidance_scale
+        self.uncond = uncond
         self.seeds = [seed_of(seed, "sheet", column) % 2**32 for column in range(len(prompts))]
 
     @torch.no_grad()
@@ -37,7 +49,14 @@ class Sheet:
         """``(rows, columns, 3, H, W)`` uint8."""
         rows = []
         for steps in sorted(self.schedules):
-            drawing = draw(student, self.cond, None, self.seeds, self.schedules[steps])
+            drawing = draw(
+                student,
+                self.cond,
+                self.uncond,
+                self.seeds,
+                self.schedules[steps],
+                guidance_scale=self.guidance_scale,
+            )
             pictures = student.decode(drawing.latents)
             rows.append(pictures.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.stack(rows)

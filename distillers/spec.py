@@ -109,6 +109,9 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     reason = chosen.needs_pictures(config)
     if reason and not _has_pictures(job):
         errors.append(_error("data.source", f"{job.data.source!r} has no pictures, but {reason}"))
+    reason = chosen.needs_whole_network(config)
+    if reason and job.lora is not None:
+        errors.append(_error("lora", f"{reason}; leave lora out"))
     if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not Path(job.data.prompts).is_file():

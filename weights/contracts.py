@@ -145,6 +145,9 @@ class GuidanceConvention(Contract):
 
     trained_scale: float = Field(1.0, ge=0, description="teacher guidance that training baked into the student")
     default_scale: float = Field(1.0, ge=0, description="what to draw with when a request does not say")
+    embedded: tuple[float, float] | None = Field(
+        None, description="(low, high): scales that the network is told instead, at no cost; null where it is told none"
+    )
 
 
 class Diversity(Contract):

@@ -14,6 +14,8 @@ from weights.diffusion.schedules import Schedule
 
 Cond = Mapping[str, Tensor]
 """What a picture is conditioned on: named tensors, each with the batch as its first dimension."""
+GUIDANCE = "guidance_scale"
+"""Name of the condition ``(B,)`` that a network which embeds guidance is told its scale by."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -50,6 +52,11 @@ class Denoiser(nn.Module, ABC):
     def feature_channels(self) -> list[int]:
         """Channels of each tensor that `with_features` returns; empty when it has none."""
         return []
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told the guidance scale (``cond[GUIDANCE]``) and answers as guided, in one evaluation."""
+        return False
 
     @property
     def feature_blocks(self) -> list[str]:

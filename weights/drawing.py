@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import Cond, Denoiser
-from weights.diffusion.guidance import Guided
+from weights.diffusion.guidance import EmbeddedGuidance, Guided
 from weights.diffusion.samplers import (
     ImageNoise,
     OnStep,
@@ -65,11 +65,13 @@ def evaluations_per_call(guidance_scale: float) -> int:
 
 
 def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> tuple[Denoiser, int]:
-    """The denoiser under classifier-free guidance, and its `evaluations_per_call`.
+    """The denoiser under classifier-free guidance, and its `evaluations_per_call`; one that embeds guidance needs one.
 
     Raises:
         CannotDraw: guidance was asked for, without the unconditional (or negative) condition it needs.
     """
+    if denoiser.embeds_guidance:
+        return EmbeddedGuidance(denoiser, guidance_scale), 1
     cost = evaluations_per_call(guidance_scale)
     if guidance_scale == 1:
         return denoiser, cost
@@ -127,7 +129,8 @@ def draw(
         uncond: a single row, of the empty or the negative prompt; needed when either leg is guided.
         seeds: one a picture; a seed gives the same noise in every batch and on every device.
         schedule: the student's times at this number of steps.
-        guidance_scale: the student's guidance; 1.0 is off. The base leg has its own, in ``diversity``.
+        guidance_scale: the student's guidance; 1.0 is off, but for a student that embeds guidance, whose scale is one of
+            those it was trained for. The base leg has its own, in ``diversity``.
         base: the student's base, of the same noise schedule; it draws the first step when ``diversity`` is given.
         diversity: which steps the base replaces, and how.
         skip_only: the control for ``diversity``: pure noise enters at step ``skip`` and the base is not run at all.

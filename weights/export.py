@@ -15,8 +15,9 @@ NATIVE_TIMESTEPS = 1000
 def export(store: Store, name: str, target: Path, steps: int) -> Path:
     """Exports a student at one step count into the new folder ``target``.
 
-    ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1``, the
-    pixels that the server draws from the same seed, within the dtype's rounding.
+    ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1`` (a student
+    that embeds guidance: at the scale asked for), the pixels that the server draws from the same seed, within the dtype's
+    rounding.
 
     Raises:
         FileExistsError: ``target`` exists.

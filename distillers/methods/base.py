@@ -197,6 +197,11 @@ class Method(ABC):
         """Why this configuration cannot train on prompts alone; None when it can."""
         return None
 
+    @classmethod
+    def needs_whole_network(cls, config: Any) -> str | None:
+        """Why this configuration cannot train adapters alone; None when it can."""
+        return None
+
     @property
     @abstractmethod
     def student(self) -> TextToImage:

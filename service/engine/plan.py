@@ -66,7 +66,13 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
         allowed = ", ".join(map(str, sorted(manifest.schedules)))
         raise BadRequest(f"{manifest.name!r} was made to draw in {allowed} step(s), not in {steps}", "steps")
     scale = request.guidance_scale if request.guidance_scale is not None else manifest.guidance.default_scale
-    cost = evaluations_per_call(scale)
+    embedded = manifest.guidance.embedded
+    if embedded is not None and not embedded[0] <= scale <= embedded[1]:
+        raise BadRequest(
+            f"{manifest.name!r} was made for guidance scales from {embedded[0]:g} to {embedded[1]:g}, not for {scale:g}",
+            "guidance_scale",
+        )
+    cost = evaluations_per_call(scale) if embedded is None else 1
     diversity = _diversity(request, manifest)
     evaluations = steps * cost
     if diversity is not None:

@@ -123,9 +123,7 @@ def test_the_student_finds_the_teachers_distribution(inner: str, tmp_path: Path)
     assert after < 0.5 * before, (before, after)
 
 
-def test_a_target_that_stays_at_the_degraded_end_leads_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_stays_at_the_degraded_end_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DisBack, "point", lambda self, iteration: 49 if iteration >= 150 else 0)
     method = build(degradation_iterations=150, path_points=50)
     before = distance_to_data(method, ONE[1], method.setup)

@@ -10,7 +10,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from tests.helpers import tiny_pipeline
-from weights.contracts import StepSchedule, StudentManifest
+from weights.contracts import GuidanceConvention, StepSchedule, StudentManifest
+from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
 from weights.drawing import draw, draw_base
 from weights.export import export
@@ -94,6 +95,45 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
         assert configs and not named, "they tell where the base lay on this machine"
     base_pixels = (base.decode(draw(base, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
     assert (ours - base_pixels).abs().mean() * 255 > 0.01, "the student's own weights must show"
+
+
+def told_guidance(base: StableDiffusion) -> StableDiffusion:
+    """A student of the base that is told a scale, and answers to it."""
+    student = base.with_guidance_embedding()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(student.network.get_parameter("time_embedding.cond_proj.weight"), std=0.1)
+    return student
+
+
+def test_being_told_a_scale_changes_nothing_at_first(base: StableDiffusion) -> None:
+    told = base.with_guidance_embedding()
+    assert told.denoiser.embeds_guidance and not base.denoiser.embeds_guidance
+    cond = base.encode_prompts([PROMPT])
+    x_t, t = torch.randn(1, *base.latent_shape(), generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+    plain = base.denoiser(x_t, t, cond)
+    assert torch.equal(EmbeddedGuidance(told.denoiser, 4.0)(x_t, t, cond), plain)
+    other = told_guidance(base).denoiser
+    first, second = (EmbeddedGuidance(other, scale)(x_t, t, cond) for scale in (2.0, 4.0))
+    assert not torch.allclose(first, second)
+    again = told_guidance(base).with_guidance_embedding()
+    assert torch.equal(EmbeddedGuidance(again.denoiser, 4.0)(x_t, t, cond), second), "learned weights are kept"
+
+
+def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
+    base: StableDiffusion, base_folder: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "store")
+    told_guidance(base).save_network(tmp_path / "work", torch.float32)
+    guidance = GuidanceConvention(trained_scale=5.0, default_scale=5.0, embedded=(2.0, 8.0))
+    store.publish(manifest(base_folder, guidance=guidance), tmp_path / "work")
+    student = load_student(store.open("student"), base)
+    drawing = draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR, guidance_scale=5.0)
+    assert drawing.evaluations == 4, "no unconditional evaluation"
+    exported = export(store, "student", tmp_path / "out", 4)
+    pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
+    ours = (student.decode(drawing.latents) + 1) / 2
+    assert (ours - diffusers_pixels(pipeline, 4, 5.0, seed=7)).abs().mean() * 255 < 0.01
+    assert (ours - diffusers_pixels(pipeline, 4, 3.0, seed=7)).abs().mean() * 255 > 0.01
 
 
 def test_export_refuses_what_diffusers_cannot_run(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:

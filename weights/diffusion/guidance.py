@@ -8,7 +8,7 @@ predicts, with coefficients that both estimates share, so guiding x_0 equals gui
 import torch
 from torch import Tensor
 
-from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_to
+from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, cond_to
 from weights.diffusion.schedules import expand
 
 
@@ -72,3 +72,25 @@ class Guided(Denoiser):
         if rows != {len(x_t)}:
             raise ValueError(f"uncond has {sorted(rows)} rows for a batch of {len(x_t)}: give 1, or one a picture")
         return uncond
+
+
+class EmbeddedGuidance(Denoiser):
+    """A denoiser that embeds guidance, told its scale: one evaluation a call, at every scale.
+
+    Its network learned what a guided teacher answers at each of a range of scales (Meng et al. 2023,
+    https://arxiv.org/abs/2210.03142, section 3.1); the unconditional prompt has no part in it.
+
+    Args:
+        denoiser: one whose ``embeds_guidance`` is true.
+        scale: w.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float) -> None:
+        super().__init__()
+        self.denoiser, self.schedule, self.scale = denoiser, denoiser.schedule, scale
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The estimate of x_0 at that scale; shapes as in `Denoiser.forward`."""
+        told = torch.full((len(x_t),), self.scale, device=x_t.device)
+        x0: Tensor = self.denoiser(x_t, t, {**cond, GUIDANCE: told})
+        return x0

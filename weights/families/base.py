@@ -80,6 +80,14 @@ class TextToImage(ABC):
     def copy(self) -> Self:
         """This model with a copy of the network; every other component is shared."""
 
+    def with_guidance_embedding(self) -> Self:
+        """This model with a copy of the network that is also told a guidance scale, which does not change its answer yet.
+
+        Raises:
+            TypeError: the family's networks cannot be told one.
+        """
+        raise TypeError(f"networks of family {self.family!r} cannot be told a guidance scale")
+
     @abstractmethod
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Writes the network into ``folder``, as safetensors."""

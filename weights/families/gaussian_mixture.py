@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from weights.denoiser import Cond, Denoiser
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.mixture import UNCONDITIONAL, Mixture, log_ratio
 from weights.diffusion.parameterizations import Prediction, to_x0
 from weights.diffusion.schedules import DiscreteVP, Schedule, add_noise, expand
@@ -75,11 +75,14 @@ class MLP(nn.Module):
         num_labels: L; label -1 has an embedding of its own.
         width: of the hidden layers.
         depth: number of residual blocks.
+        told_guidance: whether it is told a guidance scale too.
     """
 
-    def __init__(self, dim: int, num_labels: int, width: int = 96, depth: int = 3) -> None:
+    def __init__(self, dim: int, num_labels: int, width: int = 96, depth: int = 3, told_guidance: bool = False) -> None:
         super().__init__()
-        self.config = {"dim": dim, "num_labels": num_labels, "width": width, "depth": depth}
+        self.config = {
+            "dim": dim, "num_labels": num_labels, "width": width, "depth": depth, "told_guidance": told_guidance
+        }  # fmt: skip
         self.frequencies: Tensor
         self.register_buffer("frequencies", 2.0 ** torch.arange(-2, 4).float(), persistent=False)
         self.enter = nn.Linear(dim, width)
@@ -90,12 +93,23 @@ class MLP(nn.Module):
             for _ in range(depth)
         )
         self.leave = nn.Sequential(nn.SiLU(), nn.Linear(width, dim))
+        self.embed_guidance: nn.Module | None = None
+        if told_guidance:
+            enter, leave = nn.Linear(1, width), nn.Linear(width, width)
+            nn.init.zeros_(leave.weight)
+            nn.init.zeros_(leave.bias)
+            self.embed_guidance = nn.Sequential(enter, nn.SiLU(), leave)
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Output ``(B, D)`` and every block's ``(B, width)`` for x ``(B, D)``, c_noise ``(B,)`` and label ``(B,)``."""
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor, guidance_scale: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output ``(B, D)`` and every block's ``(B, width)`` for x ``(B, D)``; the other arguments are ``(B,)``."""
         phase = c_noise.unsqueeze(1) * self.frequencies
         noise = self.embed_noise(torch.cat([phase.sin(), phase.cos()], dim=1).to(x.dtype))
         told = noise + self.embed_label(label % self.embed_label.num_embeddings)
+        if self.embed_guidance is not None:
+            assert guidance_scale is not None, "a network that embeds guidance is always told it"
+            told = told + self.embed_guidance(guidance_scale.unsqueeze(1).to(x.dtype) - 1)
         hidden, features = self.enter(x), []
         for block in self.blocks:
             hidden = hidden + block(hidden + told)
@@ -139,13 +153,17 @@ class MLPDenoiser(Denoiser):
         dtype = self.network.enter.weight.dtype
         points = (expand(c_in, x_t) * x_t.double()).flatten(1).to(dtype)
         c_noise = torch.atan2(sigma, alpha * self.sigma_data).float()
-        output, features = self.network(points, c_noise, cond["label"])
+        output, features = self.network(points, c_noise, cond["label"], cond.get(GUIDANCE))
         x0 = to_x0(output.reshape(x_t.shape), x_t, alpha, sigma, self.prediction, self.sigma_data)
         return x0, [feature.reshape(*feature.shape, 1, 1) for feature in features]
 
     @property
     def feature_channels(self) -> list[int]:
         return [int(self.network.config["width"])]
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.network.embed_guidance is not None
 
     @property
     def feature_blocks(self) -> list[str]:
@@ -286,6 +304,13 @@ class GaussianMixture(TextToImage):
 
     def copy(self) -> Self:
         return self.with_network(copying.deepcopy(self._network))
+
+    def with_guidance_embedding(self) -> Self:
+        """See `TextToImage.with_guidance_embedding`."""
+        config: dict[str, Any] = {**self._network.config, "told_guidance": True}
+        told = MLP(**config).to(self.device, self.dtype)
+        told.load_state_dict(self._network.state_dict(), strict=False)
+        return self.with_network(told)
 
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         target = folder / self.network_name

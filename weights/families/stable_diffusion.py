@@ -6,6 +6,7 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from weights.bundled import resolve_base
-from weights.denoiser import Cond, Denoiser
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.parameterizations import Prediction, to_x0
 from weights.diffusion.schedules import DiscreteVP, expand
 from weights.families.base import TextToImage
@@ -49,6 +50,23 @@ def _quiet() -> Iterator[None]:
 SIDES = ("down_blocks", "up_blocks")
 MIDDLE = ("mid_block",)
 """A UNet's blocks by the names that the network itself gives them."""
+
+
+_SCALE_WEIGHT = "time_embedding.cond_proj.weight"
+GUIDANCE_WIDTH = 256
+"""Of a guidance scale's embedding, as in LCM's public weights."""
+
+
+def embedded_scale(scale: Tensor) -> Tensor:
+    """Guidance scales ``(B,)`` as sines and cosines ``(B, 256)``: what diffusers' pipelines give as ``timestep_cond``.
+
+    Their frequencies are a timestep embedding's, of ``1000 (w - 1)`` (LCM, https://arxiv.org/abs/2310.04378, section 4.3,
+    whose w is one less).
+    """
+    half = GUIDANCE_WIDTH // 2
+    frequencies = torch.exp(torch.arange(half, device=scale.device) * -(math.log(10000.0) / (half - 1)))
+    phase = (scale.float() - 1).unsqueeze(1) * 1000.0 * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
 class _Enough(Exception):
@@ -91,6 +109,10 @@ class UNetDenoiser(Denoiser):
         return [int(cast(Any, self.unet).config.block_out_channels[-1])]
 
     @property
+    def embeds_guidance(self) -> bool:
+        return cast(Any, self.unet).config.time_cond_proj_dim is not None
+
+    @property
     def feature_blocks(self) -> list[str]:
         unet = cast(Any, self.unet)
         down, up = ([f"{side}.{index}" for index in range(len(getattr(unet, side)))] for side in SIDES)
@@ -99,9 +121,9 @@ class UNetDenoiser(Denoiser):
     def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         dtype = next(self.unet.parameters()).dtype
         states = cond["encoder_hidden_states"].to(dtype)
-        return cast(
-            Tensor, self.unet(x_t.to(dtype), self.schedule.native_index(t).float(), states, return_dict=False)[0]
-        )
+        told = {"timestep_cond": embedded_scale(cond[GUIDANCE]).to(dtype)} if self.embeds_guidance else {}
+        index = self.schedule.native_index(t).float()
+        return cast(Tensor, self.unet(x_t.to(dtype), index, states, **told, return_dict=False)[0])
 
     @contextmanager
     def _recording(self, blocks: Sequence[str], stop: bool) -> Iterator[list[Tensor]]:
@@ -253,6 +275,18 @@ class StableDiffusion(TextToImage):
 
     def copy(self) -> Self:
         return self.with_network(copy.deepcopy(self.network))
+
+    @_quiet()
+    def with_guidance_embedding(self) -> Self:
+        """See `TextToImage.with_guidance_embedding`: LCM's ``time_cond_proj``, which starts at zero here."""
+        network = cast(Any, self.network)
+        told = UNet2DConditionModel.from_config({**network.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+        told = told.to(self.device, self.dtype).train(network.training)
+        missing, unexpected = told.load_state_dict(network.state_dict(), strict=False)
+        assert not unexpected and set(missing) <= {_SCALE_WEIGHT}, (missing, unexpected)
+        if missing:
+            nn.init.zeros_(told.get_parameter(_SCALE_WEIGHT))
+        return self.with_network(told)
 
     @_quiet()
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
