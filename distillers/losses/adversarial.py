@@ -1,8 +1,9 @@
 """Adversarial losses on logits, larger meaning 'real', and an approximation of R1.
 
-Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does; approximate R1
-(https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures, estimated from
-one random direction instead of a second backward pass.
+Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does; the hinge pair, which
+leaves logits beyond +-1 alone (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.05957, eq. 16, 17);
+approximate R1 (https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures,
+estimated from one random direction instead of a second backward pass.
 """
 
 import torch.nn.functional as F
@@ -17,6 +18,16 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """``mean softplus(D(fake)) + mean softplus(-D(real))``, for logits of any shape."""
     return F.softplus(fake_logits.float()).mean() + F.softplus(-real_logits.float()).mean()
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """``-mean D(fake)``, for logits of any shape."""
+    return -fake_logits.float().mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """``mean max(0, 1 - D(real)) + mean max(0, 1 + D(fake))``, for logits of any shape."""
+    return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
 
 def approximate_r1(logits: Tensor, disturbed_logits: Tensor) -> Tensor:

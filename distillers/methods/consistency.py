@@ -40,7 +40,7 @@ from distillers.methods.base import (
 )
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
-from weights.denoiser import Denoiser
+from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
 from weights.families.base import TextToImage
@@ -117,10 +117,8 @@ class Consistency(Method):
         assert real is not None, "needs_pictures lets no such batch through"
         index = torch.randint(config.skip, config.solver_steps + 1, (len(real),), generator=step.local).to(real.device)
         t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
-        x_t = add_noise(self.teacher.schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        x_t, guided, x_s = self._solve(real, cond, t, s, step)
         with torch.no_grad():
-            guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale)
-            x_s = ddim_step(x_t, guided, t, s, self.teacher.schedule)
             # At s = 0 no network is asked: the answer is the last step's picture (its rows are computed, and dropped).
             later = self.target(x_s, s.clamp_min(1 / config.solver_steps), cond)
             target = torch.where(expand(s, x_s) > 0, later, guided)
@@ -131,6 +129,14 @@ class Consistency(Method):
                 "student/solver_gap": (target - guided).square().mean().sqrt(),
             }
         return TurnLoss(loss=loss, metrics=metrics)
+
+    @torch.no_grad()
+    def _solve(self, real: Tensor, cond: Cond, t: Tensor, s: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Real pictures noised to t, the guided teacher's x_0 of them, and its DDIM step from there to s."""
+        schedule = self.teacher.schedule
+        x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, self.config.guidance_scale)
+        return x_t, guided, ddim_step(x_t, guided, t, s, schedule)
 
     @torch.no_grad()
     def after_step(self, turn: Turn, iteration: int) -> None:
