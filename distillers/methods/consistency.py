@@ -40,7 +40,7 @@ from distillers.methods.base import (
 )
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
-from weights.denoiser import Denoiser
+from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
 from weights.families.base import TextToImage
@@ -54,6 +54,11 @@ class ConsistencyConfig(FewStepConfig):
         1, ge=1, description="of these times, how far the two states lie apart; 1 is 20 of 1000 timesteps"
     )
     guidance_scale: float = Field(7.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    guidance_range: tuple[float, float] | None = Field(
+        None,
+        description="(low, high) of scales, uniform, that the student is told and learns in one network, as in LCM's paper "
+        "(6, 16 in this convention); guidance_scale is then what it draws with when a request does not say",
+    )
     huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
     lr: float = Field(1e-6, gt=0, description="student's learning rate")
@@ -65,6 +70,12 @@ class ConsistencyConfig(FewStepConfig):
     def _is_consistent(self) -> Self:
         if self.skip > self.solver_steps:
             raise ValueError(f"skip: {self.skip} must be at most solver_steps, {self.solver_steps}")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not 0 <= low < high:
+                raise ValueError(f"guidance_range: {self.guidance_range} must be (low, high) with 0 <= low < high")
+            if not low <= self.guidance_scale <= high:
+                raise ValueError(f"guidance_scale: {self.guidance_scale} must lie in guidance_range, {low} to {high}")
         return self
 
 
@@ -77,6 +88,8 @@ class Consistency(Method):
     def __init__(self, config: ConsistencyConfig, setup: Setup) -> None:
         self.config, self.setup = config, setup
         self._student = setup.new_student()
+        if config.guidance_range is not None:
+            self._student = self._student.with_guidance_embedding()
         self.teacher = setup.teacher
         self.average: TextToImage | None = None
         if config.target_decay > 0:
@@ -86,6 +99,12 @@ class Consistency(Method):
     @classmethod
     def needs_pictures(cls, config: ConsistencyConfig) -> str | None:
         return "consistency distillation follows the teacher from noised real pictures"
+
+    @classmethod
+    def needs_whole_network(cls, config: ConsistencyConfig) -> str | None:
+        if config.guidance_range is not None:
+            return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters do not carry"
+        return None
 
     @property
     def student(self) -> TextToImage:
@@ -110,17 +129,17 @@ class Consistency(Method):
         return dict(self.config.schedules)
 
     def guidance(self) -> GuidanceConvention:
-        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+        scale, embedded = self.config.guidance_scale, self.config.guidance_range
+        default = 1.0 if embedded is None else scale
+        return GuidanceConvention(trained_scale=scale, default_scale=default, embedded=embedded)
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         config, real, cond = self.config, step.batch.real, step.batch.real_cond or step.batch.cond
         assert real is not None, "needs_pictures lets no such batch through"
         index = torch.randint(config.skip, config.solver_steps + 1, (len(real),), generator=step.local).to(real.device)
         t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
-        x_t = add_noise(self.teacher.schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        x_t, guided, x_s = self._solve(real, cond, t, s, step)
         with torch.no_grad():
-            guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale)
-            x_s = ddim_step(x_t, guided, t, s, self.teacher.schedule)
             # At s = 0 no network is asked: the answer is the last step's picture (its rows are computed, and dropped).
             later = self.target(x_s, s.clamp_min(1 / config.solver_steps), cond)
             target = torch.where(expand(s, x_s) > 0, later, guided)
@@ -131,6 +150,14 @@ class Consistency(Method):
                 "student/solver_gap": (target - guided).square().mean().sqrt(),
             }
         return TurnLoss(loss=loss, metrics=metrics)
+
+    @torch.no_grad()
+    def _solve(self, real: Tensor, cond: Cond, t: Tensor, s: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Real pictures noised to t, the guided teacher's x_0 of them, and its DDIM step from there to s."""
+        schedule = self.teacher.schedule
+        x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, self.config.guidance_scale)
+        return x_t, guided, ddim_step(x_t, guided, t, s, schedule)
 
     @torch.no_grad()
     def after_step(self, turn: Turn, iteration: int) -> None:

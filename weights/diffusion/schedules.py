@@ -263,6 +263,27 @@ def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), eps) * eps
 
 
+def add_more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """From time s to the noisier t by the forward process: ``a x_s + b eps``, distributed as a picture noised to t at once.
+
+    ``a = alpha_t / alpha_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2`` (Kingma et al. 2021,
+    https://arxiv.org/abs/2107.00630, equations 2 and 3).
+
+    Args:
+        schedule: any.
+        x_s: ``(B, ...)``, a state at s.
+        eps: ``(B, ...)``, unit normal.
+        s: ``(B,)``, where alpha is above 0.
+        t: ``(B,)``, at least s.
+
+    Returns:
+        ``(B, ...)``, float64 where ``x_s`` is, else float32.
+    """
+    ratio = schedule.alpha(t.double()) / schedule.alpha(s.double())
+    added = (schedule.sigma(t.double()).square() - (ratio * schedule.sigma(s.double())).square()).clamp(min=0).sqrt()
+    return _like(expand(ratio, x_s) * x_s.double() + expand(added, x_s) * eps.double(), x_s)
+
+
 def convert(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple[Tensor, Tensor]:
     """The same noisy picture in another schedule: the time of equal SNR, and ``x_t`` rescaled to that schedule.
 

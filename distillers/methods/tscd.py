@@ -1,0 +1,244 @@
+"""Trajectory-segmented consistency distillation: Hyper-SD (Ren et al. 2024, https://arxiv.org/abs/2404.13686), PCM (Wang
+et al. 2024, https://arxiv.org/abs/2405.18407).
+
+Consistency distillation (`distillers.methods.consistency`, whose solver, target and settings these are) asks for the
+picture from every state of a trajectory. Here the trajectory is cut into K segments (`distillers.losses.trajectories`), and
+only the state at the clean end of one's own segment, e, is asked for: an easier task, whose student draws in K
+deterministic steps. K falls by stages, 8, 4, 2, 1; with one segment this is consistency distillation.
+
+    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real picture, n uniform in 1..solver_steps
+    x_s = DDIM(x_t, D_T(x_t, t; w), t -> s)             s = t_{n - skip}, but not below e
+    ours = DDIM(x_t, f(x_t, t), t -> e)                 PCM, section 3.1; at e = 0 f itself
+    target = DDIM(x_s, f^-(x_s, s), s -> e),  x_s itself where s = e
+    loss = d(ours / |e|, target / |e|),  |e| = sqrt(alpha_e^2 + sigma_e^2)
+           - gan_weight D(ours_u)                       u uniform in the segment, (e, its upper edge]
+    heads: max(0, 1 - D(target_u)) + max(0, 1 + D(ours_u))
+
+f^- is the student itself without gradient (PCM's public code), or its moving average (``target_decay``). D compares what
+the student jumps to with what it should have jumped to, both noised on from e to u by the forward process: heads on
+features of the teacher's own frozen network, which know u and the prompt. One turn each, on the same pair of jumps; with
+``gan_weight = 0`` there are no heads and no second turn.
+
+|e| is 1 where variance is preserved, as in both papers. Elsewhere it makes the loss what it is in the variance-preserving
+schedule of the same signal-to-noise ratios: unnormalised, EDM's first segments, where sigma_e is above 10, would be all
+that a student learns.
+
+What Hyper-SD does after this, human feedback and score distillation for one step, are other jobs that ``start`` from this
+one's student. A student of one segment draws with the consistency sampler, which is TCD's at eta = 1 (Hyper-SD's choice for
+its unified LoRA); "ddim" schedules lower it. One of K > 1 segments has to stop at each segment's end: its schedules are
+"ddim", and hold the segments' upper edges. Until a job's last stage its sample sheets show a student of more segments than
+its schedules have steps.
+
+Departures from PCM's public code: the student's adversarial loss is -D, not max(0, 1 - D); the heads are DMD2's, on the
+teacher's bottleneck, not four on every block; D's turn uses the pair of the student's turn instead of a batch of its own;
+the guidance scale is fixed, where PCM draws it and Hyper-SD says nothing; u is not on the grid of native timesteps, and the
+boundary e = 0 is the picture, not the first timestep. From Hyper-SD: its mix of distances by segment, whose numbers it
+keeps, is one distance.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from distillers.critics import Heads
+from distillers.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
+from distillers.losses.regression import regression_loss
+from distillers.losses.trajectories import jump, segment_edges, segment_of, unit_state
+from distillers.methods.base import (
+    Betas,
+    MethodConfig,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+)
+from distillers.methods.consistency import Consistency, ConsistencyConfig
+from distillers.rollout import draw_noise
+from weights.denoiser import Cond, cond_cat
+from weights.diffusion.schedules import add_more_noise, expand
+
+SAME_TIME = 1e-6
+
+
+class Stage(MethodConfig):
+    """Iterations with one number of segments."""
+
+    segments: int = Field(ge=1, description="K")
+    iterations: int | None = Field(
+        None, ge=1, description="of this stage; left out of the last, which ends with the job"
+    )
+
+
+def default_stages() -> list[Stage]:
+    """Hyper-SD's 8, 4, 2 and 1 segments, each for as long as PCM trains one number of them."""
+    return [*(Stage(segments=segments, iterations=5000) for segments in (8, 4, 2)), Stage(segments=1)]
+
+
+class TSCDConfig(ConsistencyConfig):
+    """The defaults are PCM's for SD1.5, with Hyper-SD's stages."""
+
+    stages: list[Stage] = Field(
+        default_factory=default_stages, min_length=1, description="numbers of segments, falling, and how long each"
+    )
+    guidance_scale: float = Field(
+        5.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off (PCM draws 5 to 6)"
+    )
+    target_decay: float = Field(0.0, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
+    lr: float = Field(5e-6, gt=0, description="student's learning rate (SDXL 2e-6)")
+    gan_weight: float = Field(0.1, ge=0, description="student's adversarial weight; 0 turns the GAN off")
+    head_lr: float = Field(1e-5, gt=0, description="discriminator heads' learning rate")
+    head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads")
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        counts = [stage.segments for stage in self.stages]
+        if any(later >= earlier for earlier, later in pairwise(counts)):
+            raise ValueError(f"stages: segments must fall from stage to stage, got {counts}")
+        if counts[0] > self.solver_steps:
+            raise ValueError(f"stages: {counts[0]} segments need as many solver_steps, there are {self.solver_steps}")
+        lengths = [stage.iterations for stage in self.stages]
+        if lengths[-1] is not None or None in lengths[:-1]:
+            raise ValueError(
+                f"stages: every stage but the last needs iterations, and the last takes none, got {lengths}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_stop_at_the_segments(self) -> Self:
+        segments = self.stages[-1].segments
+        starts = [edge / self.solver_steps for edge in segment_edges(self.solver_steps, segments)[:0:-1]]
+        for steps, schedule in self.schedules.items() if segments > 1 else ():
+            visited = all(min(abs(start - t) for t in schedule.timesteps) < SAME_TIME for start in starts)
+            if not visited or schedule.sampler != "ddim":
+                raise ValueError(
+                    f"schedules: {steps} draws at {schedule.timesteps} with sampler {schedule.sampler!r}, but a student of "
+                    f"{segments} segments jumps to their ends: use 'ddim' and timesteps with {starts} among them"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a batch's jumps end."""
+
+    ours: Tensor
+    """The student's jump from t, ``(B, ...)``, a state at ``edge``."""
+    target: Tensor
+    """What it should be, ``(B, ...)``, without a graph."""
+    edge: Tensor
+    """Time of the segment's clean end, ``(B,)``."""
+    top: Tensor
+    """Time of its noisy end, ``(B,)``."""
+    cond: Cond
+
+
+class TSCD(Consistency):
+    """See the module's text."""
+
+    name = "tscd"
+    Config = TSCDConfig
+    config: TSCDConfig
+
+    def __init__(self, config: TSCDConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.heads: Heads | None = None
+        if config.gan_weight > 0:
+            # The teacher's network, as the family sees networks: an analytic teacher has features nowhere else.
+            self.critic = setup.base.with_network(setup.base.network).denoiser
+            self.heads = Heads(self.critic, setup.latent_shape, setup.uncond, setup.device)
+
+    def trained(self) -> dict[str, Trained]:
+        networks = super().trained()
+        if self.heads is not None:
+            config = self.config
+            optimizer = OptimizerSettings(
+                lr=config.head_lr, betas=config.head_betas, weight_decay=config.weight_decay, warmup=config.warmup
+            )
+            networks["heads"] = Trained(module=self.heads, optimizer=optimizer)
+        return networks
+
+    def turns(self, iteration: int) -> list[Turn]:
+        discriminator = [Turn(name="discriminator", trains=("heads",))] if self.heads is not None else []
+        return [*super().turns(iteration), *discriminator]
+
+    def after_step(self, turn: Turn, iteration: int) -> None:
+        if turn.name == "student":
+            super().after_step(turn, iteration)
+
+    def segments(self, iteration: int) -> int:
+        """K at an iteration, from 0."""
+        for stage in self.config.stages[:-1]:
+            iteration -= stage.iterations or 0
+            if iteration < 0:
+                return stage.segments
+        return self.config.stages[-1].segments
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        return self._student_loss(step) if turn.name == "student" else self._discriminator_loss(step)
+
+    def _student_loss(self, step: Step) -> TurnLoss:
+        landing, schedule = self._land(step), self.teacher.schedule
+        ours, target = (unit_state(x, landing.edge, schedule) for x in (landing.ours, landing.target))
+        loss = consistency = regression_loss(ours, target, self.config.huber)
+        metrics = {
+            "student/consistency": consistency.detach(),
+            "student/target_std": target.std(),
+            "student/segments": torch.tensor(float(self.segments(step.iteration))),
+        }
+        if self.heads is not None:
+            step.scratch["landing"] = replace(landing, ours=landing.ours.detach())
+            u = self._times(landing, step)
+            features = self.critic.features(self._noised(landing.ours, u, landing, step), u, landing.cond)
+            adversarial = hinge_generator_loss(self.heads(features))
+            loss = loss + self.config.gan_weight * adversarial
+            metrics["student/adversarial"] = adversarial.detach()
+        return TurnLoss(loss=loss, metrics=metrics)
+
+    def _discriminator_loss(self, step: Step) -> TurnLoss:
+        assert self.heads is not None, "without heads there is no such turn"
+        with torch.no_grad():
+            landing = step.scratch["landing"] if "landing" in step.scratch else self._land(step)
+            u = self._times(landing, step)
+            both = torch.cat([self._noised(x, u, landing, step) for x in (landing.target, landing.ours)])
+            features = self.critic.features(both, torch.cat([u, u]), cond_cat([landing.cond, landing.cond]))
+        real, fake = self.heads(features).chunk(2)
+        metrics = {
+            "discriminator/real_logits": real.detach().mean(),
+            "discriminator/fake_logits": fake.detach().mean(),
+        }
+        return TurnLoss(loss=hinge_discriminator_loss(real, fake), metrics=metrics)
+
+    def _land(self, step: Step) -> Landing:
+        """Both jumps of a batch; the student's with a graph."""
+        config, schedule, steps = self.config, self.teacher.schedule, self.config.solver_steps
+        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
+        assert real is not None, "needs_pictures lets no such batch through"
+        index = torch.randint(1, steps + 1, (len(real),), generator=step.local).to(real.device)
+        lower, upper = segment_of(index, segment_edges(steps, self.segments(step.iteration)))
+        later = torch.maximum(index - config.skip, lower)
+        t, s, edge = index / steps, later / steps, lower / steps
+        x_t, guided, x_s = self._solve(real, cond, t, s, step)
+        with torch.no_grad():
+            x_s = torch.where(expand(s, x_s) > 0, x_s, guided)
+            # In rows that have arrived no network is asked: they are computed, and dropped.
+            asked = s.clamp_min(1 / steps)
+            answered = jump(x_s, self.target(x_s, asked, cond), asked, edge, schedule)
+            target = torch.where(expand(later > lower, x_s), answered, x_s)
+        ours = jump(x_t, self.student.denoiser(x_t, t, cond), t, edge, schedule)
+        return Landing(ours=ours, target=target, edge=edge, top=upper / steps, cond=cond)
+
+    @staticmethod
+    def _times(landing: Landing, step: Step) -> Tensor:
+        """Where the discriminator looks, ``(B,)``: uniform above each edge, up to the segment's other end."""
+        drawn = torch.rand(len(landing.edge), generator=step.local).to(landing.edge.device)
+        return landing.top - drawn * (landing.top - landing.edge)
+
+    def _noised(self, x: Tensor, u: Tensor, landing: Landing, step: Step) -> Tensor:
+        noise = draw_noise(tuple(x.shape), step.local, x.device)
+        return add_more_noise(self.teacher.schedule, x, noise, landing.edge, u)
