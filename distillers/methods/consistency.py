@@ -14,8 +14,11 @@ does). The boundary f(x, 0) = x is what makes the answer a picture and not a con
 
 Departures from the public code: it enforces the boundary with ``f = c_skip x_t + c_out D``, where c_skip = 0.25 / ((10 n)^2
 + 0.25) at native timestep n is below 1e-5 at every timestep of its grid; here the state itself is the target at s = 0, and
-f = D, which is what every sampler assumes of a student. The guidance scale is fixed, as in LCM-LoRA; LCM's embedding of it
-is another network.
+f = D, which is what every sampler assumes of a student.
+
+The guidance scale is fixed, as in LCM-LoRA, or drawn for each picture from ``guidance_range`` and told to the student (LCM,
+section 4.3): one student then draws at every scale of the range, at one evaluation a step. The layer that is told it starts
+at zero, where LCM's starts at random: the student begins as the teacher.
 """
 
 import copy
@@ -40,14 +43,14 @@ from distillers.methods.base import (
 )
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
-from weights.denoiser import Cond, Denoiser
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
 from weights.families.base import TextToImage
 
 
 class ConsistencyConfig(FewStepConfig):
-    """The defaults are LCM's for SD1.5, but for the guidance scale, which it draws and embeds."""
+    """The defaults are LCM's for SD1.5, but that the guidance scale is fixed unless ``guidance_range`` is given."""
 
     solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
     skip: int = Field(
@@ -134,7 +137,7 @@ class Consistency(Method):
         return GuidanceConvention(trained_scale=scale, default_scale=default, embedded=embedded)
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
-        config, real, cond = self.config, step.batch.real, step.batch.real_cond or step.batch.cond
+        config, real, cond = self.config, step.batch.real, self._told(step.batch.real_cond or step.batch.cond, step)
         assert real is not None, "needs_pictures lets no such batch through"
         index = torch.randint(config.skip, config.solver_steps + 1, (len(real),), generator=step.local).to(real.device)
         t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
@@ -151,12 +154,22 @@ class Consistency(Method):
             }
         return TurnLoss(loss=loss, metrics=metrics)
 
+    def _told(self, cond: Cond, step: Step) -> Cond:
+        """The student's conditions: with a scale for each row where it embeds guidance."""
+        if self.config.guidance_range is None:
+            return cond
+        low, high = self.config.guidance_range
+        drawn = low + (high - low) * torch.rand(step.size, generator=step.local)
+        return {**cond, GUIDANCE: drawn.to(self.setup.device)}
+
     @torch.no_grad()
     def _solve(self, real: Tensor, cond: Cond, t: Tensor, s: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Real pictures noised to t, the guided teacher's x_0 of them, and its DDIM step from there to s."""
         schedule = self.teacher.schedule
         x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
-        guided = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, self.config.guidance_scale)
+        scale = cond.get(GUIDANCE, self.config.guidance_scale)
+        plain = {name: value for name, value in cond.items() if name != GUIDANCE}
+        guided = guided_x0(self.teacher, x_t, t, plain, self.setup.uncond, scale)
         return x_t, guided, ddim_step(x_t, guided, t, s, schedule)
 
     @torch.no_grad()

@@ -10,13 +10,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.consistency as module
+from distillers.critics import guided_x0
 from distillers.methods.base import Setup, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
-from weights.denoiser import Cond, Denoiser
+from weights.contracts import GuidanceConvention
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import Schedule
+from weights.drawing import draw
 
 B = 6
 TURN = Turn(name="student", trains=("student",))
@@ -126,6 +129,60 @@ def test_guidance_reaches_the_solver() -> None:
         step = replace(step, batch=replace(step.batch, cond=cond, real_cond=cond))
         losses.append(float(method.loss(TURN, step).loss.detach()))
     assert abs(losses[0] - losses[1]) > 1e-6
+
+
+# Guidance that the student is told
+
+
+def told(setup: Setup, **config: Any) -> Consistency:
+    return build(setup, **{"guidance_range": (1.0, 4.0), "guidance_scale": 2.0, **config})
+
+
+@pytest.mark.parametrize(("field", "value"), [("guidance_range", (4.0, 1.0)), ("guidance_scale", 5.0)])
+def test_a_bad_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as error:
+        ConsistencyConfig.model_validate({"guidance_range": (1.0, 4.0), "guidance_scale": 2.0, field: value})
+    assert field in str(error.value)
+
+
+def test_a_student_that_is_told_its_guidance_says_so() -> None:
+    method = told(mixture_setup())
+    assert method.guidance() == GuidanceConvention(trained_scale=2.0, default_scale=2.0, embedded=(1.0, 4.0))
+    assert method.student.denoiser.embeds_guidance and method.target.embeds_guidance
+    assert "adapters" in str(Consistency.needs_whole_network(method.config))
+    assert Consistency.needs_whole_network(build().config) is None
+
+
+def test_every_picture_has_a_scale_of_its_own_and_the_teacher_follows_it() -> None:
+    method = told(mixture_setup("ring"))
+    step = step_of(method.setup, 64)
+    cond = method._told({"label": torch.zeros(64, dtype=torch.int64)}, step)
+    scales = cond[GUIDANCE]
+    assert scales.min() >= 1 and scales.max() <= 4 and scales.std() > 0.5
+    real, t = step.batch.real, torch.full((64,), 0.9)
+    assert real is not None
+    x_t, guided, _ = method._solve(real, cond, t, t - 0.1, step)
+    for row in (0, 1):
+        label, scale = {"label": torch.zeros(1, dtype=torch.int64)}, float(scales[row])
+        alone = guided_x0(method.teacher, x_t[row:][:1], t[:1], label, method.setup.uncond, scale)
+        assert torch.allclose(guided[row], alone[0], atol=1e-5)
+
+
+def test_one_student_learns_every_scale(tmp_path: Path) -> None:
+    """Guided further, a class's pictures lie closer together: the exact teacher's do, and the student's, as it is told."""
+    setup = mixture_setup("ring")
+    torch.manual_seed(0)
+    method = told(setup, solver_steps=16, lr=2e-3, huber=0.03, target_decay=0.9)
+    trainer = trainer_of(method, setup, tmp_path, iterations=250, checkpoint_every=10_000, sample_every=10_000)
+    trainer.run()
+    cond, count = {"label": torch.arange(8).repeat_interleave(64)}, 8 * 64
+    with trainer.averaged(), torch.no_grad():
+        drawn = [
+            draw(method.student, cond, None, range(count), method.schedules()[1], guidance_scale=scale).latents
+            for scale in (1.0, 2.0, 4.0)
+        ]
+    radii = [latents.flatten(1).norm(dim=1).mean().item() for latents in drawn]
+    assert radii[0] < radii[1] < radii[2], "away from the other classes is outwards on the ring"
 
 
 # Convergence

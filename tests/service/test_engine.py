@@ -23,10 +23,11 @@ from service.engine.base import (
     TimedOut,
     UnknownModel,
 )
+from service.engine.plan import plan_student
 from service.engine.torch_engine import TorchEngine, to_images
 from service.settings import Settings
 from tests.service.conftest import SCHEDULES, TinyBase
-from weights.contracts import BaseReference, Diversity
+from weights.contracts import BaseReference, Diversity, GuidanceConvention
 from weights.denoiser import cond_repeat
 from weights.drawing import Drawing, draw
 from weights.families import TextToImage, load
@@ -177,6 +178,17 @@ def test_what_is_refused(harness: Harness, fields: dict[str, Any], param: str, s
     with pytest.raises(BadRequest, match=says) as caught:
         harness.draw(**fields)
     assert caught.value.param == param
+
+
+def test_a_student_told_its_guidance_needs_one_evaluation_and_keeps_to_its_range(harness: Harness) -> None:
+    guidance = GuidanceConvention(trained_scale=5.0, default_scale=5.0, embedded=(2.0, 8.0))
+    manifest = harness.store.open("tiny").manifest.model_copy(update={"guidance": guidance})
+    plan = plan_student(request(steps=2), manifest)
+    assert (plan.guidance_scale, plan.evaluations) == (5.0, 2)
+    assert plan_student(request(steps=2, guidance_scale=8.0), manifest).evaluations == 2
+    with pytest.raises(BadRequest, match="from 2 to 8, not for 1") as caught:
+        plan_student(request(steps=2, guidance_scale=1.0), manifest)
+    assert caught.value.param == "guidance_scale"
 
 
 @pytest.mark.parametrize("name", ["nobody", "../tiny", "/etc/passwd", "x" * 500, "Tiny"])
