@@ -15,8 +15,8 @@ Departures: the paper draws t from four fixed times, noise rarely at first and m
 constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, "max-time weighting"), and the other times are those of all
 later steps of the student's schedules, equally. The discriminator's times are SANA-Sprint's as well: its public code draws
 tan t = e^n / 0.5 with n ~ N(-0.6, 1), for latents scaled to a standard deviation of 0.5, so that ln(sigma / alpha) has the
-mean ln 2 - 0.6, about 0.1. AdamW with beta1 = 0 stands for its CAME. The heads' turn judges the pictures of the student's turn
-of that iteration, where the public code makes new ones: that saves an evaluation.
+mean ln 2 - 0.6, about 0.1. AdamW with beta1 = 0 stands for its CAME. The heads' turn judges the pictures of the student's
+turn of that iteration, where the public code makes new ones: that saves an evaluation.
 """
 
 from typing import Literal
