@@ -1,7 +1,7 @@
 """A discriminator in latent space: a frozen denoiser that looks at noised pictures, and a small head on each of its blocks.
 
-LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015, section 3) takes the teacher itself for the frozen denoiser: its
-features tell pictures apart at every noise level, and know their prompts. Heads give a logit for every position of their
+LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015) takes the teacher itself for the frozen denoiser: its features
+tell pictures apart at every noise level, and know their prompts. Heads give a logit for every position of their
 block's output, so that pictures are judged part by part. With x the student's picture and y a real one, x_t and y_t noised
 to times whose ln(sigma_t / alpha_t) is normal, and D the logits:
 
@@ -9,20 +9,21 @@ to times whose ln(sigma_t / alpha_t) is normal, and D the logits:
     heads    mean max(0, 1 - D(y_t | c)) + (1 - m) mean max(0, 1 + D(x_t | c)) + m mean max(0, 1 + D(y_t | c'))
 
 c' is another picture's condition: pictures that do not show what was asked for count as fakes, which teaches the heads to
-look at the prompt (SANA-Sprint, https://arxiv.org/abs/2503.09641, public code). They are a share m of the fakes.
+look at the prompt (SANA-Sprint, https://arxiv.org/abs/2503.09641, in its public code). They are a share m of the fakes.
 
-The head is that code's, which has StyleGAN-T's (https://arxiv.org/abs/2301.09515, section 3.2): a 1x1 block, a residual
+The head is that code's, which has StyleGAN-T's (https://arxiv.org/abs/2301.09515): a 1x1 block, a residual
 block with nine taps, and a 1x1 convolution to one channel, whose spectral norm is 1. Departures from it:
 
 - The nine taps lie in a row of tokens there, in a 3x3 square of the map here.
 - Blocks normalise each picture by itself (GroupNorm), where the public code does it over eight pictures of the batch: a
-  picture's logit does not depend on which others it came with, nor a resumed run on more than weights.
+  picture's logit does not depend on which others it came with.
 - The public code divides every convolution by its spectral norm. All but the last have a normalisation behind them that
   undoes any such factor, so only the last is divided here. It has one output channel, and a matrix of one row is its own
   singular vector: the spectral norm is its length, exactly, with no power iteration whose state a checkpoint would need.
 - Every head weighs the same. A UNet's maps differ in size, and a mean over all positions would be the largest map's.
 - Pairs whose two pictures have the same condition are no mismatch, and are left out of the fakes.
-- Heads are not told time and prompt again, as in SANA-Sprint's code; LADD's are.
+
+Heads are told time and prompt by the features alone, as in SANA-Sprint's code; LADD tells them once more.
 """
 
 import math
@@ -30,11 +31,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
-from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Step, Trained, TurnLoss
+from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Trained, TurnLoss
 from distillers.rollout import draw_lognormal_times, draw_noise
 from weights.denoiser import Cond, Denoiser, cond_cat, cond_rows
 from weights.diffusion.schedules import add_noise
@@ -62,7 +63,16 @@ class AdversaryConfig(MethodConfig):
     r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
     r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
     head_lr: float = Field(2e-6, gt=0, description="heads' learning rate")
-    head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads; beta1 = 0 steadies the game of two")
+    head_betas: Betas = Field(
+        (0.0, 0.999), description="AdamW's betas of the heads; beta1 = 0 steadies the game of two"
+    )
+
+    @field_validator("head_kernel")
+    @classmethod
+    def _has_a_middle(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"{kernel} must be odd")
+        return kernel
 
 
 class UnitConv(nn.Conv2d):
@@ -135,35 +145,35 @@ class LatentAdversary:
         )
         return Trained(module=self.heads, optimizer=optimizer)
 
-    def student_loss(self, x: Tensor, cond: Cond, step: Step) -> Tensor:
+    def student_loss(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         """How fake the student's pictures look; its gradient reaches x through the frozen critic.
 
         Args:
             x: the student's pictures ``(B, ...)``, with their graph.
             cond: what they were asked to show.
-            step: draws times and noise.
+            generator: on the CPU; draws times and noise.
         """
-        t = self._times(len(x), step)
-        return _over_heads(hinge_generator_loss, self._logits((self._noised(x, t, step), t, cond)))
+        t = self._times(len(x), generator)
+        return _over_heads(hinge_generator_loss, self._logits((self._noised(x, t, generator), t, cond)))
 
-    def critic_loss(self, x: Tensor, real: Tensor, cond: Cond, step: Step) -> TurnLoss:
+    def critic_loss(self, x: Tensor, real: Tensor, cond: Cond, generator: torch.Generator) -> TurnLoss:
         """The heads' loss on as many real pictures as the student's, at the same times.
 
         Args:
             x: the student's pictures ``(B, ...)``, without a graph.
             real: pictures ``(B, ...)``.
             cond: of both, row by row.
-            step: draws times and noise.
+            generator: on the CPU; draws times and noise.
         """
-        config, t = self.config, self._times(len(x), step)
-        real_t = self._noised(real, t, step)
-        shown: dict[str, Look] = {"fake": (self._noised(x, t, step), t, cond), "real": (real_t, t, cond)}
+        config, t = self.config, self._times(len(x), generator)
+        real_t = self._noised(real, t, generator)
+        shown: dict[str, Look] = {"fake": (self._noised(x, t, generator), t, cond), "real": (real_t, t, cond)}
         rows = mismatched_rows(cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
         if len(rows) > 0:
-            others = self._noised(real.roll(1, 0)[rows], t[rows], step)
+            others = self._noised(real.roll(1, 0)[rows], t[rows], generator)
             shown["mismatched"] = (others, t[rows], cond_rows(cond, rows))
         if config.r1_weight > 0:
-            noise = draw_noise(tuple(real.shape), step.local, real.device)
+            noise = draw_noise(tuple(real.shape), generator, real.device)
             shown["disturbed"] = (real_t + config.r1_noise * noise, t, cond)
         logits = self._all_logits(shown)
         loss = _over_heads(hinge_discriminator_loss, logits["real"], logits["fake"])
@@ -180,13 +190,13 @@ class LatentAdversary:
             loss = loss + config.r1_weight * metrics["critic/r1"]
         return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
-    def _times(self, count: int, step: Step) -> Tensor:
+    def _times(self, count: int, generator: torch.Generator) -> Tensor:
         config, schedule = self.config, self.critic.schedule
         mean, std = config.critic_noise_mean, config.critic_noise_std
-        return draw_lognormal_times(count, mean, std, schedule, step.local, self.setup.device)
+        return draw_lognormal_times(count, mean, std, schedule, generator, self.setup.device)
 
-    def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
-        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
+    def _noised(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
 
     def _logits(self, look: Look) -> list[Tensor]:
         features = self.critic.block_features(*look, self.blocks)

@@ -1,9 +1,9 @@
 """Adversarial losses on logits, larger meaning 'real', and an approximation of R1.
 
-Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does; the hinge pair, which
-leaves logits beyond +-1 alone (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.05957, eq. 16, 17);
-approximate R1 (https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures,
-estimated from one random direction instead of a second backward pass.
+Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does. Hinge, which lets logits
+beyond +-1 be (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.05957, eq. 16 and 17). Approximate R1
+(https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures, estimated from
+one random direction instead of a second backward pass.
 """
 
 import torch.nn.functional as F

@@ -1,22 +1,22 @@
 """LADD: latent adversarial diffusion distillation (Sauer et al. 2024, https://arxiv.org/abs/2403.12015).
 
-The student G denoises real pictures y that were noised to a time t of its own schedules, or noise alone, in one step; the
+The student G denoises real pictures y that were noised to a time t of its own schedules, or noise alone, in one step. The
 result shall pass for a real picture with a discriminator that is the frozen teacher under small heads
-(`distillers.adversary`, which has the losses):
+(`distillers.adversary`, which states its losses and departures):
 
-    x = G(alpha_t y + sigma_t eps, t | c)         section 3; t = noise with probability ``noise_share``
-    student, then heads, one step each            hinge losses on x, y noised again
+    x = G(alpha_t y + sigma_t eps, t | c)         t is pure noise's with probability ``noise_share``
+    student's step, then the heads'               hinge losses on x and y, noised anew
 
-There is no other loss: nothing follows the teacher's trajectories. LADD's own pictures y are the teacher's, made once with
-guidance (section 3.1: they show their prompts better than real ones), which ``pictures = "teacher"`` does, and then prompts
-alone are enough; the default is the data's.
+There is no other loss: nothing follows the teacher's trajectories. LADD's pictures y are the teacher's, drawn beforehand
+with guidance, which show their prompts better than most data. ``pictures = "teacher"`` does that, and then prompts alone are
+enough; the default is the data's.
 
-Departures: the paper raises the share of pure noise from 0.1 to 0.7 after 500 iterations, at four fixed times; here it is
-constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, section 3.3, "max-time weighting"), and the other times are
-those of all steps but the first of the student's schedules, equally. Optimizers are AdamW where SANA-Sprint has CAME, the
-discriminator's times are SANA-Sprint's: its ln tan(t) ~ N(-0.6, 1) + ln 2, for latents of standard deviation 1 instead of
-0.5, is 0.1. The heads' turn judges the pictures of the student's turn of that iteration instead of new ones, which saves an
-evaluation.
+Departures: the paper draws t from four fixed times, noise rarely at first and mostly after a warm-up. Here its share is
+constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, "max-time weighting"), and the other times are those of all
+later steps of the student's schedules, equally. The discriminator's times are SANA-Sprint's as well: its public code draws
+tan t = e^n / 0.5 with n ~ N(-0.6, 1), for latents scaled to a standard deviation of 0.5, so that ln(sigma / alpha) has the
+mean ln 2 - 0.6, about 0.1. AdamW with beta1 = 0 stands for its CAME. The heads' turn judges the pictures of the student's
+turn of that iteration, where the public code makes new ones: that saves an evaluation.
 """
 
 from typing import Literal
@@ -120,14 +120,15 @@ class LADD(Method):
         if turn.name == "student":
             x, real, cond = self._sample(step)
             step.scratch["samples"] = (x.detach(), real, cond)
-            loss = self.adversary.student_loss(x, cond, step)
+            loss = self.adversary.student_loss(x, cond, step.local)
             x = x.detach()
             metrics = {"student/adversarial": loss.detach(), "student/mean": x.mean(), "student/std": x.std()}
             return TurnLoss(loss=loss, metrics=metrics)
         if "samples" not in step.scratch:
             with torch.no_grad():
                 step.scratch["samples"] = self._sample(step)
-        return self.adversary.critic_loss(*step.scratch["samples"], step)
+        x, real, cond = step.scratch["samples"]
+        return self.adversary.critic_loss(x, real, cond, step.local)
 
     def _sample(self, step: Step) -> tuple[Tensor, Tensor, Cond]:
         """The student's pictures, the real ones that it started from, and the conditions of both."""

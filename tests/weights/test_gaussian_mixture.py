@@ -155,6 +155,20 @@ def test_the_mlp_is_a_denoiser_in_every_schedule_and_prediction(name: str, predi
     assert torch.equal(other[1:], x0[1:])
 
 
+def test_every_block_of_the_mlp_can_be_read_and_the_exact_teacher_has_none() -> None:
+    denoiser = MLPDenoiser(MLP(2, 8, width=16, depth=3), SCHEDULES["sd"])
+    x_t, t, cond = torch.randn(4, 2, 1, 1), torch.tensor([0.05, 0.3, 0.6, 0.95]), {"label": torch.tensor([0, 7, -1, 3])}
+    assert denoiser.feature_blocks == ["blocks.0", "blocks.1", "blocks.2"]
+    first, middle, last = denoiser.block_features(x_t, t, cond, denoiser.feature_blocks)
+    assert first.shape == middle.shape == last.shape == (4, 16, 1, 1)
+    assert torch.equal(middle, denoiser.features(x_t, t, cond)[0])
+    assert torch.equal(denoiser.block_features(x_t, t, cond, ["blocks.2"])[0], last)
+    exact = AnalyticDenoiser(line(), SCHEDULES["sd"])
+    assert exact.feature_blocks == []
+    with pytest.raises(TypeError, match="AnalyticDenoiser has no inner features"):
+        exact.block_features(x_t[:, :1], t, cond, ["blocks.0"])
+
+
 def test_fit_makes_a_student_that_starts_at_its_teacher() -> None:
     model = load("gaussian_mixture", "line").copy()
     assert isinstance(model, GaussianMixture)

@@ -188,6 +188,31 @@ def test_features_stop_early_and_are_the_same(base: StableDiffusion) -> None:
     assert [f.shape[1] for f in early] == base.denoiser.feature_channels
 
 
+def test_blocks_are_read_in_one_evaluation_that_ends_after_the_last(base: StableDiffusion) -> None:
+    x_t, t, cond = torch.randn(2, *base.latent_shape()), torch.tensor([0.5, 1.0]), base.encode_prompts([PROMPT, ""])
+    names = base.denoiser.feature_blocks
+    sides = [[f"{side}_blocks.{index}" for index in range(3)] for side in ("down", "up")]
+    assert names == [*sides[0], "mid_block", *sides[1]]
+    calls: list[str] = []
+    handles = [
+        base.network.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        for name in (*names, "conv_out")
+    ]
+    every = base.denoiser.block_features(x_t, t, cond, names)
+    assert calls == names, "each block once, and nothing after the last"
+    assert [tuple(each.shape) for each in every] == [
+        (2, 8, 4, 4), (2, 16, 2, 2), (2, 16, 2, 2), (2, 16, 2, 2), (2, 16, 4, 4), (2, 16, 8, 8), (2, 8, 8, 8),
+    ]  # fmt: skip
+    calls.clear()
+    some = base.denoiser.block_features(x_t, t, cond, ["down_blocks.1", "mid_block"])
+    for handle in handles:
+        handle.remove()
+    assert calls == names[:4]
+    assert torch.equal(some[0], every[1]) and torch.equal(some[1], every[3])
+    assert torch.equal(every[3], base.denoiser.features(x_t, t, cond)[0])
+    assert not any(block._forward_hooks for block in base.network.modules()), "reading leaves nothing behind"
+
+
 def test_prompts_are_points_of_length_one_and_latents_round_trip_in_shape(base: StableDiffusion) -> None:
     points = base.embed_prompts([PROMPT, "blue dog", PROMPT])
     assert torch.allclose(points.norm(dim=1), torch.ones(3), atol=1e-5)
