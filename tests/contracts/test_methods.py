@@ -13,7 +13,9 @@ from distillers.seeds import generator_of, seed_of
 from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
 
 METHODS = sorted(methods())
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "tscd": {"stages": [{"segments": 8, "iterations": 3}, {"segments": 4, "iterations": 3}, {"segments": 1}]},
+}
 """Settings that make a method's cycle short enough for a test, where its defaults do not."""
 ITERATIONS = 10
 
