@@ -16,6 +16,7 @@ from weights.diffusion.schedules import (
     RectifiedFlow,
     Schedule,
     TrigFlow,
+    add_more_noise,
     add_noise,
     convert,
     expand,
@@ -164,6 +165,19 @@ def test_add_noise_computes_in_float32() -> None:
     noised = add_noise(SCHEDULES["flow"], x0, torch.zeros_like(x0), torch.tensor([0.001, 0.25]))
     assert noised.dtype == torch.float32
     assert noised.flatten().tolist() == pytest.approx([0.999, 0.75])
+
+
+@every_schedule
+@few
+@given(ts=times)
+def test_noise_added_twice_is_noise_added_at_once(schedule: Schedule, ts: list[float]) -> None:
+    t = double(sorted(ts))
+    t = t[schedule.alpha(t) > 1e-6]
+    s, t = t[:-1], t[1:]
+    kept = add_more_noise(schedule, torch.ones_like(s), torch.zeros_like(s), s, t)
+    added = add_more_noise(schedule, torch.zeros_like(s), torch.ones_like(s), s, t)
+    torch.testing.assert_close(kept * schedule.alpha(s), schedule.alpha(t))
+    torch.testing.assert_close(torch.hypot(kept * schedule.sigma(s), added), schedule.sigma(t))
 
 
 def test_expand() -> None:
