@@ -260,9 +260,10 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in a nested value, in the order of `mapped`."""
-    found: list[Tensor] = []
-    mapped(value, lambda tensor: found.append(tensor) or tensor)
-    return found
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for each in inner for tensor in tensors(each)]
 
 
 def _begun(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
