@@ -272,9 +272,9 @@ class JobRun:
             metrics={
                 "iterations": trainer.iteration,
                 "training_seconds": round(trainer.time.seconds, 1),
-                "processor_seconds": round(trainer.time.processor_seconds, 1),
-                "preparation_seconds": round(self.preparation.seconds, 1),
-                "preparation_processor_seconds": round(self.preparation.processor_seconds, 1),
+                "processor_seconds": round(trainer.time.processor_seconds, 3),
+                "preparation_seconds": round(self.preparation.seconds, 3),
+                "preparation_processor_seconds": round(self.preparation.processor_seconds, 3),
             },
             licence=self.job.licence,
             code_version=code_version(),

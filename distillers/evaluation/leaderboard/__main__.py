@@ -213,7 +213,7 @@ class Board:
             self._say(f"nothing is measured in {self.work} yet: no document is written")
             return
         docs = self.options.docs
-        figure.plot(docs / document.FIGURE, teacher, results)
+        figure.plot(docs / document.FIGURE, self.settings, teacher, results)
         left_out = [(entry.name, entry.left_out) for entry in self.entries if entry.left_out is not None]
         text = document.markdown(self.settings, self.protocol, teacher, results, left_out)
         (docs / "leaderboard.md").write_text(text, encoding="utf-8")

@@ -58,13 +58,18 @@ def beats(share: Estimate) -> bool:
 
 def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
     """Every bar that the results decide. A method that could not be trained breaks the bars on every method."""
-    whole = not any(result.failure for result in results)
+    failed = [result.name for result in results if result.failure]
+
+    def every(what: str, bound: str, worst: tuple[Estimate, str], holds: bool) -> Bar:
+        who = "; ".join([worst[1], *(f"not trained: {name}" for name in failed)])
+        return Bar(what, bound, worst[0], who, holds and not failed)
+
     found = []
     for steps in STEPS:
         worst = _extreme(results, teacher, of_same, max, steps)
         if worst is not None:
             what = f"every method's kernel distance over the teacher's, both at {_steps(steps)}"
-            found.append(Bar(what, "below 1", *worst, whole and beats(worst[0])))
+            found.append(every(what, "below 1", worst, beats(worst[0])))
     for steps, bound in BEST.items():
         best = _extreme(results, teacher, of_full, min, steps)
         if best is not None:
@@ -75,7 +80,7 @@ def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
         least = _extreme(results, teacher, share, min)
         if least is not None:
             what = f"every method's {name} over the teacher's at {_steps(teacher.full.steps)}, at any number of steps"
-            found.append(Bar(what, f"at least {LEAST:g}", *least, whole and keeps(least[0])))
+            found.append(every(what, f"at least {LEAST:g}", least, keeps(least[0])))
     return found
 
 

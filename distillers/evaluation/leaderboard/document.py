@@ -44,6 +44,7 @@ def markdown(
         "<!-- Written by `make leaderboard` from its measurements: run it again instead of editing this. -->",
         _introduction(settings, protocol, teacher, results),
         f"![kernel distance against network evaluations, by method]({FIGURE})",
+        "(Methods that take the same number of evaluations are drawn side by side.)",
         "## Quality",
         _legend(teacher),
         _table(_HEAD, [*_teacher_rows(teacher), *_method_rows(teacher, measured)]),

@@ -5,18 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from distillers.evaluation.leaderboard.document import ranking
-from distillers.evaluation.leaderboard.records import Result, Row, Teacher
+from distillers.evaluation.leaderboard.records import Result, Row, Settings, Teacher
 
-MARKERS = "osD^vPX*<>"
-SPREAD = 0.22
-"""Octaves over which the methods' points at one number of evaluations are spread, so that their error bars stay apart."""
+MARKERS, DASHES = "osD^vPX*<>p", ("-", "--", ":")
+SPREAD, WIDEST = 0.05, 0.6
+"""Octaves between two methods' points at one number of evaluations, so that error bars stay apart; and over all of them."""
 
 
-def plot(path: Path, teacher: Teacher, results: Sequence[Result]) -> Path:
+def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Result]) -> Path:
     """Writes the PNG; returns its path.
 
     Args:
         path: where to.
+        settings: of the board.
         teacher: drawn as a black line through all its step counts.
         results: those that have rows are drawn, in the document's order.
     """
@@ -26,18 +27,36 @@ def plot(path: Path, teacher: Teacher, results: Sequence[Result]) -> Path:
     shown = [result for result in ranking(results) if result.rows]
     figure = Figure(figsize=(10.5, 6.2), dpi=120, layout="constrained")
     axes = figure.subplots()
-    palette = colormaps["tab10" if len(shown) <= 10 else "tab20"]
+    colours = colormaps["tab10"]
+    teacher_style = {"marker": "o", "color": "black", "linewidth": 2, "zorder": 2}
+    _line(axes, teacher.rows, f"{teacher.name} (teacher)", shift=0.0, **teacher_style)
+    apart = min(SPREAD, WIDEST / max(1, len(shown)))
     for number, result in enumerate(shown):
-        shift = SPREAD * (number / (len(shown) - 1) - 0.5) if len(shown) > 1 else 0.0
-        style = {"marker": MARKERS[number % len(MARKERS)], "color": palette(number % palette.N), "zorder": 3}
-        _line(axes, result.rows, result.name, shift=shift, **style)
-    _line(axes, teacher.rows, f"{teacher.name} (teacher)", shift=0.0, marker="o", color="black", linewidth=2, zorder=2)
+        style = {
+            "marker": MARKERS[number % len(MARKERS)],
+            "color": colours(number % colours.N),
+            "linestyle": DASHES[number // colours.N % len(DASHES)],
+            "zorder": 3,
+        }
+        _line(axes, result.rows, result.name, shift=apart * (number - (len(shown) - 1) / 2), **style)
     floor = teacher.floor_kernel_distance.value
     axes.axhline(floor, linestyle="--", color="grey", linewidth=1, label="other real pictures", zorder=1)
     _scales(axes, teacher, shown)
-    axes.set_title("quality against cost at one training budget")
+    threads = f"{settings.threads} thread" + ("s" if settings.threads > 1 else "")
+    quick = " (a quick sample)" if settings.quick else ""
+    axes.set_title(f"quality against cost, {settings.minutes:g} minutes of training on {threads} each{quick}")
     # Beside the axes, in the order of the table: names among the points would lie on each other.
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, fontsize=9)
+    lines, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda place: labels[place] == "other real pictures")
+    axes.legend(
+        [lines[place] for place in order],
+        [labels[place] for place in order],
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        fontsize=9,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
