@@ -5,11 +5,13 @@
 Every recipe emoji_*.toml is built as a job and driven by the trainer itself, in a process of its own. A first round of its
 iterations counts what each evaluates, by kind (see `evaluations`). The second round times the very same iterations (their
 random numbers follow from their numbers), and beside each its evaluations, and its optimizer steps, repeated bare
-(clipping, step, average). So three figures come from pairs that share the machine's mood:
+(clipping, step, average). Pairs share
+the machine's mood, and with one thread on a CPU their time is the processor's, which other work takes little from:
 
-    evaluations    the median over iterations of bare evaluations / iteration
-    updates        the same of bare optimizer steps
-    overhead       iteration / bare evaluations - 1: everything else, updates among it; "beside updates" leaves them out
+    evaluations    bare, an iteration's; their kinds and numbers stand beside
+    updates        bare, an iteration's
+    overhead       median of iteration / evaluations - 1: everything else, updates among it
+    beside updates median of iteration / (evaluations + updates) - 1
 
 Data is read from a cache of encoded captions and pictures, which the first run fills (minutes). Peak memory is the process's
 largest resident memory over the first round; on a GPU what torch allocated there. Prints a table and writes JSON.
@@ -28,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -60,6 +62,8 @@ class Measured:
     precision: str
     batch: int
     iterations: int
+    by: str
+    """Whose time it is: the processor's, with one thread on a CPU, or the clock's."""
     iteration: float
     """Mean, since iterations differ."""
     evaluations: float
@@ -101,6 +105,9 @@ class Bench:
     def __init__(self, trainer: Trainer, teacher: nn.Module) -> None:
         self.trainer, self.device = trainer, trainer.accelerator.device
         self.recorder = Recorder(names(trainer, teacher))
+        # A thread's work takes the processor as long on a busy machine as on an idle one, or nearly.
+        alone = self.device.type == "cpu" and torch.get_num_threads() == 1
+        self.by: Literal["processor", "clock"] = "processor" if alone else "clock"
         self.passes: list[list[list[Kind]]] = []
         """Of every iteration, of every pass through a loss, what was evaluated."""
 
@@ -170,11 +177,12 @@ class Bench:
             network.optimizer.zero_grad(set_to_none=True)
 
     def _time(self, call: Callable[[], Any]) -> float:
+        tell = time.process_time if self.by == "processor" else time.perf_counter
         finish(self.device)
-        begun = time.perf_counter()
+        begun = tell()
         call()
         finish(self.device)
-        return (time.perf_counter() - begun) * 1000
+        return (tell() - begun) * 1000
 
 
 def measure(recipe: Path, options: argparse.Namespace) -> Measured:
@@ -195,6 +203,7 @@ def measure(recipe: Path, options: argparse.Namespace) -> Measured:
         precision=run.precision,
         batch=options.batch,
         iterations=options.iterations,
+        by=bench.by,
         iteration=statistics.mean(whole for whole, _, _ in pairs),
         evaluations=statistics.mean(bare for _, bare, _ in pairs),
         updates=statistics.mean(update for _, _, update in pairs),
@@ -254,7 +263,8 @@ def main(arguments: list[str] | None = None) -> int:
     report = [{**asdict(row), "pictures_per_second": row.pictures_per_second} for row in rows]
     options.out.write_text(json.dumps({"machine": facts, "methods": report, "failed": failed}, indent=2) + "\n")
     on = f"{facts['device']}, {facts['threads']} threads"
-    title = f"training at batch {options.batch}, {on} (overhead: {TARGET:.0%} or less)"
+    by = ", ".join(sorted({f"time by the {row.by}" for row in rows}))
+    title = f"training at batch {options.batch}, {on}; {by} (overhead: {TARGET:.0%} or less)"
     Console(width=None if sys.stdout.isatty() else 160).print(table(rows, title))
     print(f"written to {options.out}")
     return 1 if failed else 0
