@@ -4,9 +4,9 @@
 
 Every recipe emoji_*.toml is built as a job and driven by the trainer itself, in a process of its own. A first round of its
 iterations counts what each evaluates, by kind (see `evaluations`). The second round times the very same iterations (their
-random numbers follow from their numbers), and beside each its evaluations, and its optimizer steps, repeated bare
-(clipping, step, average). Pairs share
-the machine's mood, and with one thread on a CPU their time is the processor's, which other work takes little from:
+random numbers follow from their numbers), and beside each, repeated bare, its evaluations and its optimizer steps (clipping,
+step, average). Neighbours in time share the machine's mood; with one thread on a CPU their time is the processor's, which
+other work takes little from. A method with phases is seen in its first one.
 
     evaluations    bare, an iteration's; their kinds and numbers stand beside
     updates        bare, an iteration's

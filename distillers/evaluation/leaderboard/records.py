@@ -8,6 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from distillers.evaluation.metrics import Estimate
 
+OFF = 0.1
+"""Share of the budget by which a training may miss it. By more, it is done once more; by more again, it is marked."""
+
 Figure = Annotated[
     Estimate,
     BeforeValidator(lambda value: value if isinstance(value, Estimate) else Estimate(value[0], tuple(value[1]))),
@@ -68,6 +71,7 @@ class Probe(Record):
     seconds_per_iteration: float = Field(description="as the budget is told")
     preparation_seconds: float = Field(description="likewise, before the first iteration, such as making teacher pairs")
     iterations: int
+    corrected: bool = Field(False, description="taken from a whole training, which had missed the budget")
 
 
 class Training(Record):

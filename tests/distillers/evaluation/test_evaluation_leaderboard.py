@@ -17,12 +17,14 @@ from distillers.evaluation.leaderboard import __main__ as command
 from distillers.evaluation.leaderboard import bars, document, entries, figure
 from distillers.evaluation.leaderboard import training as training_
 from distillers.evaluation.leaderboard.records import Machine, Result, Row, Settings, Teacher, Training, read
-from distillers.evaluation.leaderboard.training import Busy, locked
+from distillers.evaluation.leaderboard.training import Busy, Trainee, locked
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.subjects import Subject
 from distillers.evaluation.watch import Watched, watched
+from distillers.events import now
 from tests.distillers.evaluation.test_evaluation_run import Colours, tiny_protocol
 from tests.helpers import picture_folder, tiny_pipeline
+from weights.contracts import Finished
 
 MACHINE = Machine(processor="a processor", cores="2", threads="1", torch="2.13", finished="2026-01-02 10:00 UTC")
 SETTINGS = Settings(
@@ -299,6 +301,7 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     made = Runs()
     monkeypatch.setattr(training_, "watched", made)
+    monkeypatch.setattr(training_, "OFF", float("inf"))  # in so short runs time is too coarse to be held to
     monkeypatch.setattr(command, "extractor", lambda name, device: Colours(device))
     monkeypatch.setattr(protocol_, "load", tiny_protocol)
     monkeypatch.setattr(Subject, "latency", lambda self, prompt: 1.5)
@@ -379,3 +382,58 @@ def test_a_budget_too_small_for_an_iteration_is_a_failure_with_the_numbers(
     failed = read(Result, tmp_path / "good" / "result.json")
     assert failed is not None and "that is more than the budget of 1e-06 minutes" in (failed.failure or "")
     assert runs.jobs == ["good probe"]
+
+
+class Clockwork(Trainee):
+    """Trains nothing, and takes as long as it is told: 1 s an iteration while probed, ``cost`` when trained."""
+
+    cost = 1.0
+    preparation = 0.0
+
+    def _run(self, name: str, spec: dict[str, Any], descriptor: int, store: Path | None = None) -> Finished:
+        (self.folder / name / "checkpoints").mkdir(parents=True)
+        if name == "job":
+            with self._attempts.open("a") as file:
+                file.write(json.dumps({"status": 0, "seconds": 1, "processor_seconds": 1, "peak_bytes": 1}) + "\n")
+        count = 60 if name == "probe" else spec["train"]["iterations"]
+        spent = count * (1.0 if name == "probe" else self.cost)
+        metrics = {
+            "iterations": count,
+            "training_seconds": 3 * spent,
+            "processor_seconds": spent,
+            "preparation_seconds": 3 * self.preparation,
+            "preparation_processor_seconds": self.preparation,
+        }
+        return Finished(at=now(), step=count, student="x", seconds=3 * spent, metrics=metrics)
+
+
+class TestBudget:
+    def trainee(self, recipes: Path, folder: Path, **changes: Any) -> Clockwork:
+        entry = next(each for each in entries.find(recipes, str(recipes / "tiny-base")) if each.name == "good")
+        made = Clockwork(entry, folder, SETTINGS.model_copy(update=changes), folder, 60.0)
+        folder.mkdir(exist_ok=True)
+        return made
+
+    def test_iterations_follow_from_minutes_of_the_processor_and_preparation_counts(
+        self, recipes: Path, tmp_path: Path
+    ) -> None:
+        trainee = self.trainee(recipes, tmp_path / "x")
+        trainee.preparation = 120.0
+        made = trainee.train(0)
+        assert (made.iterations, made.seconds, made.clock_seconds, made.attempts) == (480, 600.0, 1800.0, 1)
+        assert trainee.train(0) == made
+        threads = self.trainee(recipes, tmp_path / "threads", threads=2).train(0)
+        assert (threads.iterations, threads.seconds) == (1200, 600.0)
+        clock = self.trainee(recipes, tmp_path / "clock", by="clock").train(0)
+        assert (clock.iterations, clock.seconds) == (200, 600.0)
+
+    def test_a_training_that_misses_the_budget_is_done_once_more(self, recipes: Path, tmp_path: Path) -> None:
+        trainee = self.trainee(recipes, tmp_path / "x")
+        trainee.cost = 1.5
+        made = trainee.train(0)
+        assert (made.iterations, made.seconds, made.attempts) == (400, 600.0, 1)
+        plan = trainee.probe()
+        assert plan is not None and plan.corrected and plan.seconds_per_iteration == 1.5
+        near = self.trainee(recipes, tmp_path / "near")
+        near.cost = 1.05
+        assert near.train(0).iterations == 600
