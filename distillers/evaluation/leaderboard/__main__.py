@@ -29,7 +29,7 @@ from distillers.evaluation.leaderboard import document, entries, figure
 from distillers.evaluation.leaderboard.entries import Entry
 from distillers.evaluation.leaderboard.measuring import Measurer, machine
 from distillers.evaluation.leaderboard.records import Result, Settings, Teacher, read
-from distillers.evaluation.leaderboard.training import Busy, Trainee, TrainingFailed, locked
+from distillers.evaluation.leaderboard.training import Busy, Stale, Trainee, TrainingFailed, locked
 from distillers.evaluation.models import DEFAULT_BASE
 from distillers.spec import RECIPES
 from weights.bundled import resolve_base
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             Console(soft_wrap=True).print(board.listing())
             return 0
         return board.run()
-    except (Busy, Unavailable, StoreError, ValueError, OSError) as error:
+    except (Unavailable, StoreError, ValueError, OSError) as error:
         console.print(Text(f"error: {error}", style="red"))
         return 2
     finally:
@@ -138,7 +138,7 @@ class Board:
                 self._say(f"{entry.name} ({number} of {len(self.chosen)})")
                 try:
                     failure = self._finish(entry).failure
-                except (Busy, ChildProcessError) as error:
+                except (Busy, Stale, ChildProcessError) as error:
                     failure = str(error)
                 if failure:
                     self.console.print(Text(f"{entry.name}: {failure}", style="red"))
@@ -214,7 +214,8 @@ class Board:
             return
         docs = self.options.docs
         figure.plot(docs / document.FIGURE, self.settings, teacher, results)
-        left_out = [(entry.name, entry.left_out) for entry in self.entries if entry.left_out is not None]
+        there = {result.name for result in results}
+        left_out = [(e.name, e.left_out or "not finished yet") for e in self.entries if e.name not in there]
         text = document.markdown(self.settings, self.protocol, teacher, results, left_out)
         (docs / "leaderboard.md").write_text(text, encoding="utf-8")
         self._say(f"{len(results)} methods: {docs / 'leaderboard.md'}")

@@ -33,7 +33,7 @@ def markdown(
         protocol: what was drawn.
         teacher: its rows.
         results: one a method.
-        left_out: recipes that cannot be compared, each with the reason.
+        left_out: recipes that have no row, each with the reason.
     """
     ranked = ranking(results)
     measured = [result for result in ranked if result.rows]
@@ -56,7 +56,7 @@ def markdown(
     ]
     if left_out:
         parts += [
-            "Left out, since no budget makes them comparable:",
+            "Not on the board:",
             "\n".join(f"- `{n}`: {why}" for n, why in left_out),
         ]
     return "\n\n".join(parts) + "\n"
@@ -83,8 +83,8 @@ def _introduction(settings: Settings, protocol: Protocol, teacher: Teacher, resu
         f"Every recipe for `{teacher.name}`, each from the teacher's own weights, at one budget: "
         f"**{settings.minutes:g} minutes of training on {_count(settings.threads, 'thread')}**, seed {settings.seed}; batch "
         f"size and everything else is the recipe's own. The minutes are {told}. A short timed run before tells what an "
-        "iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the budget by "
-        f"more than {OFF:.0%} is done once more. A method's preparation counts.",
+        "iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the budget "
+        f"by more than {OFF:.0%} is done once more. A method's preparation counts.",
         f"Measured {when} on {on} by the one protocol (`{settings.protocol[:12]}`): "
         f"{len(protocol.drawings):,} pictures of {len(protocol.held_out)} held-out captions, in EfficientNet-Lite0's "
         f"features; diversity over {len(protocol.coarse)} coarse prompts, {len(protocol.coarse_seeds)} seeds each; ± is a "

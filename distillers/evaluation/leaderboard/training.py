@@ -32,6 +32,10 @@ class TrainingFailed(RuntimeError):
     """The job says that it cannot be trained; the message is its own."""
 
 
+class Stale(RuntimeError):
+    """What is there was made by another version of the recipe."""
+
+
 class Busy(RuntimeError):
     """Another process works in the folder."""
 
@@ -60,7 +64,7 @@ class Trainee:
         Raises:
             TrainingFailed: the job failed.
             ChildProcessError: its process was ended, but not by us; another call goes on from its last checkpoint.
-            ValueError: the recipe has changed since its training began.
+            Stale: the recipe has changed since its training began.
         """
         known = read(Training, self.folder / "training.json")
         probe = self.probe()
@@ -104,13 +108,11 @@ class Trainee:
         """What was measured before training, where it was.
 
         Raises:
-            ValueError: of another version of the recipe.
+            Stale: of another version of the recipe.
         """
         known = read(Probe, self.folder / "probe.json")
         if known is not None and known.recipe_sha256 != self.entry.sha256:
-            raise ValueError(
-                f"the recipe of {self.entry.name} has changed since: delete {self.folder} to train it anew"
-            )
+            raise Stale(f"the recipe of {self.entry.name} has changed since: delete {self.folder} to train it anew")
         return known
 
     @property

@@ -367,9 +367,10 @@ def check_refusals(recipes: Path, out: Path, runs: Runs, capsys: pytest.CaptureF
     before = recipe.read_text()
     try:
         recipe.write_text(before.replace("batch_size = 4", "batch_size = 5"))
-        assert "the recipe of good has changed since" in error("--only", "good")
-        assert board(recipes, out, "--table-only") == 0
-        assert "**good**" not in (out / "docs" / "leaderboard.md").read_text()
+        assert board(recipes, out, "--only", "good") == 1
+        assert "the recipe of good has changed since: delete" in " ".join(capsys.readouterr().err.split())
+        text = (out / "docs" / "leaderboard.md").read_text()
+        assert "**good**" not in text and "`good`: not finished yet" in text
     finally:
         recipe.write_text(before)
     assert runs.jobs == []
