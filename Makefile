@@ -24,6 +24,9 @@ JOB ?= demo
 OUT ?= runs/evaluation
 # Processes that `make test` runs the tests in, each on one core and with about 1.5 GB of memory.
 WORKERS ?= 2
+# `make leaderboard`: training budget of each method, in minutes on each of so many threads.
+MINUTES ?= 10
+THREADS ?= 1
 # More arguments for a verb's command: `make test ARGS="-k schedules"`.
 ARGS ?=
 
@@ -95,6 +98,14 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 .PHONY: bench
 bench: $(STAMP) ## time the network, the decoder and whole draws; a table, and JSON in runs/bench.json
 	$(BIN)/python tests/benchmarks/bench_network.py --out runs/bench.json $(ARGS)
+
+.PHONY: bench-train
+bench-train: $(STAMP) ## time training, method by method, beside its bare evaluations; JSON in runs/bench-train.json
+	$(BIN)/python -m tests.benchmarks.bench_train --out runs/bench-train.json $(ARGS)
+
+.PHONY: leaderboard
+leaderboard: $(STAMP) ## train every method at one budget (hours), measure all: docs/leaderboard.md; goes on where it stopped
+	$(BIN)/python -m distillers.evaluation.leaderboard --minutes $(MINUTES) --threads $(THREADS) $(ARGS)
 
 .PHONY: docs
 docs: $(STAMP) ## write the table in docs/settings.md anew from the settings' own descriptions

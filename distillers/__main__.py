@@ -61,7 +61,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("job", help="TOML or JSON file, or a recipe's name")
     parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT when left out)")
     parser.add_argument("--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store")
-    parser.add_argument("--cache", type=Path, help="folder of encoded data, to share between jobs")
+    parser.add_argument("--cache", type=Path, help="folder of all encoded data, to share between jobs")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--replace", action="store_true", help="replace a published student of that name")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the spec")

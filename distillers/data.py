@@ -66,7 +66,7 @@ class Feed:
         self._conditions: dict[str, Tensor] | None = None
         self._latents: Tensor | None = None
 
-    def prepare(self, cache: Path, base_id: str, draws: int, tick: Tick) -> None:
+    def prepare(self, cache: Path, base_id: str, draws: float, tick: Tick) -> None:
         """Fills the caches that pay: where the job draws more captions (or pictures) than there are.
 
         Args:

@@ -1,5 +1,6 @@
 """One job from its spec to a published student."""
 
+import math
 import signal
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,7 @@ from distillers.precision import resolve_precision
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
+from distillers.stopwatch import Stopwatch
 from distillers.trainer import Diverged, Interrupted, Trainer
 from weights.contracts import Failed, Finished, StudentManifest
 from weights.families import load
@@ -54,7 +56,8 @@ class JobRun:
             raw: the spec as it was read.
             folder: the job's own; made when missing.
             store: where the student is published.
-            cache: folder of encoded captions and pictures, to share between jobs; in ``folder`` when left out.
+            cache: folder of encoded captions and pictures, to share between jobs, and so filled however short this one
+                is; in ``folder`` when left out, where it is filled if that pays.
             replace: take the place of a student of that name.
 
         Raises:
@@ -64,6 +67,7 @@ class JobRun:
         self.folder = folder
         self.store = store
         self.cache = cache or folder / "cache"
+        self.shares_cache = cache is not None
         self.replace = replace
         if self.job.train.threads is not None:
             torch.set_num_threads(self.job.train.threads)
@@ -74,6 +78,7 @@ class JobRun:
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if self.precision == "bfloat16" else "no")
         self.reporter = Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
+        self.preparation = Stopwatch()
         self._stop = False
 
     def run(self, resume: bool) -> int:
@@ -113,7 +118,7 @@ class JobRun:
             trainer.asked_to_stop = self._stop
             trainer.run()
             if self.accelerator.is_main_process:
-                self._finished(self._publish(trainer), trainer.iteration, trainer.seconds)
+                self._finished(self._publish(trainer), trainer.iteration, trainer.time.seconds)
         finally:
             signal.signal(signal.SIGTERM, previous)
 
@@ -163,7 +168,9 @@ class JobRun:
             with_pictures=with_pictures,
         )
         train = job.train
-        draws = train.iterations * train.batch_size * train.gradient_accumulation
+        draws: float = train.iterations * train.batch_size * train.gradient_accumulation
+        if self.shares_cache:  # the next job draws from it too
+            draws = math.inf
         feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
         built = self._build_method(chosen, self.config, base, with_pictures)
         trainer = Trainer(
@@ -177,7 +184,8 @@ class JobRun:
             sheet=self._sheet(feed, built),
         )
         self._resume(trainer, resume)
-        built.prepare(self._workspace(feed))
+        with self.preparation:
+            built.prepare(self._workspace(feed))
         return trainer
 
     def _build_method(
@@ -262,7 +270,13 @@ class JobRun:
             schedules=trainer.method.schedules(),
             guidance=trainer.method.guidance(),
             job=self.job,
-            metrics={"iterations": trainer.iteration, "training_seconds": round(trainer.seconds, 1)},
+            metrics={
+                "iterations": trainer.iteration,
+                "training_seconds": round(trainer.time.seconds, 1),
+                "processor_seconds": round(trainer.time.processor_seconds, 3),
+                "preparation_seconds": round(self.preparation.seconds, 3),
+                "preparation_processor_seconds": round(self.preparation.processor_seconds, 3),
+            },
             licence=self.job.licence,
             code_version=code_version(),
         )

@@ -5,7 +5,6 @@ the turn's loss and whose parameters are the networks that the turn trains, so t
 """
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from distillers.muon import Muon
 from distillers.precision import fast_kernels
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
+from distillers.stopwatch import Stopwatch
 from weights.contracts import Progress, Saved, Started, TrainSpec
 
 
@@ -122,7 +122,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self.sheet = sheet
         self.iteration = 0
-        self.seconds = 0.0
+        self.time = Stopwatch()
         self.asked_to_stop = False
         self.networks = {name: self._network(trained) for name, trained in method.trained().items()}
         self._turns: dict[str, nn.Module] = {}
@@ -148,13 +148,11 @@ class Trainer:
         self.reporter.emit(
             Started(at=now(), step=self.iteration, iterations=self.spec.iterations, resumed_from=self.iteration)
         )
-        last = time.monotonic()
         saved = sampled = self.iteration
         while self.iteration < self.spec.iterations and not self._out_of_time():
-            self._iterate()
+            with self.time:  # saving and drawing is not training time
+                self._iterate()
             self.iteration += 1
-            self.seconds += time.monotonic() - last
-            last = time.monotonic()
             if self.iteration % self.spec.log_every == 0:
                 self._log()
             if self._should_stop():
@@ -166,7 +164,6 @@ class Trainer:
             if self.iteration % self.spec.sample_every == 0:
                 self.sample()
                 sampled = self.iteration
-            last = time.monotonic()  # saving and drawing is not training time
         if saved != self.iteration:
             self.save()
         if sampled != self.iteration:
@@ -174,7 +171,7 @@ class Trainer:
 
     def _out_of_time(self) -> bool:
         limit = self.spec.max_minutes
-        return self._agreed(limit is not None and self.seconds >= limit * 60)
+        return self._agreed(limit is not None and self.time.seconds >= limit * 60)
 
     def _should_stop(self) -> bool:
         return self._agreed(self.asked_to_stop)
@@ -276,9 +273,9 @@ class Trainer:
         metrics = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         left = self.spec.iterations - self.iteration
-        seconds_left = self.seconds / self.iteration * left
+        seconds_left = self.time.seconds / self.iteration * left
         if self.spec.max_minutes is not None:
-            seconds_left = min(seconds_left, max(0.0, self.spec.max_minutes * 60 - self.seconds))
+            seconds_left = min(seconds_left, max(0.0, self.spec.max_minutes * 60 - self.time.seconds))
         self.reporter.emit(
             Progress(
                 at=now(),
@@ -346,7 +343,8 @@ class Trainer:
         state = {
             "iteration": self.iteration,
             "seed": self.spec.seed,
-            "seconds": self.seconds,
+            "seconds": self.time.seconds,
+            "processor_seconds": self.time.processor_seconds,
             "fingerprint": self.fingerprint,
             "updates": {name: network.updates for name, network in self.networks.items()},
             "averaged": {name: n.average.updates for name, n in self.networks.items() if n.average is not None},
@@ -379,7 +377,9 @@ class Trainer:
             if network.average is not None:
                 network.average.load(_behind(tensors, f"average.{name}."), state["averaged"][name])
         self.method.load_state(_behind(tensors, "method."))
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.iteration = state["iteration"]
+        # The processor's is not in checkpoints of version 0.1.0.
+        self.time = Stopwatch(state["seconds"], state.get("processor_seconds", 0.0))
 
     @staticmethod
     def _kept(network: _Network) -> dict[str, Tensor]:

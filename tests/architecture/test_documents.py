@@ -13,7 +13,7 @@ from tests.architecture.source import ROOT, tracked
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCUMENTS = [path for path in tracked() if path.suffix == ".md"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-VERBS = "demo serve test test-slow lint bench evaluate distill docker-test help"
+VERBS = "demo serve test test-slow lint bench bench-train evaluate leaderboard distill docker-test help"
 
 
 def test_every_setting_is_documented() -> None:

@@ -53,15 +53,15 @@ def measure(call: Callable[[], Any], device: torch.device, seconds: float, fewes
     call()
     times: list[float] = []
     while len(times) < fewest or sum(times) < seconds * 1000:
-        _finish(device)
+        finish(device)
         started = time.perf_counter()
         call()
-        _finish(device)
+        finish(device)
         times.append((time.perf_counter() - started) * 1000)
     return times
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
     """Wait for the device: it works on after the call has returned."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

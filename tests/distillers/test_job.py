@@ -379,6 +379,18 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(raw: dict[str, Any], tmp_
     assert "other settings" in events(tmp_path / "run")[-1].message
 
 
+def test_a_shared_cache_is_filled_by_the_shortest_job(raw: dict[str, Any], tmp_path: Path) -> None:
+    """So that jobs that share it encode nothing while they train, however long they are."""
+    raw["train"]["iterations"] = 1
+    for cache in (None, tmp_path / "shared"):
+        folder = tmp_path / f"job-{cache is not None}"
+        assert JobRun(raw, folder, Store(tmp_path / "store"), cache=cache, replace=True).run(resume=False) == 0
+        assert len(list((cache or folder / "cache").glob("*"))) == (0 if cache is None else 2)
+    metrics = events(folder)[-1].metrics
+    assert metrics["processor_seconds"] > 0
+    assert metrics["preparation_seconds"] >= 0 and metrics["preparation_processor_seconds"] >= 0
+
+
 def test_two_processes_may_fill_one_cache(base: Path, data: Path, tmp_path: Path) -> None:
     """The slower of the two finds the folder there, and takes it."""
     corpus = load_corpus(DataSpec(source=str(data)), 32)

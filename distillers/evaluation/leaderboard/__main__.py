@@ -1,0 +1,258 @@
+"""Trains every method of the bundled teacher at one budget, measures all by one protocol, writes a table and a figure.
+
+    python -m distillers.evaluation.leaderboard [--minutes 10] [--threads 1] [--only dmd2 ...] [--list] [--table-only]
+
+Entries are found: distillers/recipes/emoji_*.toml. Each is trained in a process of its own, after a short timed run that
+tells how many iterations the budget buys. A board that was stopped goes on where it was: what is finished is not made
+again, a training goes on from its checkpoint. The document is written anew after every entry. The budget's minutes are
+the processor's on a CPU, so that other work on the machine takes nothing from a method, and the clock's with a GPU.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distillers.evaluation import protocol as protocol_
+from distillers.evaluation.cache import default_root
+from distillers.evaluation.features import EfficientNetLite0, Unavailable, extractor
+from distillers.evaluation.leaderboard import document, entries, figure
+from distillers.evaluation.leaderboard.entries import Entry
+from distillers.evaluation.leaderboard.measuring import Measurer, machine
+from distillers.evaluation.leaderboard.records import Result, Settings, Teacher, read
+from distillers.evaluation.leaderboard.training import Busy, Stale, Trainee, TrainingFailed, locked
+from distillers.evaluation.models import DEFAULT_BASE
+from distillers.spec import RECIPES
+from weights.bundled import resolve_base
+from weights.store import StoreError, digest_folder
+
+PROBE_SECONDS = 60.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 1 where an entry could not be finished, 2 where nothing could be begun."""
+    options = parser().parse_args(arguments)
+    console = Console(stderr=True, soft_wrap=True)
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        console.print(Text(f"error: the board needs {', '.join(missing)}: pip install 'fewstep[metrics]'", "red"))
+        return 2
+    previous = signal.signal(signal.SIGTERM, _stopped)
+    try:
+        board = Board(options, console)
+        if options.list:
+            Console(soft_wrap=True).print(board.listing())
+            return 0
+        return board.run()
+    except (Unavailable, StoreError, ValueError, OSError) as error:
+        console.print(Text(f"error: {error}", style="red"))
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stopped(*_: Any) -> NoReturn:
+    raise SystemExit(143)  # what is training is told to write a checkpoint on the way out
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m distillers.evaluation.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--minutes", type=float, default=10.0, help="training budget of each method on each thread (%(default)s)"
+    )
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of training and measuring (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of every training (%(default)s)")
+    made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="train and measure these alone")
+    made.add_argument("--list", "--dry-run", action="store_true", help="say what would be done, and do nothing")
+    made.add_argument("--table-only", action="store_true", help="write the document from what is finished")
+    made.add_argument("--quick", action="store_true", help="measure a small sample, for a look")
+    made.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="the board's folder (%(default)s)")
+    made.add_argument("--docs", type=Path, default=Path("docs"), help="where leaderboard.md and .png go (%(default)s)")
+    made.add_argument(
+        "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
+    )
+    made.add_argument("--base", default=DEFAULT_BASE, help="the teacher (%(default)s)")
+    made.add_argument("--recipes", type=Path, default=RECIPES, help="folder of the recipes emoji_*.toml")
+    made.add_argument(
+        "--probe-seconds", type=float, default=PROBE_SECONDS, help="length of the timed run (%(default)s)"
+    )
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure on")
+    made.add_argument("--batch", type=int, default=64, help="pictures drawn at a time when measuring (%(default)s)")
+    return made
+
+
+class Board:
+    """The board in its folder: settings.json, teacher.json, and a folder for each entry with its result.json."""
+
+    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+        self.options, self.console, self.work = options, console, options.out
+        whole = protocol_.load()
+        self.protocol = whole.quick() if options.quick else whole
+        self.entries = entries.find(options.recipes, options.base)
+        self.chosen = entries.chosen(self.entries, options.only)
+        self.settings = self._settings()
+        self._measurer: Measurer | None = None
+
+    def _settings(self) -> Settings:
+        """The options as what must be the same in every row; those that the folder was begun with, if they agree."""
+        options = self.options
+        wanted = Settings(
+            minutes=options.minutes,
+            by="clock" if torch.cuda.is_available() else "processor",
+            threads=options.threads,
+            seed=options.seed,
+            base=options.base,
+            base_sha256=digest_folder(resolve_base(options.base)),
+            protocol=self.protocol.digest,
+            quick=options.quick,
+            batch=options.batch,
+        )
+        known = read(Settings, self.work / "settings.json")
+        if known is not None and known != wanted:
+            old, new = known.model_dump(), wanted.model_dump()
+            others = ", ".join(f"{key} {old[key]} (now {new[key]})" for key in old if old[key] != new[key])
+            raise ValueError(f"{self.work} holds a board with other settings: {others}. Use them, or another --out")
+        return wanted
+
+    def run(self) -> int:
+        """Trains, measures and writes; returns the exit status."""
+        status = 0
+        if not self.options.table_only:
+            torch.set_num_threads(self.settings.threads)
+            self.settings.write(self.work / "settings.json")
+            for number, entry in enumerate(self.chosen, 1):
+                self._say(f"{entry.name} ({number} of {len(self.chosen)})")
+                try:
+                    failure = self._finish(entry).failure
+                except (Busy, Stale, ChildProcessError) as error:
+                    failure = str(error)
+                if failure:
+                    self.console.print(Text(f"{entry.name}: {failure}", style="red"))
+                    status = 1
+                self.write()
+        self.write()
+        return status
+
+    def _finish(self, entry: Entry) -> Result:
+        """The entry's result, made where it is not there."""
+        path = self._folder(entry) / "result.json"
+        trainee = Trainee(entry, self._folder(entry), self.settings, self.work, self.options.probe_seconds)
+        trainee.probe()  # refuses what was made by another version of the recipe
+        known = read(Result, path)
+        if known is not None and known.failure is None:
+            return known
+        about = {
+            "name": entry.name,
+            "method": entry.job.method,
+            "student": entry.student,
+            "recipe_sha256": entry.sha256,
+        }
+        with locked(self._folder(entry)) as lock:
+            try:
+                training = trainee.train(lock)
+            except TrainingFailed as error:
+                failed = Result(**about, failure=str(error), machine=machine(self.options.device))
+                return failed.write(path)
+            self._say(
+                f"{entry.name}: {training.iterations} iterations in {training.seconds / 60:.1f} minutes; measuring"
+            )
+            measurer = self.measurer
+            self.teacher(measure=True)  # first: it is what all others are held against
+            rows = measurer.student(entry.student)
+            done = Result(**about, training=training, rows=rows, machine=machine(self.options.device))
+            return done.write(path)
+
+    @property
+    def measurer(self) -> Measurer:
+        """Loaded when it is first needed, so that training has the memory to itself until then."""
+        if self._measurer is None:
+            options = self.options
+            self._measurer = Measurer(
+                self.protocol,
+                (self.chosen[0].job.family, options.base),
+                self.work / "store",
+                extractor(EfficientNetLite0.name, options.device),
+                (options.cache, self.work / "evaluation"),
+                self._track,
+                device=options.device,
+                batch=options.batch,
+            )
+        return self._measurer
+
+    def teacher(self, *, measure: bool) -> Teacher | None:
+        """Its figures; None where they are not known and not to be measured."""
+        path = self.work / "teacher.json"
+        known = read(Teacher, path)
+        if known is not None or not measure:
+            return known
+        return self.measurer.teacher().write(path)
+
+    def results(self) -> list[Result]:
+        """Of every entry that has one, whoever was chosen now; one of another version of its recipe is none."""
+        found = [(entry, read(Result, self._folder(entry) / "result.json")) for entry in self.entries]
+        return [known for entry, known in found if known is not None and known.recipe_sha256 == entry.sha256]
+
+    def write(self) -> None:
+        """The document and the figure, from what there is."""
+        teacher, results = self.teacher(measure=False), self.results()
+        if teacher is None:
+            self._say(f"nothing is measured in {self.work} yet: no document is written")
+            return
+        docs = self.options.docs
+        figure.plot(docs / document.FIGURE, self.settings, teacher, results)
+        there = {result.name for result in results}
+        left_out = [(e.name, e.left_out or "not finished yet") for e in self.entries if e.name not in there]
+        text = document.markdown(self.settings, self.protocol, teacher, results, left_out)
+        (docs / "leaderboard.md").write_text(text, encoding="utf-8")
+        self._say(f"{len(results)} methods: {docs / 'leaderboard.md'}")
+
+    def listing(self) -> Table:
+        """What would be done."""
+        table = Table("entry", "method", "state", title=f"{self.settings.minutes:g} minutes each, in {self.work}")
+        for entry in self.entries:
+            table.add_row(entry.name, entry.job.method, Text(self._state(entry)))
+        return table
+
+    def _state(self, entry: Entry) -> str:
+        if entry.left_out is not None:
+            return f"left out: {entry.left_out}"
+        if entry not in self.chosen:
+            return "not asked for"
+        folder = self._folder(entry)
+        result = read(Result, folder / "result.json")
+        if result is not None and result.recipe_sha256 != entry.sha256:
+            return f"the recipe has changed since: delete {folder} to train it anew"
+        if result is not None:
+            return f"failed, to be tried again: {result.failure}" if result.failure else "finished"
+        if (folder / "training.json").is_file():
+            return "trained, to be measured"
+        return "begun, to go on" if (folder / "probe.json").is_file() else "to be trained"
+
+    def _folder(self, entry: Entry) -> Path:
+        return self.work / entry.name
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def _track(self, title: str, total: int) -> Callable[[int], None]:
+        self._say(f"  {title}: {total}")
+        return lambda count: None
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

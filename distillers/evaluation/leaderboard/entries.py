@@ -1,0 +1,104 @@
+"""Who is on the board: every recipe of the teacher that starts from the teacher, found by being there."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distillers.spec import check_spec, read_spec
+from weights.contracts import DistillJob
+
+PREFIX = "emoji_"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe that takes part, or the reason why it does not."""
+
+    name: str
+    job: DistillJob
+    raw: dict[str, Any]
+    left_out: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Of the recipe's content."""
+        return hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def student(self) -> str:
+        """The name that its student is published under in the board's own store."""
+        return f"board-{self.name.replace('_', '-')}"
+
+    def spec(
+        self, *, iterations: int, threads: int, seed: int, minutes: float | None = None, every: int
+    ) -> dict[str, Any]:
+        """The job to run: the recipe's own but for what all entries have in common.
+
+        Args:
+            iterations: of the whole run.
+            threads: CPU threads.
+            seed: of the run.
+            minutes: stop after so much training time; None: after the iterations alone, whatever the recipe says.
+            every: iterations between checkpoints.
+        """
+        train = {
+            **self.raw.get("train", {}),
+            "iterations": iterations,
+            "threads": threads,
+            "seed": seed,
+            "max_minutes": minutes,
+            "checkpoint_every": every,
+            "sample_every": iterations,
+        }
+        return {**self.raw, "student": self.student, "train": train}
+
+
+def find(folder: Path, base: str) -> list[Entry]:
+    """The folder's recipes ``emoji_*.toml``, by name.
+
+    Two kinds cannot be compared at one budget, and are left out with a reason: a recipe of another base, and one that
+    goes on from a published student (``start``), whose training would count for nothing.
+
+    Args:
+        folder: of TOML files.
+        base: the teacher.
+
+    Raises:
+        BadSpec: a recipe is no valid job.
+        ValueError: there is none.
+    """
+    entries = []
+    for path in sorted(folder.glob(f"{PREFIX}*.toml")):
+        raw = read_spec(str(path))
+        job, _ = check_spec(raw)
+        reason = None
+        if job.base != base:
+            reason = f"its base is {job.base}, this board's is {base}"
+        elif job.start is not None:
+            reason = f"it goes on from the student {job.start}, whose training is in no budget"
+        entries.append(Entry(path.stem.removeprefix(PREFIX), job, raw, reason))
+    if not entries:
+        raise ValueError(f"{folder} has no recipe {PREFIX}*.toml")
+    return entries
+
+
+def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
+    """Those that take part, or those named, with or without the prefix.
+
+    Raises:
+        ValueError: a name is no entry's, or that entry is left out.
+    """
+    known = {entry.name: entry for entry in entries}
+    if not only:
+        return [entry for entry in entries if entry.left_out is None]
+    names = [name.removeprefix(PREFIX) for name in only]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no recipe {', '.join(PREFIX + name for name in unknown)}: use one of {', '.join(known)}")
+    for name in names:
+        if known[name].left_out is not None:
+            raise ValueError(f"{name} cannot be on the board: {known[name].left_out}")
+    return [known[name] for name in names]

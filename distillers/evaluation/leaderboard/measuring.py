@@ -1,0 +1,101 @@
+"""Measures the teacher and the students of a board by the one protocol (`distillers.evaluation.measure`)."""
+
+from pathlib import Path
+
+from distillers.evaluation import report
+from distillers.evaluation.cache import Cache
+from distillers.evaluation.features import Extractor
+from distillers.evaluation.leaderboard.records import Machine, Row, Teacher
+from distillers.evaluation.measure import Evaluation, Track
+from distillers.evaluation.protocol import Protocol
+from distillers.evaluation.subjects import STEPS, Model, Subject
+from weights.bundled import resolve_base
+from weights.families import load
+from weights.store import Store, digest_folder
+from weights.students import check_base, load_student
+
+CURVE_STEPS = (8, 16)
+"""Beside 1, 2 and 4 and its full step count, where the teacher is drawn for the figure's line."""
+
+
+def machine(device: str) -> Machine:
+    """This one, now."""
+    facts = report.machine(device)
+    return Machine(
+        processor=facts["processor"],
+        cores=facts["cores"],
+        threads=facts["threads"],
+        torch=facts["torch"],
+        finished=report.now(),
+    )
+
+
+class Measurer:
+    """One `Evaluation` for all rows, so that they share the teacher, the real pictures and the alignment's regression."""
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        base: tuple[str, str],
+        store: Path,
+        extractor: Extractor,
+        caches: tuple[Path, Path],
+        track: Track,
+        *,
+        device: str,
+        batch: int,
+    ) -> None:
+        """
+        Args:
+            protocol: what is drawn, and against what.
+            base: the teacher's family and its source.
+            store: where the students are published.
+            extractor: whose features everything is measured in.
+            caches: folders of what belongs to the base, and to the students.
+            track: progress.
+            device: where to draw.
+            batch: pictures drawn at a time.
+        """
+        self.store, self.extractor, self.device = Store(store), extractor, device
+        family, source = base
+        self.sha256 = digest_folder(resolve_base(source))
+        self.base = Model(Path(source).name, load(family, source, device))
+        shared, own = (Cache(folder) for folder in caches)
+        self.evaluation = Evaluation(protocol, self.base, [extractor], shared, own, track, batch)
+
+    def teacher(self) -> Teacher:
+        """The teacher at its full step count, at few steps, and at some between for the figure."""
+        full = self.base.pipeline.default_steps
+        few, between = ([steps for steps in some if steps < full] for some in (STEPS, CURVE_STEPS))
+        rows = [self._row(self.base, steps, with_diversity=True) for steps in (full, *few)]
+        rows += [self._row(self.base, steps, with_diversity=False) for steps in between]
+        real = self.evaluation.real()
+        return Teacher(
+            name=self.base.name,
+            guidance=self.base.pipeline.default_guidance,
+            rows=rows,
+            floor_kernel_distance=real.floor[self.extractor.name].kernel_distance,
+            real_r_precision=real.r_precision,
+            machine=machine(self.device),
+        )
+
+    def student(self, name: str) -> list[Row]:
+        """A published student at each of 1, 2 and 4 steps that it has."""
+        folder = self.store.open(name)
+        check_base(folder, self.sha256)
+        student = Model(name, load_student(folder, self.base.pipeline), folder.manifest)
+        return [self._row(student, steps, with_diversity=True) for steps in student.steps]
+
+    def _row(self, model: Model, steps: int, *, with_diversity: bool) -> Row:
+        subject = Subject(model, self.base, steps)
+        quality = self.evaluation.quality(subject)
+        distances = quality.distances[self.extractor.name]
+        return Row(
+            steps=steps,
+            evaluations=quality.evaluations,
+            milliseconds=quality.milliseconds,
+            kernel_distance=distances.kernel_distance,
+            frechet_distance=distances.frechet_distance,
+            r_precision=quality.r_precision,
+            diversity=self.evaluation.spread(subject).distance if with_diversity else None,
+        )

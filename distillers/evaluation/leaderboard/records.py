@@ -1,0 +1,142 @@
+"""What the leaderboard keeps on disk: the settings of a board, and each method's training and figures, as JSON."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from distillers.evaluation.metrics import Estimate
+
+OFF = 0.1
+"""Share of the budget by which a training may miss it. By more, it is done once more; by more again, it is marked."""
+
+Figure = Annotated[
+    Estimate,
+    BeforeValidator(lambda value: value if isinstance(value, Estimate) else Estimate(value[0], tuple(value[1]))),
+    PlainSerializer(lambda estimate: [estimate.value, list(estimate.leave_one_out)], return_type=list),
+]
+"""An estimate with what its error is computed from, so that ratios of two keep theirs: ``[value, leave-one-out]``."""
+
+
+class Record(BaseModel):
+    """Base of what is kept: strict about its fields, never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def write(self, path: Path) -> Self:
+        """Writes it to ``path``, atomically; returns itself."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return self
+
+
+Kept = TypeVar("Kept", bound=Record)
+
+
+def read(kind: type[Kept], path: Path) -> Kept | None:
+    """The record in ``path``; None where there is none.
+
+    Raises:
+        ValueError: the file is no such record.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no {kind.__name__.lower()} of this version, delete it: {error}") from error
+
+
+class Settings(Record):
+    """What all rows of a board have in common; figures of two settings are not comparable."""
+
+    minutes: float = Field(gt=0, description="training budget of each method, on each thread")
+    by: Literal["processor", "clock"] = Field(description="what tells these minutes")
+    threads: int = Field(ge=1, description="CPU threads of training")
+    seed: int = Field(ge=0, description="of every training")
+    base: str = Field(description="the teacher")
+    base_sha256: str
+    protocol: str = Field(description="digest of the evaluation's protocol")
+    quick: bool
+    batch: int = Field(ge=1, description="pictures drawn at a time when measuring; it decides rounding")
+
+
+class Probe(Record):
+    """What a method costs, measured before its training, and the number of iterations that follows."""
+
+    recipe_sha256: str = Field(description="of the recipe as it was then")
+    seconds_per_iteration: float = Field(description="as the budget is told")
+    preparation_seconds: float = Field(description="likewise, before the first iteration, such as making teacher pairs")
+    iterations: int
+    corrected: bool = Field(False, description="taken from a whole training, which had missed the budget")
+
+
+class Training(Record):
+    """What training took."""
+
+    iterations: int
+    seconds: float = Field(description="as the budget is told, preparation included; no checkpoints, no sample sheets")
+    clock_seconds: float = Field(description="the same by the clock")
+    pictures: int = Field(description="of an iteration: batch size times accumulation")
+    peak_bytes: int = Field(description="largest resident memory of the process")
+    attempts: int = Field(description="processes that it took: more than one where it was stopped and resumed")
+
+
+class Row(Record):
+    """What one way to draw scores."""
+
+    steps: int
+    evaluations: int = Field(description="network evaluations a picture")
+    milliseconds: float = Field(description="a picture, in batches")
+    kernel_distance: Figure
+    frechet_distance: float
+    r_precision: Figure
+    diversity: Figure | None = Field(description="mean pairwise distance over coarse prompts; None: not measured")
+
+
+class Machine(Record):
+    """Where and when something was measured."""
+
+    processor: str
+    cores: str
+    threads: str
+    torch: str
+    finished: str
+
+
+class Teacher(Record):
+    """The teacher's rows, its full step count first, and what real pictures score."""
+
+    name: str
+    guidance: float
+    rows: list[Row]
+    floor_kernel_distance: Figure
+    real_r_precision: Figure
+    machine: Machine
+
+    @property
+    def full(self) -> Row:
+        """At the step count its quality is quoted at: the yardstick."""
+        return self.rows[0]
+
+    def at(self, steps: int) -> Row | None:
+        return next((row for row in self.rows if row.steps == steps), None)
+
+
+class Result(Record):
+    """One method's line of the board: trained and measured, or failed."""
+
+    name: str
+    method: str
+    student: str
+    recipe_sha256: str
+    training: Training | None = None
+    rows: list[Row] = []
+    failure: str | None = Field(None, description="why it could not be trained")
+    machine: Machine
+
+    def at(self, steps: int) -> Row | None:
+        return next((row for row in self.rows if row.steps == steps), None)
