@@ -94,6 +94,10 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 bench: $(STAMP) ## time the network, the decoder and whole draws; a table, and JSON in runs/bench.json
 	$(BIN)/python tests/benchmarks/bench_network.py --out runs/bench.json $(ARGS)
 
+.PHONY: bench-memory
+bench-memory: $(STAMP) ## what a job holds in memory, fully trained, with adapters, and with them on one shared base
+	$(BIN)/python -m tests.benchmarks.bench_memory $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP) ## write the table in docs/settings.md anew from the settings' own descriptions
 	{ sed '/^|/,$$d' docs/settings.md; $(BIN)/python -m service.settings; } > docs/settings.md.new
