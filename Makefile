@@ -107,6 +107,10 @@ bench-train: $(STAMP) ## time training, method by method, beside its bare evalua
 leaderboard: $(STAMP) ## train every method at one budget (hours), measure all: docs/leaderboard.md; goes on where it stopped
 	$(BIN)/python -m distillers.evaluation.leaderboard --minutes $(MINUTES) --threads $(THREADS) $(ARGS)
 
+.PHONY: bench-memory
+bench-memory: $(STAMP) ## what a job holds in memory, fully trained, with adapters, and with them on one shared base
+	$(BIN)/python -m tests.benchmarks.bench_memory $(ARGS)
+
 .PHONY: docs
 docs: $(STAMP) ## write the table in docs/settings.md anew from the settings' own descriptions
 	{ sed '/^|/,$$d' docs/settings.md; $(BIN)/python -m service.settings; } > docs/settings.md.new

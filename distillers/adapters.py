@@ -1,5 +1,13 @@
-"""Low-rank adapters (peft) on a family's network: added, found again, and saved as diffusers' LoRA file."""
+"""Low-rank adapters (peft) on a family's network: added, found again, and saved as diffusers' LoRA file.
 
+Networks that train adapters alone can stand on one set of frozen weights (`copy_sharing_frozen`): each has modules of its
+own, with its own adapters, hooks and mode, but its frozen parameters are the teacher's very parameters. So there is no
+active adapter to switch, a call costs what it costs without sharing, nobody who uses such a network has to know, and the
+teacher is the network without adapters. Frozen parameters stay one where a module is moved or converted, because torch
+does both in place.
+"""
+
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,16 @@ def add_adapters(model: TextToImage, lora: LoraSpec) -> None:
     inject_adapter_in_model(config, model.network, adapter_name=ADAPTER)
     for name, weight in model.network.named_parameters():
         weight.requires_grad_("lora_" in name)
+
+
+def copy_sharing_frozen(network: nn.Module) -> nn.Module:
+    """A copy of a network that holds the very same frozen parameters, and its own of everything else.
+
+    Of a network that trains every weight this is a full copy, of a frozen one only the modules and buffers are new.
+    Shared parameters must not be changed in place, through either network.
+    """
+    kept: dict[int, Any] = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
+    return copy.deepcopy(network, kept)
 
 
 def save_adapters(network: nn.Module, folder: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from distillers.adapters import add_adapters, save_adapters
+from distillers.adapters import add_adapters, copy_sharing_frozen, save_adapters
 from distillers.corpus import load_corpus
 from distillers.data import Feed
 from distillers.events import Reporter, now
@@ -194,17 +194,21 @@ class JobRun:
         lora = self.job.lora
 
         def trainable(model: TextToImage, adapters: bool) -> TextToImage:
-            model.network.requires_grad_(True).train()
             if adapters and lora is not None:
                 add_adapters(model, lora)
+            else:
+                model.network.requires_grad_(True)
+            model.network.train()
             return model
 
         def new_network(adapters: bool) -> TextToImage:
+            if adapters and lora is not None and lora.shared_base:
+                return trainable(base.with_network(copy_sharing_frozen(base.network)), True)
             return trainable(base.copy(), adapters)
 
         def new_student() -> TextToImage:
             start = self.job.start
-            return trainable(base.copy() if start is None else self._start(start, base), True)
+            return new_network(True) if start is None else trainable(self._start(start, base), True)
 
         self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
         setup = Setup(

@@ -52,6 +52,11 @@ class LoraSpec(Contract):
     rank: int = Field(64, ge=1, le=1024)
     alpha: float | None = Field(None, gt=0, description="scale; the rank when left out")
     dropout: float = Field(0.0, ge=0, lt=1)
+    shared_base: bool = Field(
+        False,
+        description="hold the base's weights once in memory, for the teacher and for every network that trains adapters; "
+        "in bfloat16 where training runs in it",
+    )
 
 
 class TrainSpec(Contract):

@@ -150,7 +150,8 @@ class Setup:
     """Of one picture, without the batch."""
     new_network: Callable[[bool], TextToImage]
     """A trainable copy of the teacher: ``new_network(True)`` has low-rank adapters where the job asks for them, and
-    trains those alone; ``new_network(False)`` trains every weight."""
+    trains those alone; ``new_network(False)`` trains every weight. A network with adapters may hold the teacher's own frozen
+    weights (see `distillers.adapters`): whoever copies it keeps them shared, and nobody changes them."""
     new_student: Callable[[], TextToImage]
     """What the student is at first: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
     device: torch.device

@@ -21,13 +21,13 @@ section 4.3): one student then draws at every scale of the range, at one evaluat
 at zero, where LCM's starts at random: the student begins as the teacher.
 """
 
-import copy
 from typing import Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distillers.adapters import copy_sharing_frozen
 from distillers.critics import guided_x0
 from distillers.losses.regression import regression_loss
 from distillers.methods.base import (
@@ -96,7 +96,7 @@ class Consistency(Method):
         self.teacher = setup.teacher
         self.average: TextToImage | None = None
         if config.target_decay > 0:
-            self.average = self._student.with_network(copy.deepcopy(self._student.network))
+            self.average = self._student.with_network(copy_sharing_frozen(self._student.network))
             self.average.network.requires_grad_(False)
 
     @classmethod
@@ -174,14 +174,20 @@ class Consistency(Method):
 
     @torch.no_grad()
     def after_step(self, turn: Turn, iteration: int) -> None:
-        if self.average is not None:
-            ours, theirs = self.average.network.parameters(), self._student.network.parameters()
-            torch._foreach_lerp_(list(ours), list(theirs), 1 - self.config.target_decay)
+        pairs = self._averaged().values()
+        if pairs:
+            ours, theirs = zip(*pairs, strict=True)
+            torch._foreach_lerp_(ours, theirs, 1 - self.config.target_decay)
 
-    def state(self) -> dict[str, Tensor]:
+    def _averaged(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The target's weights beside the student's, by name, but for the frozen ones, which the two share."""
         if self.average is None:
             return {}
-        return {f"target.{name}": value for name, value in self.average.network.named_parameters()}
+        pairs = zip(self.average.network.named_parameters(), self._student.network.parameters(), strict=True)
+        return {name: (ours, theirs) for (name, ours), theirs in pairs if ours is not theirs}
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"target.{name}": ours for name, (ours, _) in self._averaged().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
