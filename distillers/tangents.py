@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillers.losses.distribution_matching import per_picture
@@ -30,8 +31,10 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Ten
         RuntimeError: the function has an operation without a forward-mode derivative.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[1]  # type: ignore[no-any-return]
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            value = function(forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t)))
+            derivative = forward_ad.unpack_dual(value).tangent
+            return torch.zeros_like(value) if derivative is None else derivative
     except NotImplementedError as error:
         raise RuntimeError(
             "the student's network has an operation without a forward-mode derivative; set tangent to "

@@ -35,7 +35,7 @@ def trig_velocity(x0: Tensor, x_t: Tensor, angle: Tensor) -> Tensor:
 
 
 def consistency_tangent(
-    velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, x_t: Tensor, angle: Tensor, warmed: float = 1.0
+    velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, x_t: Tensor, angle: Tensor, ramp: Tensor
 ) -> Tensor:
     """g: see the module's text.
 
@@ -45,7 +45,7 @@ def consistency_tangent(
         derivative: d(sd F)/dt of the student along the teacher's trajectory, ``(B, ...)``.
         x_t: state, ``(B, ...)``.
         angle: t, ``(B,)``.
-        warmed: r in [0, 1].
+        ramp: r in [0, 1], ``(B,)``.
 
     Returns:
         ``(B, ...)`` without a graph, float32 at least.
@@ -54,8 +54,8 @@ def consistency_tangent(
         tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
         for tensor in (velocity, teacher_velocity, derivative, x_t)
     )
-    cos, sin = (per_picture(value.to(x_t.dtype), x_t) for value in (angle.cos(), angle.sin()))
-    return -cos.square() * (velocity - teacher_velocity) - warmed * cos * sin * (x_t + derivative)
+    cos, sin, r = (per_picture(value.to(x_t.dtype), x_t) for value in (angle.cos(), angle.sin(), ramp))
+    return -cos.square() * (velocity - teacher_velocity) - r * cos * sin * (x_t + derivative)
 
 
 def normalize_tangent(tangent: Tensor, offset: float = 0.1) -> Tensor:

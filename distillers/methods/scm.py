@@ -62,6 +62,7 @@ from weights.families.base import TextToImage
 QUARTER_TURN = math.pi / 2
 MARGIN = 1e-4
 """How far times stay from the ends of the teacher's schedule, beyond which nothing moves and derivatives are 0."""
+FREE_BOUNDARY = 0.1
 
 
 class SCMConfig(FewStepConfig):
@@ -79,6 +80,9 @@ class SCMConfig(FewStepConfig):
     )
     tangent_offset: float = Field(0.1, gt=0, description="c in g / (|g| + c)")
     tangent_warmup: int = Field(10_000, ge=0, description="iterations over which r, the tangent's share, rises to 1")
+    boundary: float | None = Field(
+        None, ge=0, description="sigma / alpha below which r stays 0; left out, 0.1 for a network that predicts x0, else 0"
+    )
     prior_weighting: bool = Field(True, description="weigh the loss by alpha / sigma")
     adaptive_weighting: bool = Field(True, description="learn how large the loss is at each time, and even it out")
     lr: float = Field(1e-4, gt=0, description="student's learning rate")
@@ -116,6 +120,9 @@ class SCM(Method):
         self._student = setup.new_student()
         self.teacher = setup.teacher
         self.trig = TrigFlow(config.sigma_data)
+        self.boundary = config.boundary
+        if self.boundary is None:
+            self.boundary = FREE_BOUNDARY if getattr(self.student.denoiser, "prediction", None) == "x0" else 0.0
         self.log_variance = LogVariance().to(setup.device) if config.adaptive_weighting else None
 
     @classmethod
@@ -206,17 +213,20 @@ class SCM(Method):
         self, velocity: Tensor, x_t: Tensor, angle: Tensor, cond: Cond, iteration: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """g, normalized, and what to log."""
-        config = self.config
-        warmed = min(1.0, iteration / config.tangent_warmup) if config.tangent_warmup else 1.0
         teacher = self._teacher_velocity(x_t, angle, cond)
         derivative = self._derivative(x_t, angle, cond, teacher)
-        tangent = consistency_tangent(velocity, teacher, derivative, x_t, angle, warmed)
+        tangent = consistency_tangent(velocity, teacher, derivative, x_t, angle, self._ramp(angle, iteration))
         metrics = {
             "student/tangent": tangent.square().mean().sqrt(),
             "student/derivative": derivative.square().mean().sqrt(),
             "student/velocity_gap": (velocity - teacher).square().mean().sqrt(),
         }
-        return normalize_tangent(tangent, config.tangent_offset), metrics
+        return normalize_tangent(tangent, self.config.tangent_offset), metrics
+
+    def _ramp(self, angle: Tensor, iteration: int) -> Tensor:
+        """r, ``(B,)``."""
+        warmed = min(1.0, iteration / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+        return warmed * (self.config.sigma_data * angle.tan() >= self.boundary)
 
 
 @contextmanager
