@@ -1,11 +1,11 @@
 """Derivatives along a trajectory, without a graph: forward-mode, or by finite differences where a network has none."""
 
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillers.losses.distribution_matching import per_picture
@@ -31,11 +31,14 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Ten
         RuntimeError: the function has an operation without a forward-mode derivative.
     """
     try:
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            value = function(forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, torch.ones_like(t)))
-            derivative = forward_ad.unpack_dual(value).tangent
-            return torch.zeros_like(value) if derivative is None else derivative
-    except NotImplementedError as error:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            # torch loads its derivatives of some operations when it first needs one, by a way it deprecates itself
+            warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
+            derivative: Tensor = torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[1]
+            return derivative
+    except RuntimeError as error:
+        if not isinstance(error, NotImplementedError) and "autograd.Function" not in str(error):
+            raise
         raise RuntimeError(
             "the student's network has an operation without a forward-mode derivative; set tangent to "
             f"'finite_difference', which needs none ({str(error).splitlines()[0]})"

@@ -10,11 +10,15 @@ training. There, with t the angle in (0, pi / 2) and sd = ``sigma_data``,
     loss = w e^{-u(t)} mean (sd F - sg(sd F + g / (|g| + c)))^2 + u(t),     w = 1 / (sd tan t)
 
 (equations 5 to 8 and algorithm 1; see `distillers.losses.continuous_consistency`). r rises from 0 to 1 over
-``tangent_warmup`` iterations, u is a small network of t that learns the loss' size at each t and so evens it out. dF^-/dt
-is the derivative of the student along the teacher's trajectory: one forward-mode product (``tangent = "jvp"``), or two more
-evaluations (``"finite_difference"``) for networks without one. A network that is told its timestep as a number in 0..999
-by sines of it may waver from one timestep to the next, which an exact derivative sees and a difference over several of
-them does not: ``finite_difference_step`` 0.02 then gives a calmer tangent than ``jvp``.
+``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out: in
+the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture).
+
+F^- is the student without a graph, dF^-/dt its derivative along the teacher's trajectory: a forward-mode product
+(``tangent = "jvp"``), or a central difference (``"finite_difference"``) for networks that have none. A network that is told
+its timestep in 0..999 by sines of it wavers from one timestep to the next, which the exact derivative sees and a difference
+over several of them does not: there ``finite_difference_step`` 0.02 gives a calmer tangent. An iteration costs, in
+evaluations of the network, one trained, two plain of the teacher (one without guidance), and two plain of the student for
+either derivative.
 
 The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
 
@@ -22,7 +26,9 @@ Departures from the paper: sigma_data is 1, since latents have unit variance her
 speed and nothing else changes), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. |g| is a root mean square,
 and w multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
 multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance scale
-is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks.
+is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A network
+that predicts x0 is free at t = 0, where the others answer x_t whatever their weights, so that every constant would be a
+consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the teacher's own estimate there.
 """
 
 import math
@@ -63,6 +69,7 @@ QUARTER_TURN = math.pi / 2
 MARGIN = 1e-4
 """How far times stay from the ends of the teacher's schedule, beyond which nothing moves and derivatives are 0."""
 FREE_BOUNDARY = 0.1
+"""sigma / alpha below which a network that predicts x0 follows the teacher's own estimate."""
 
 
 class SCMConfig(FewStepConfig):
@@ -81,7 +88,9 @@ class SCMConfig(FewStepConfig):
     tangent_offset: float = Field(0.1, gt=0, description="c in g / (|g| + c)")
     tangent_warmup: int = Field(10_000, ge=0, description="iterations over which r, the tangent's share, rises to 1")
     boundary: float | None = Field(
-        None, ge=0, description="sigma / alpha below which r stays 0; left out, 0.1 for a network that predicts x0, else 0"
+        None,
+        ge=0,
+        description="sigma / alpha below which r stays 0; left out, 0.1 for a network that predicts x0, else 0",
     )
     prior_weighting: bool = Field(True, description="weigh the loss by alpha / sigma")
     adaptive_weighting: bool = Field(True, description="learn how large the loss is at each time, and even it out")
@@ -120,9 +129,9 @@ class SCM(Method):
         self._student = setup.new_student()
         self.teacher = setup.teacher
         self.trig = TrigFlow(config.sigma_data)
-        self.boundary = config.boundary
-        if self.boundary is None:
-            self.boundary = FREE_BOUNDARY if getattr(self.student.denoiser, "prediction", None) == "x0" else 0.0
+        free = getattr(self.student.denoiser, "prediction", None) == "x0"
+        given = config.boundary
+        self.boundary: float = given if given is not None else FREE_BOUNDARY if free else 0.0
         self.log_variance = LogVariance().to(setup.device) if config.adaptive_weighting else None
 
     @classmethod
@@ -140,9 +149,7 @@ class SCM(Method):
         )
         networks = {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
         if self.log_variance is not None:
-            settings = OptimizerSettings(
-                kind="radam", lr=config.log_variance_lr, betas=config.betas, weight_decay=0.0
-            )
+            settings = OptimizerSettings(kind="radam", lr=config.log_variance_lr, betas=config.betas, weight_decay=0.0)
             networks["log_variance"] = Trained(module=self.log_variance, optimizer=settings)
         return networks
 
@@ -168,12 +175,12 @@ class SCM(Method):
         x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()
         velocity = self._student_velocity(x_t, angle, cond)
         tangent, metrics = self._tangent(velocity, x_t, angle, cond, step.iteration)
-        weight = (1 / (self.config.sigma_data * angle.tan()) if self.config.prior_weighting else angle * 0 + 1).float()
+        weight = 1 / (self.config.sigma_data * angle.tan()) if self.config.prior_weighting else torch.ones_like(angle)
         log_variance = None
         if self.log_variance is not None:
             log_variance = self.log_variance(angle)
             metrics["student/log_variance"] = log_variance.detach().mean()
-        return TurnLoss(loss=tangent_loss(velocity, tangent, weight, log_variance), metrics=metrics)
+        return TurnLoss(loss=tangent_loss(velocity, tangent, weight.float(), log_variance), metrics=metrics)
 
     def _angles(self, count: int, step: Step) -> Tensor:
         """t, ``(count,)`` float64, inside what the teacher's schedule reaches."""
