@@ -1,0 +1,247 @@
+"""sCM: continuous-time consistency distillation (Lu & Song 2024, https://arxiv.org/abs/2410.11081), for a teacher of any
+schedule and prediction (SANA-Sprint, Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.1).
+
+Teacher and student are seen in TrigFlow's schedule by matching SNRs (`weights.diffusion.conversion`), which takes no
+training. There, with t the angle in (0, pi / 2) and sd = ``sigma_data``,
+
+    x_t = cos(t) x + sin(t) sd eps                        x a real picture, ln(sd tan t) ~ N(time_mean, time_std^2)
+    sd F = (cos(t) x_t - D(x_t, t)) / sin(t)              F_T of the guided teacher, F of the student
+    g = -cos^2(t) sd (F^- - F_T) - r cos(t) sin(t) (x_t + sd dF^-/dt),    dx_t/dt = sd F_T
+    loss = w e^{-u(t)} mean (sd F - sg(sd F + g / (|g| + c)))^2 + u(t),     w = 1 / (sd tan t)
+
+(equations 5 to 8 and algorithm 1; see `distillers.losses.continuous_consistency`). r rises from 0 to 1 over
+``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out: in
+the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture).
+
+F^- is the student without a graph, dF^-/dt its derivative along the teacher's trajectory: a forward-mode product
+(``tangent = "jvp"``), or a central difference (``"finite_difference"``) for networks that have none. A network that is told
+its timestep in 0..999 by sines of it wavers from one timestep to the next, which the exact derivative sees and a difference
+over several of them does not: there ``finite_difference_step`` 0.02 gives a calmer tangent. An iteration costs, in
+evaluations of the network, one trained, two plain of the teacher (one without guidance), and two plain of the student for
+either derivative.
+
+The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
+
+Departures from the paper: sigma_data is 1, since latents have unit variance here (at 0.5, the paper's, times have another
+speed and nothing else changes), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. |g| is a root mean square,
+and w multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
+multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance scale
+is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A network
+that predicts x0 is free at t = 0, where the others answer x_t whatever their weights, so that every constant would be a
+consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the teacher's own estimate there.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distillers.critics import guided_x0
+from distillers.losses.continuous_consistency import (
+    consistency_tangent,
+    normalize_tangent,
+    tangent_loss,
+    trig_velocity,
+)
+from distillers.methods.base import (
+    Betas,
+    FewStepConfig,
+    Method,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+)
+from distillers.rollout import draw_lognormal_times, draw_noise
+from distillers.tangents import Differentiation, difference_along, jvp_along
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Cond
+from weights.diffusion.conversion import Converted
+from weights.diffusion.schedules import TrigFlow, add_noise
+from weights.families.base import TextToImage
+
+QUARTER_TURN = math.pi / 2
+MARGIN = 1e-4
+"""How far times stay from the ends of the teacher's schedule, beyond which nothing moves and derivatives are 0."""
+FREE_BOUNDARY = 0.1
+"""sigma / alpha below which a network that predicts x0 follows the teacher's own estimate."""
+
+
+class SCMConfig(FewStepConfig):
+    """The defaults are the paper's and its public code's, but for the guidance scale, which is one of SANA-Sprint's."""
+
+    sigma_data: float = Field(1.0, gt=0, description="TrigFlow's: the latents' standard deviation (the paper's is 0.5)")
+    guidance_scale: float = Field(4.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    time_mean: float = Field(-0.3, description="mean of ln(sigma / alpha) at the times of training")
+    time_std: float = Field(1.4, gt=0, description="its standard deviation (1.6 for ImageNet-512 and SANA-Sprint)")
+    tangent: Differentiation = Field(
+        "jvp", description="the student's derivative: exact, or finite_difference where the network has no exact one"
+    )
+    finite_difference_step: float = Field(
+        1e-3, gt=0, lt=0.5, description="how far a finite difference goes either way, as a part of t"
+    )
+    tangent_offset: float = Field(0.1, gt=0, description="c in g / (|g| + c)")
+    tangent_warmup: int = Field(10_000, ge=0, description="iterations over which r, the tangent's share, rises to 1")
+    boundary: float | None = Field(
+        None,
+        ge=0,
+        description="sigma / alpha below which r stays 0; left out, 0.1 for a network that predicts x0, else 0",
+    )
+    prior_weighting: bool = Field(True, description="weigh the loss by alpha / sigma")
+    adaptive_weighting: bool = Field(True, description="learn how large the loss is at each time, and even it out")
+    lr: float = Field(1e-4, gt=0, description="student's learning rate")
+    log_variance_lr: float = Field(1e-2, gt=0, description="of the adaptive weighting")
+    betas: Betas = Field((0.9, 0.99), description="RAdam's betas")
+    weight_decay: float = Field(0.0, ge=0, description="RAdam's weight decay of the student")
+    warmup: int = Field(0, ge=0, description="updates over which the student's learning rate rises")
+
+
+class LogVariance(nn.Module):
+    """u(t): a cosine series in ln tan(t), which starts as 0."""
+
+    TERMS, REACH = 16, 8.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.series = nn.Linear(self.TERMS, 1, bias=False)
+        nn.init.zeros_(self.series.weight)
+
+    def forward(self, angle: Tensor) -> Tensor:
+        """``(B,)`` float32 for angles ``(B,)`` in (0, pi / 2)."""
+        place = (0.5 + angle.tan().log() / (2 * self.REACH)).clamp(0, 1)
+        terms = torch.cos(math.pi * place.unsqueeze(1) * torch.arange(self.TERMS, device=angle.device))
+        return (terms.float() @ self.series.weight.float().T).squeeze(1)
+
+
+class SCM(Method):
+    """See the module's text."""
+
+    name = "scm"
+    Config = SCMConfig
+
+    def __init__(self, config: SCMConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self._student = setup.new_student()
+        self.teacher = setup.teacher
+        self.trig = TrigFlow(config.sigma_data)
+        free = getattr(self.student.denoiser, "prediction", None) == "x0"
+        given = config.boundary
+        self.boundary: float = given if given is not None else FREE_BOUNDARY if free else 0.0
+        self.log_variance = LogVariance().to(setup.device) if config.adaptive_weighting else None
+
+    @classmethod
+    def needs_pictures(cls, config: SCMConfig) -> str | None:
+        return "continuous-time consistency distillation follows the teacher from noised real pictures"
+
+    @property
+    def student(self) -> TextToImage:
+        return self._student
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+        optimizer = OptimizerSettings(
+            kind="radam", lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
+        )
+        networks = {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
+        if self.log_variance is not None:
+            settings = OptimizerSettings(kind="radam", lr=config.log_variance_lr, betas=config.betas, weight_decay=0.0)
+            networks["log_variance"] = Trained(module=self.log_variance, optimizer=settings)
+        return networks
+
+    def turns(self, iteration: int) -> list[Turn]:
+        adaptive = self.log_variance is not None
+        return [Turn(name="student", trains=("student", "log_variance") if adaptive else ("student",))]
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return dict(self.config.schedules)
+
+    def guidance(self) -> GuidanceConvention:
+        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        return self.consistency_loss(step)
+
+    def consistency_loss(self, step: Step) -> TurnLoss:
+        """The whole loss of a micro-batch; a method that adds another to it (an adversarial one) calls this."""
+        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
+        assert real is not None, "needs_pictures lets no such batch through"
+        angle = self._angles(len(real), step)
+        eps = draw_noise(tuple(real.shape), step.local, real.device)
+        x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()
+        velocity = self._student_velocity(x_t, angle, cond)
+        tangent, metrics = self._tangent(velocity, x_t, angle, cond, step.iteration)
+        weight = 1 / (self.config.sigma_data * angle.tan()) if self.config.prior_weighting else torch.ones_like(angle)
+        log_variance = None
+        if self.log_variance is not None:
+            log_variance = self.log_variance(angle)
+            metrics["student/log_variance"] = log_variance.detach().mean()
+        return TurnLoss(loss=tangent_loss(velocity, tangent, weight.float(), log_variance), metrics=metrics)
+
+    def _angles(self, count: int, step: Step) -> Tensor:
+        """t, ``(count,)`` float64, inside what the teacher's schedule reaches."""
+        config, schedule = self.config, self.teacher.schedule
+        t = draw_lognormal_times(count, config.time_mean, config.time_std, schedule, step.local, self.setup.device)
+        return self._angle(t.double().clamp(MARGIN, 1 - MARGIN))
+
+    def _angle(self, t: Tensor) -> Tensor:
+        """TrigFlow's angle at the teacher's time t."""
+        return self.trig.angle(self.trig.time_of_log_snr(self.teacher.schedule.log_snr(t)))
+
+    def _student_velocity(self, x_t: Tensor, angle: Tensor, cond: Cond) -> Tensor:
+        x0 = Converted(self.student.denoiser, self.trig)(x_t, angle / QUARTER_TURN, cond)
+        return trig_velocity(x0, x_t, angle)
+
+    @torch.no_grad()
+    def _teacher_velocity(self, x_t: Tensor, angle: Tensor, cond: Cond) -> Tensor:
+        view = Converted(self.teacher, self.trig)
+        x0 = guided_x0(view, x_t, angle / QUARTER_TURN, cond, self.setup.uncond, self.config.guidance_scale)
+        return trig_velocity(x0, x_t, angle)
+
+    def _derivative(self, x_t: Tensor, angle: Tensor, cond: Cond, velocity: Tensor) -> Tensor:
+        """d(sd F^-)/dt of the student, where dx_t/dt = ``velocity``."""
+        config = self.config
+
+        def function(x: Tensor, t: Tensor) -> Tensor:
+            return self._student_velocity(x, t, cond)
+
+        with _evaluating(self.student.network):
+            if config.tangent == "jvp":
+                return jvp_along(function, x_t, angle, velocity)
+            last = float(self._angle(torch.ones(1, dtype=torch.float64)))
+            return difference_along(function, x_t, angle, velocity, config.finite_difference_step, last)
+
+    @torch.no_grad()
+    def _tangent(
+        self, velocity: Tensor, x_t: Tensor, angle: Tensor, cond: Cond, iteration: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """g, normalized, and what to log."""
+        teacher = self._teacher_velocity(x_t, angle, cond)
+        derivative = self._derivative(x_t, angle, cond, teacher)
+        tangent = consistency_tangent(velocity, teacher, derivative, x_t, angle, self._ramp(angle, iteration))
+        metrics = {
+            "student/tangent": tangent.square().mean().sqrt(),
+            "student/derivative": derivative.square().mean().sqrt(),
+            "student/velocity_gap": (velocity - teacher).square().mean().sqrt(),
+        }
+        return normalize_tangent(tangent, self.config.tangent_offset), metrics
+
+    def _ramp(self, angle: Tensor, iteration: int) -> Tensor:
+        """r, ``(B,)``."""
+        warmed = min(1.0, iteration / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
+        return warmed * (self.config.sigma_data * angle.tan() >= self.boundary)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout, which would be another function at each evaluation of a finite difference."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
