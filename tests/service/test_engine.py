@@ -217,7 +217,7 @@ def test_what_a_model_says_of_itself(harness: Harness) -> None:
 def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
     async def scenario(engine: TorchEngine) -> None:
         await engine.generate(request())
-        resident = engine._residency.get("tiny")
+        resident = engine._residency.get("tiny", "red apple")
         mine, theirs = resident.model.components(), resident.base.components()
         assert mine["unet"] is not theirs["unet"]
         assert mine["vae"] is theirs["vae"]
