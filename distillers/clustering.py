@@ -9,8 +9,8 @@ differ by at most one. Lloyd's two steps, each the optimum of its own variables,
 The assignment is a minimum-cost flow on a graph of K nodes, where moving a point from cluster a to b costs
 ``min_{i in a} (s_ia - s_ib)``: it starts from the best labels under given prices, whatever their sizes, which is optimal for
 these sizes, and moves one point at a time along the cheapest path from a cluster with too many to one with too few
-(successive shortest paths), which keeps it optimal. The distances in the last graph are the assignment's prices: a point's
-label is ``argmax_k s_ik + price_k``, which is how a router can repeat it.
+(successive shortest paths), which keeps it optimal. Distances in the last graph are prices of the assignment: each label is
+``argmax_k s_ik + price_k``, which is how a router can repeat it.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def balanced_labels(scores: Tensor, prices: Tensor | None = None) -> tuple[Tenso
     """The labels with sizes `part_sizes` that have the largest sum of scores.
 
     Args:
-        scores: ``(N, K)`` float64.
+        scores: ``(N, K)`` float64, N at least K.
         prices: ``(K,)`` to start from; good ones (of a similar problem) save work, any are right.
 
     Returns:
@@ -71,8 +71,7 @@ def balanced_labels(scores: Tensor, prices: Tensor | None = None) -> tuple[Tenso
         surplus[path[0]] -= 1
         surplus[path[-1]] += 1
         changed = set(path)
-    distances, _ = _distances(costs, torch.ones(parts, dtype=torch.bool))
-    return labels, distances - distances.mean()
+    return labels, _prices(costs)
 
 
 def _near_prices(scores: Tensor, sizes: Tensor, prices: Tensor | None) -> Tensor:
@@ -84,6 +83,19 @@ def _near_prices(scores: Tensor, sizes: Tensor, prices: Tensor | None) -> Tensor
         found = found - step * excess
         step *= 0.9
     return found
+
+
+def _prices(costs: Tensor) -> Tensor:
+    """Prices that repeat an optimal assignment, ``(K,)``, mean 0.
+
+    The distances from any one node are such prices, but at the edge of what is possible: the points on their shortest paths
+    are ties. The mean over all nodes lies inside (distances by Floyd and Warshall).
+    """
+    distances = costs.clone().fill_diagonal_(0)
+    for middle in range(len(costs)):
+        distances = torch.minimum(distances, distances[:, middle, None] + distances[middle])
+    prices = distances.mean(0)
+    return prices - prices.mean()
 
 
 def _moves(part: int, scores: Tensor, labels: Tensor, costs: Tensor, movers: Tensor) -> None:
