@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import distillers.__main__ as command
+from distillers.checkpoint import load_checkpoint
+from distillers.corpus import load_corpus
 from distillers.events import Reporter, now
 from distillers.job import STOPPED, JobRun
 from distillers.merging import MergedEvents
@@ -22,12 +24,11 @@ from distillers.partition import FILE
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.trainer import Trainer
 from tests.helpers import picture_folder, tiny_pipeline
-from weights.contracts import EVENTS, Failed, Finished, Progress, Saved, Started, TrainSpec
+from weights.contracts import EVENTS, DataSpec, Failed, Finished, Progress, Saved, Started, TrainSpec
 from weights.families.stable_diffusion import StableDiffusion
 from weights.store import Store
 from weights.students import route_prompts
 
-ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -81,9 +82,9 @@ def test_each_part_is_published_and_a_router_over_them(raw: dict[str, Any], whol
     assert first.job is not None and first.job.partition is not None and first.job.partition.part == 0
     assert not same(published(store, "msd-0"), published(store, "msd-1"))
     base = StableDiffusion.load(raw["base"])
-    captions = [json.loads(line)["text"] for line in (Path(raw["data"]["source"]) / "metadata.jsonl").open()]
-    chosen = route_prompts(routed.router, base, [text if isinstance(text, str) else text[0] for text in captions])
-    assert set(chosen) == {0, 1}
+    captions = load_corpus(DataSpec(source=raw["data"]["source"]), 32).captions
+    labels = load_checkpoint(folder / FILE)[0]["labels"]
+    assert route_prompts(routed.router, base, captions) == labels.tolist()
     assert sorted(path.name for path in folder.iterdir()) == [
         "cache", "events.jsonl", "job.json", "part-0", "part-1", FILE, "prepared",
     ]  # fmt: skip
@@ -155,43 +156,88 @@ def test_a_stopped_job_goes_on_in_its_second_part(
     assert len(done) == 4 and events(tmp_path / "run")[-1].kind == "finished", "all was done before"
 
 
-def test_sigterm_stops_parallel_parts_and_each_goes_on(
-    raw: dict[str, Any], whole: tuple[Store, Path], tmp_path: Path
+CHILD = """
+import json, signal, sys, time
+from datetime import UTC, datetime
+part, behaviour = sys.argv[1:]
+def say(**event): print(json.dumps({"at": datetime.now(UTC).isoformat(), **event}), flush=True)
+def stop(*_):
+    say(kind="checkpoint", step=7, path="checkpoints/x")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+print("a library's remark", flush=True)
+say(kind="started", step=0, iterations=9)
+say(kind="progress", step=3, iterations=9, metrics={"loss": 0.5})
+if behaviour == "fails":
+    say(kind="failed", step=3, message="the loss is nan")
+    sys.exit(1)
+if behaviour == "dies":
+    signal.raise_signal(signal.SIGKILL)
+time.sleep(600)
+"""
+
+
+def launch_instead(monkeypatch: pytest.MonkeyPatch, behaviours: list[str]) -> list[subprocess.Popen[str]]:
+    """Parts are small processes that say what a job would; the list fills with them."""
+    launched: list[subprocess.Popen[str]] = []
+
+    def launch(self: MultiRun, part: int, resume: bool) -> subprocess.Popen[str]:
+        command_line = [sys.executable, "-c", CHILD, str(part), behaviours[part]]
+        launched.append(subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True))
+        return launched[-1]
+
+    monkeypatch.setattr(MultiRun, "_launch", launch)
+    return launched
+
+
+def test_sigterm_reaches_every_parallel_part(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = tmp_path / "job.json"
-    endless = raw | {"partition": {"students": 2, "order": "parallel"}}
-    job.write_text(json.dumps(endless | {"train": raw["train"] | {"iterations": 100_000, "checkpoint_every": 100_000}}))
-    command_line = [sys.executable, "-m", "distillers", str(job), "--folder", str(tmp_path / "run"), "--store"]
-    process = subprocess.Popen(
-        [*command_line, str(tmp_path / "store")], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    parts: set[str] = set()
-    for line in process.stdout:
-        parts |= {name.split("/")[0] for name in json.loads(line).get("metrics", {})}
-        if parts == {"part-0", "part-1"}:
-            process.terminate()
-            break
-    process.stdout.read()
-    process.stdout.close()
-    assert process.wait(60) == STOPPED
-    for part in ("part-0", "part-1"):
-        assert list((tmp_path / "run" / part / "checkpoints").glob("*.safetensors")), "it was saved"
-        assert events(tmp_path / "run" / part)[-1].kind == "checkpoint"
-    assert not (tmp_path / "store").exists()
+    launched = launch_instead(monkeypatch, ["waits", "waits"])
+    take, reported = MergedEvents.take, set()
+
+    def stop_when_both_work(self: MergedEvents, part: int, event: Any) -> None:
+        take(self, part, event)
+        if event.kind == "progress":
+            reported.add(part)
+            if reported == {0, 1}:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MergedEvents, "take", stop_when_both_work)
+    job = raw | {"partition": {"students": 2, "order": "parallel"}}
+    store = Store(tmp_path / "store")
+    assert MultiRun(job, tmp_path / "run", store).run(resume=False) == STOPPED
+    assert [process.returncode for process in launched] == [143, 143]
+    found = events(tmp_path / "run")
+    assert {event.path for event in found[-2:]} == {"part-0/checkpoints/x", "part-1/checkpoints/x"}
+    assert store.names() == [] and "failed" not in {event.kind for event in found}
 
 
-@pytest.mark.parametrize("order", ["sequential", "parallel"])
-def test_a_failing_part_says_which_and_why(raw: dict[str, Any], tmp_path: Path, order: str) -> None:
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [("fails", "part 1: the loss is nan"), ("dies", "part 1: its process was killed by signal 9")],
+)
+def test_a_parallel_part_that_fails_stops_the_others(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str, says: str
+) -> None:
+    launched = launch_instead(monkeypatch, ["waits", behaviour])
+    job = raw | {"partition": {"students": 2, "order": "parallel"}}
+    assert MultiRun(job, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == 1
+    assert launched[0].returncode in (143, -signal.SIGTERM)
+    last = events(tmp_path / "run")[-1]
+    assert (last.kind, last.message) == ("failed", says)
+
+
+def test_a_failing_part_says_which_and_why(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run" / "part-1" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "part-1" / "checkpoints" / "iteration-00000001.safetensors").write_bytes(b"torn")
-    job = raw | {"partition": {"students": 2, "order": order}}
     store = Store(tmp_path / "store")
-    assert MultiRun(job, tmp_path / "run", store).run(resume=True) == 1
+    assert MultiRun(raw, tmp_path / "run", store).run(resume=True) == 1
     found = events(tmp_path / "run")
     assert found[-1].kind == "failed" and found[-1].message.startswith("part 1: ")
     assert "is not a readable checkpoint" in found[-1].message
-    assert "msd" not in store.names() and [event.kind for event in found].count("failed") == 1
+    assert found[-1].last_checkpoint == "part-0/checkpoints/iteration-00000002.safetensors"
+    assert store.names() == ["msd-0"] and [event.kind for event in found].count("failed") == 1
 
 
 # Specs
