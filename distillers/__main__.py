@@ -1,12 +1,14 @@
 """``python -m distillers``: one job, one process.
 
     python -m distillers JOB [--folder DIR] [--store ROOT] [--cache DIR] [--resume] [--replace] [--set train.seed=1]
+                             [--shared DIR]
     python -m distillers check [FILE | -]       a spec's errors, or the spec with every default filled in, as JSON
     python -m distillers methods                every method with its settings' schema, as JSON
 
 JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events go to standard output and to
 DIR/events.jsonl as JSON lines (a progress bar takes their place on a terminal). SIGTERM makes the job write a checkpoint
-and exit with status 143; --resume goes on from the newest checkpoint.
+and exit with status 143; --resume goes on from the newest checkpoint. A job with a partition trains several students, each
+in DIR/part-K.
 """
 
 import argparse
@@ -62,6 +64,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT when left out)")
     parser.add_argument("--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store")
     parser.add_argument("--cache", type=Path, help="folder of all encoded data, to share between jobs")
+    parser.add_argument("--shared", type=Path, help="folder of what a partition's parts share (--folder when left out)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--replace", action="store_true", help="replace a published student of that name")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the spec")
@@ -73,7 +76,7 @@ def run(arguments: list[str]) -> int:
         raw = read_spec(options.job, options.set)
         from distillers.spec import check_spec
 
-        check_spec(raw)  # before anything slow is imported
+        checked, _ = check_spec(raw)  # before anything slow is imported
     except BadSpec as error:
         print(f"{options.job} cannot be run:", file=sys.stderr)
         for each in error.errors:
@@ -81,12 +84,14 @@ def run(arguments: list[str]) -> int:
         return 2
 
     from distillers.job import JobRun
+    from distillers.multi import MultiRun
     from weights.bundled import STUDENTS
     from weights.store import Store
 
     folder = options.folder or Path("runs") / raw["student"]
     store = Store(options.store.expanduser(), STUDENTS)
-    job = JobRun(raw, folder, store, cache=options.cache, replace=options.replace)
+    kind = MultiRun if checked.parts else JobRun
+    job = kind(raw, folder, store, cache=options.cache, replace=options.replace, shared=options.shared)
     return job.run(options.resume)
 
 

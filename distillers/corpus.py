@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ class Corpus:
     """Each picture's captions, one drawn at a time."""
     weights: Tensor
     """How often each picture is drawn, ``(N,)`` float64, summing to 1."""
-    odds: list[float] | None
-    """How often a picture's first, second, ... caption is drawn, in proportion; equally often when left out."""
+    odds: list[list[float]] | None
+    """How often each of a picture's captions is drawn, in proportion; equally often when left out."""
     pictures: Callable[[list[int]], Tensor] | None
     """Those pictures, ``(B, 3, H, W)`` uint8; None where there are prompts alone."""
     prompts: list[int] | None
@@ -40,6 +40,12 @@ class Corpus:
     """Prompts of the sample sheets."""
     identity: str
     """Says which pictures these are: part of the latents' cache key."""
+    drawn: list[int] | None = None
+    """Of the prompts, the captions that batches draw; all when left out."""
+    groups: list[str | None] | None = None
+    """Each picture's group, where the data has such."""
+    held_out: list[tuple[str, str | None]] = field(default_factory=list)
+    """Captions of the held-out split that training never sees, each with its picture's group."""
 
 
 def load_corpus(spec: DataSpec, size: int) -> Corpus:
@@ -78,20 +84,22 @@ def _emoji() -> Corpus:
         captions=captions,
         rows=rows,
         weights=sampling_weights(train).double(),
-        odds=list(CAPTION_ODDS),
+        odds=[list(CAPTION_ODDS)] * len(rows),
         pictures=pictures,
         prompts=None,
         sheet=sheet,
         identity=identity,
+        groups=[record.category for record in train],
+        held_out=_unseen(captions, [(captions_of(record), record.category) for record in held_out]),
     )
 
 
 def _folder(folder: Path, size: int) -> Corpus:
-    """A folder with metadata.jsonl: ``{"file_name": ..., "text": caption or list of captions, "split": optional}``."""
+    """A folder with metadata.jsonl: ``{"file_name", "text": caption or list of captions}``, optionally "split", "group"."""
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise BadData(f"data source {str(folder)!r} is neither 'emoji' nor a folder with a metadata.jsonl")
-    texts, files = [], []
+    texts, files, groups, held_out = [], [], [], []
     for number, line in enumerate(metadata.read_text().splitlines(), 1):
         try:
             record = json.loads(line)
@@ -99,7 +107,11 @@ def _folder(folder: Path, size: int) -> Corpus:
             text = [record["text"]] if isinstance(record["text"], str) else [str(each) for each in record["text"]]
         except (ValueError, KeyError, TypeError) as error:
             raise BadData(f'{metadata}:{number}: want {{"file_name": ..., "text": ...}}, got {line[:80]!r}') from error
+        group = record.get("group")
+        if group is not None and not isinstance(group, str):
+            raise BadData(f"{metadata}:{number}: group {group!r} must be a string")
         if record.get("split") == "held_out":
+            held_out.append((text, group))
             continue
         if not text:
             raise BadData(f"{metadata}:{number}: {record['file_name']} has no text")
@@ -107,6 +119,7 @@ def _folder(folder: Path, size: int) -> Corpus:
             raise BadData(f"{metadata}:{number}: no picture {record['file_name']!r} inside {folder}")
         texts.append(text)
         files.append(path)
+        groups.append(group)
     if not files:
         raise BadData(f"{metadata} names no pictures to train on")
     captions, rows = _numbered(texts)
@@ -124,7 +137,19 @@ def _folder(folder: Path, size: int) -> Corpus:
         prompts=None,
         sheet=captions[:SHEET],
         identity=hashlib.sha256(stats.encode()).hexdigest(),
+        groups=groups,
+        held_out=_unseen(captions, held_out),
     )
+
+
+def _unseen(captions: list[str], held_out: Sequence[tuple[list[str], str | None]]) -> list[tuple[str, str | None]]:
+    """The held-out captions that are none of ``captions``, once each, with the group of the first that has it."""
+    known, found = set(captions), dict[str, str | None]()
+    for texts, group in held_out:
+        for text in texts:
+            if text not in known:
+                found.setdefault(text, group)
+    return list(found.items())
 
 
 def _numbered(texts: list[list[str]]) -> tuple[list[str], list[list[int]]]:

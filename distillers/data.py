@@ -93,20 +93,21 @@ class Feed:
             len(self._cumulative) - 1
         )
         choices = torch.rand(self.batch_size, generator=generator).tolist()
-        captions = [self.corpus.rows[number] for number in numbers.tolist()]
-        own = [self._choose(rows, choice) for rows, choice in zip(captions, choices, strict=True)]
+        own = [self._choose(number, choice) for number, choice in zip(numbers.tolist(), choices, strict=True)]
         if self.corpus.prompts is None:
             cond = self.conditions(torch.tensor(own))
             return Batch(cond=cond, real_cond=cond, real=self._real(numbers))
-        picks = torch.randint(len(self.corpus.prompts), (self.batch_size,), generator=generator)
-        cond = self.conditions(torch.tensor(self.corpus.prompts)[picks])
+        drawn = self.corpus.prompts if self.corpus.drawn is None else self.corpus.drawn
+        picks = torch.randint(len(drawn), (self.batch_size,), generator=generator)
+        cond = self.conditions(torch.tensor(drawn)[picks])
         if not self.with_pictures:
             return Batch(cond=cond)
         return Batch(cond=cond, real_cond=self.conditions(torch.tensor(own)), real=self._real(numbers))
 
-    def _choose(self, rows: list[int], place: float) -> int:
+    def _choose(self, picture: int, place: float) -> int:
         """One of a picture's captions, by a number in [0, 1)."""
-        odds = self.corpus.odds or [1.0] * len(rows)
+        rows = self.corpus.rows[picture]
+        odds = [1.0] * len(rows) if self.corpus.odds is None else self.corpus.odds[picture]
         total = list(accumulate(odds))
         return rows[min(bisect(total, place * total[-1]), len(rows) - 1)]
 
@@ -118,7 +119,7 @@ class Feed:
         return {name: _floats(tensor).to(self.device) for name, tensor in encoded.items()}
 
     def prompt_conditions(self, numbers: Tensor) -> Cond:
-        """Conditions of the prompts the student is trained on, by their number in 0..`prompts` - 1."""
+        """Conditions of the prompts, by their number in 0..`prompts` - 1: of all, also where only a part is drawn."""
         rows = numbers if self.corpus.prompts is None else torch.tensor(self.corpus.prompts)[numbers]
         return self.conditions(rows)
 
@@ -149,10 +150,7 @@ class Feed:
             numbers = list(range(start, min(start + ENCODE_BATCH, count)))
             parts.append(_half(self._encode(numbers).cpu()))
             tick("encoding pictures", numbers[-1] + 1, count)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file({"latents": torch.cat(parts)}, temporary)
-        temporary.replace(path)
+        _write(path, {"latents": torch.cat(parts)})
 
 
 def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick: Tick) -> dict[str, Tensor]:
@@ -187,6 +185,34 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
             shutil.rmtree(temporary)
     # Copy-on-write, since torch warns about arrays that it could not write to.
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
+
+
+def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: list[str], tick: Tick) -> Tensor:
+    """The prompts' points in the text encoder's space, ``(N, D)`` float32, from a file in ``cache``; made if need be.
+
+    Args:
+        cache: folder of the cached files; may be shared by jobs.
+        base_id: identifies the encoder's weights.
+        base: the encoder.
+        prompts: N of them.
+        tick: told how far it is.
+    """
+    path = cache / f"embeddings-{_key(base_id, *prompts)}.safetensors"
+    if not path.exists():
+        parts = []
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            parts.append(base.embed_prompts(prompts[start : start + ENCODE_BATCH]).float().cpu())
+            tick("embedding prompts", min(start + ENCODE_BATCH, len(prompts)), len(prompts))
+        _write(path, {"embeddings": torch.cat(parts)})
+    return load_file(path)["embeddings"]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a cached file, which is complete as soon as it is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
 
 
 def _half(tensor: Tensor) -> Tensor:

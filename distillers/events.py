@@ -61,11 +61,9 @@ class Reporter:
         """Writes one event: a line in the file always, and on standard output or in the bar."""
         if not self.main:
             return
-        line = event.model_dump_json()
-        with (self.folder / "events.jsonl").open("a") as file:
-            file.write(line + "\n")
+        self.append(event)
         if not self.on_terminal:
-            print(line, flush=True)
+            print(event.model_dump_json(), flush=True)
             return
         match event:
             case ProgressEvent():
@@ -79,6 +77,11 @@ class Reporter:
                 self._print(f"published {event.student} after {event.seconds:.0f} s")
             case Failed():
                 self._print(f"[red]failed:[/red] {event.message}")
+
+    def append(self, event: AnyEvent) -> None:
+        """Writes the event's line to the file."""
+        with (self.folder / "events.jsonl").open("a") as file:
+            file.write(event.model_dump_json() + "\n")
 
     def tick(self, what: str, done: int, total: int, note: str = "") -> None:
         """Moves the bar, where there is one."""

@@ -12,18 +12,19 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from distillers.adapters import add_adapters, copy_sharing_frozen, save_adapters
-from distillers.corpus import load_corpus
-from distillers.data import Feed
+from distillers.corpus import Corpus, load_corpus
+from distillers.data import Feed, cached_embeddings
 from distillers.events import Reporter, now
 from distillers.methods import method
 from distillers.methods.base import Method, MethodConfig, Setup, Workspace
+from distillers.partition import Partition, part_of, stored_partition
 from distillers.precision import resolve_precision
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.stopwatch import Stopwatch
 from distillers.trainer import Diverged, Interrupted, Trainer
-from weights.contracts import Failed, Finished, StudentManifest
+from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, StoreError
@@ -48,8 +49,18 @@ def code_version() -> str:
 class JobRun:
     """The parts of a running job, built in order and kept together."""
 
+    reference: BaseReference
+
     def __init__(
-        self, raw: dict[str, Any], folder: Path, store: Store, *, cache: Path | None = None, replace: bool = False
+        self,
+        raw: dict[str, Any],
+        folder: Path,
+        store: Store,
+        *,
+        cache: Path | None = None,
+        replace: bool = False,
+        shared: Path | None = None,
+        reporter: Reporter | None = None,
     ) -> None:
         """
         Args:
@@ -57,8 +68,10 @@ class JobRun:
             folder: the job's own; made when missing.
             store: where the student is published.
             cache: folder of encoded captions and pictures, to share between jobs, and so filled however short this one
-                is; in ``folder`` when left out, where it is filled if that pays.
+                is; in ``shared`` when left out, where it is filled if that pays.
             replace: take the place of a student of that name.
+            shared: folder of what the parts of a partition share, the partition and teacher pairs; ``folder`` when left out.
+            reporter: takes the events; one that writes them to ``folder`` and standard output when left out.
 
         Raises:
             BadSpec: the spec cannot be run.
@@ -66,7 +79,8 @@ class JobRun:
         self.job, self.config = check_spec(raw)
         self.folder = folder
         self.store = store
-        self.cache = cache or folder / "cache"
+        self.shared = shared or folder
+        self.cache = cache or self.shared / "cache"
         self.shares_cache = cache is not None
         self.replace = replace
         if self.job.train.threads is not None:
@@ -76,7 +90,7 @@ class JobRun:
         device = PartialState(cpu=on_cpu).device
         self.precision = resolve_precision(self.job.train.precision, device)
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if self.precision == "bfloat16" else "no")
-        self.reporter = Reporter(folder, main=self.accelerator.is_main_process)
+        self.reporter = reporter or Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
         self.preparation = Stopwatch()
         self._stop = False
@@ -109,41 +123,39 @@ class JobRun:
     def _train_and_publish(self, resume: bool) -> None:
         done = self._published() if resume else None
         if done is not None:  # killed after publishing and before it could say so
-            self._finished(done, int(done.metrics["iterations"]), float(done.metrics["training_seconds"]))
+            self._finished(done)
             return
-        self._refuse_taken_name()
+        self._refuse_taken_name(self.job.student)
         previous = signal.signal(signal.SIGTERM, self.stop)
         try:
-            trainer = self.trainer = self._build(resume)
-            trainer.asked_to_stop = self._stop
-            trainer.run()
-            if self.accelerator.is_main_process:
-                self._finished(self._publish(trainer), trainer.iteration, trainer.time.seconds)
+            manifest = self._make(resume)
+            if manifest is not None:
+                self._finished(manifest)
         finally:
             signal.signal(signal.SIGTERM, previous)
 
-    def _finished(self, manifest: StudentManifest, step: int, seconds: float) -> None:
+    def _make(self, resume: bool) -> StudentManifest | None:
+        """Trains the student and publishes it; None on the processes that leave that to the main one."""
+        trainer = self.trainer = self._build(resume)
+        trainer.asked_to_stop = self._stop
+        trainer.run()
+        return self._publish(trainer) if self.accelerator.is_main_process else None
+
+    def _finished(self, manifest: StudentManifest) -> None:
+        step, seconds = int(manifest.metrics["iterations"]), float(manifest.metrics["training_seconds"])
         self.reporter.emit(
             Finished(at=now(), step=step, student=manifest.name, seconds=seconds, metrics=manifest.metrics)
         )
 
     def _published(self) -> StudentManifest | None:
         """The student that this very job, whose checkpoints are in the folder, has published already."""
-        trained_here = any((self.folder / "checkpoints").glob("iteration-*.safetensors"))
-        return self.store.made_by(self.job) if trained_here else None
+        return published(self.job, self.folder, self.store)
 
-    def _refuse_taken_name(self) -> None:
+    def _refuse_taken_name(self, name: str) -> None:
         """A bundled student of that name will be hidden, and is no hindrance."""
-        taken = (self.store.root / self.job.student).exists()
+        taken = (self.store.root / name).exists()
         if taken and not self.replace:
-            raise BadSpec(
-                [
-                    {
-                        "param": "student",
-                        "message": f"{self.job.student!r} is published already; use another or --replace",
-                    }
-                ]
-            )
+            raise BadSpec([{"param": "student", "message": f"{name!r} is published already; use another or --replace"}])
 
     def _tick(self, what: str, done: int, total: int) -> None:
         self.reporter.tick(what, done, total)
@@ -152,27 +164,26 @@ class JobRun:
 
     def _build(self, resume: bool) -> Trainer:
         job, device = self.job, self.accelerator.device
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "job.json").write_text(job.model_dump_json(indent=2) + "\n")
+        self._write_spec()
         torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters start from random weights
         self.reference = base_reference(job.base)
         base = load(job.family, job.base, device, torch.float32)
         chosen = method(job.method)
-        with_pictures = chosen.needs_pictures(self.config) is not None
         feed = Feed(
-            load_corpus(job.data, base.size),
+            self._corpus(base),
             base,
             device=device,
             batch_size=job.train.batch_size,
             seed=job.train.seed,
-            with_pictures=with_pictures,
+            with_pictures=self.with_pictures,
         )
         train = job.train
         draws: float = train.iterations * train.batch_size * train.gradient_accumulation
+        draws *= job.partition.students if job.partition is not None else 1  # the parts share the caches
         if self.shares_cache:  # the next job draws from it too
             draws = math.inf
         feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
-        built = self._build_method(chosen, self.config, base, with_pictures)
+        built = self._build_method(chosen, self.config, base)
         trainer = Trainer(
             built,
             feed,
@@ -188,9 +199,34 @@ class JobRun:
             built.prepare(self._workspace(feed))
         return trainer
 
-    def _build_method(
-        self, chosen: type[Method], config: MethodConfig, base: TextToImage, with_pictures: bool
-    ) -> Method:
+    def _write_spec(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(self.job.model_dump_json(indent=2) + "\n")
+
+    @property
+    def with_pictures(self) -> bool:
+        """Whether the method looks at real pictures."""
+        return method(self.job.method).needs_pictures(self.config) is not None
+
+    def _corpus(self, base: TextToImage) -> Corpus:
+        """What this job trains on: all of its data, or the part that it is for."""
+        corpus, spec = load_corpus(self.job.data, base.size), self.job.partition
+        if spec is None or spec.part is None:
+            return corpus
+        return part_of(corpus, self._partition(corpus, base), spec.part, self.with_pictures)
+
+    def _partition(self, corpus: Corpus, base: TextToImage) -> Partition:
+        spec = self.job.partition
+        assert spec is not None, "asked for by jobs that have one"
+        digest = self.reference.sha256
+
+        def embed(prompts: list[str]) -> Tensor:
+            return cached_embeddings(self.cache, digest, base, prompts, self._tick)
+
+        with self.accelerator.main_process_first():
+            return stored_partition(self.shared, spec, corpus, digest, embed, self.with_pictures)
+
+    def _build_method(self, chosen: type[Method], config: MethodConfig, base: TextToImage) -> Method:
         lora = self.job.lora
 
         def trainable(model: TextToImage, adapters: bool) -> TextToImage:
@@ -218,7 +254,7 @@ class JobRun:
             new_network=new_network,
             new_student=new_student,
             device=self.accelerator.device,
-            has_pictures=with_pictures,
+            has_pictures=self.with_pictures,
         )
         built = chosen(config, setup)
         base.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
@@ -241,8 +277,8 @@ class JobRun:
         return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
 
     def _workspace(self, feed: Feed) -> Workspace:
-        folder = self.folder / "prepared"
-        folder.mkdir(exist_ok=True)
+        folder = self.shared / "prepared"
+        folder.mkdir(parents=True, exist_ok=True)
 
         def seed(*parts: int | str) -> int:
             return seed_of(self.job.train.seed, *parts)
@@ -292,14 +328,25 @@ class JobRun:
             return self.store.publish(manifest, Path(temporary), replace=self.replace)
 
     def _failed(self, error: Exception) -> None:
-        latest = self.trainer.latest_checkpoint() if self.trainer is not None else None
-        checkpoint = str(latest.relative_to(self.folder)) if latest else None
-        step = self.trainer.iteration if self.trainer is not None else 0
+        step, checkpoint = self._position()
         expected = isinstance(error, EXPECTED)
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
         if not expected:
             raise error
+
+    def _position(self) -> tuple[int, str | None]:
+        """The iteration, and the newest checkpoint's path in the folder."""
+        if self.trainer is None:
+            return 0, None
+        latest = self.trainer.latest_checkpoint()
+        return self.trainer.iteration, str(latest.relative_to(self.folder)) if latest else None
+
+
+def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:
+    """The student that this very job, whose checkpoints are in the folder, has published already."""
+    trained_here = any((folder / "checkpoints").glob("iteration-*.safetensors"))
+    return store.made_by(job) if trained_here else None
 
 
 def _floats(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 import weights.families
 from distillers.methods import UnknownMethod, method, methods
 from distillers.methods.base import MethodConfig
-from weights.contracts import DistillJob
+from weights.contracts import DistillJob, check_name
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 FREE = {"iterations", "max_minutes", "threads", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
@@ -118,6 +118,15 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         errors.append(_error("data.prompts", f"no file {job.data.prompts!r}"))
     if job.start is not None and job.lora is not None:
         errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
+    try:
+        for name in job.publishes:
+            check_name(name)
+    except ValueError as error:
+        errors.append(_error("student", f"the partition's parts need names of their own: {error}"))
+    if job.partition is not None and job.partition.by == "groups" and job.data.prompts is not None:
+        errors.append(
+            _error("partition.by", "prompts of a file belong to no group: use 'kmeans', or leave out data.prompts")
+        )
     if errors:
         raise BadSpec(errors)
     return job.model_copy(update={"config": config.model_dump(mode="json")}), config
@@ -129,7 +138,11 @@ def _has_pictures(job: DistillJob) -> bool:
 
 def fingerprint(job: DistillJob, base_digest: str) -> str:
     """Of all that a resumed run must have in common with its checkpoint: the job's settings and its base's weights."""
-    plain = job.model_dump(mode="json", exclude={"student": True, "licence": True, "train": FREE})
+    plain = job.model_dump(
+        mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
+    )
+    if plain["partition"] is None:  # so that checkpoints from before there were partitions are still of the same job
+        del plain["partition"]
     return hashlib.sha256(json.dumps([plain, base_digest], sort_keys=True).encode()).hexdigest()
 
 

@@ -148,6 +148,9 @@ class DrawingInfo(BaseModel):
     diversity: DiversityUsed | None = None
     network_evaluations: int = Field(description="per picture, the base leg's included; a guided step counts two")
     seconds: float = Field(description="of drawing, for the whole request, without its wait")
+    student: str | None = Field(
+        None, description="which of a routed student's students drew; null where there is but one"
+    )
 
 
 class ImageResponse(BaseModel):
@@ -179,6 +182,7 @@ class Model(BaseModel):
     default_guidance: float
     size: str | None = Field(description="null until the student's base is loaded")
     diversity: DiversityUsed | None = Field(description="calibration of the base's first step")
+    students: list[str] = Field(description="the students that a routed one picks from by the prompt; else empty")
     licence: str
     metrics: dict[str, Any]
 

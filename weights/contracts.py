@@ -8,7 +8,7 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -82,6 +82,32 @@ class TrainSpec(Contract):
     keep_checkpoints: int = Field(2, ge=1)
 
 
+class PartitionSpec(Contract):
+    """Several students of one job, each trained on its part of the prompts (Multi-Student Distillation)."""
+
+    students: int = Field(
+        ge=2, le=64, description="K; student k is published as NAME-k, and NAME picks one by the prompt"
+    )
+    by: Literal["kmeans", "groups"] = Field(
+        "kmeans",
+        description="kmeans: equally many prompts each, near in the text encoder's space; groups: the data's own, "
+        "neighbours together ('group' of each line of metadata.jsonl; the emoji's categories)",
+    )
+    order: Literal["sequential", "parallel"] = Field(
+        "sequential", description="one after the other in one process, or all at once, each in a process of its own"
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of the k-means' first centroids")
+    part: int | None = Field(
+        None, ge=0, description="train this part alone, under the job's own student name; all parts when left out"
+    )
+
+    @model_validator(mode="after")
+    def _part_exists(self) -> Self:
+        if self.part is not None and self.part >= self.students:
+            raise ValueError(f"part: {self.part} must be below students, {self.students}")
+        return self
+
+
 class DistillJob(Contract):
     """One distillation: which base, by which method, on what, for how long, published as what."""
 
@@ -96,8 +122,31 @@ class DistillJob(Contract):
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
     lora: LoraSpec | None = Field(None, description="train adapters of this shape; full fine-tuning when left out")
+    partition: PartitionSpec | None = Field(
+        None, description="several students, a part of the prompts each; one if left out"
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="the method's own Config")
     licence: str = Field("unspecified", description="licence of the student's weights")
+
+    @property
+    def parts(self) -> list["DistillJob"]:
+        """The jobs that this one consists of, one a student; none where it trains a single one itself."""
+        if self.partition is None or self.partition.part is not None:
+            return []
+        return [
+            self.model_copy(
+                update={
+                    "student": f"{self.student}-{part}",
+                    "partition": self.partition.model_copy(update={"part": part}),
+                }
+            )
+            for part in range(self.partition.students)
+        ]
+
+    @property
+    def publishes(self) -> list[str]:
+        """Every name that it publishes a student under."""
+        return [self.student, *(part.student for part in self.parts)]
 
 
 class StepSchedule(Contract):
@@ -164,10 +213,27 @@ class Diversity(Contract):
 
 
 class Router(Contract):
-    """A multi-student's choice by prompt: the nearest centroid in the text encoder's space."""
+    """A multi-student's choice by prompt: the nearest centroid in the text encoder's space (`weights.router.route`)."""
 
-    centroids: list[list[float]] = Field(min_length=1)
-    students: list[Name] = Field(min_length=1)
+    centroids: list[list[FiniteFloat]] = Field(min_length=1, description="one a student, of length 1")
+    students: list[Name] = Field(min_length=1, description="published students of the same base, a centroid each")
+    offsets: list[FiniteFloat] | None = Field(
+        None, description="added to the prompt's cosine with each centroid; none when left out"
+    )
+
+    @model_validator(mode="after")
+    def _has_one_of_each(self) -> Self:
+        count = len(self.students)
+        if len(self.centroids) != count or len({len(centroid) for centroid in self.centroids}) != 1:
+            lengths = [len(centroid) for centroid in self.centroids]
+            raise ValueError(
+                f"centroids of {lengths} numbers for {count} students: want one of the same length for each"
+            )
+        if self.offsets is not None and len(self.offsets) != count:
+            raise ValueError(f"{len(self.offsets)} offsets for {count} students: want one for each")
+        if len(set(self.students)) != count:
+            raise ValueError(f"students {self.students} must differ")
+        return self
 
 
 class StudentManifest(Contract):
@@ -184,7 +250,9 @@ class StudentManifest(Contract):
     schedules: dict[int, StepSchedule] = Field(min_length=1, description="by number of steps")
     guidance: GuidanceConvention = GuidanceConvention()
     diversity: Diversity | None = None
-    router: Router | None = None
+    router: Router | None = Field(
+        None, description="draw each prompt with one of several other students; there are no weights of its own then"
+    )
     job: DistillJob | None = None
     metrics: dict[str, Any] = Field(default_factory=dict)
     licence: str = "unspecified"

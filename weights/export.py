@@ -21,11 +21,17 @@ def export(store: Store, name: str, target: Path, steps: int) -> Path:
 
     Raises:
         FileExistsError: ``target`` exists.
-        ValueError: the student has no schedule of that many steps, or one that diffusers cannot run.
+        ValueError: the student has no schedule of that many steps, one that diffusers cannot run, or no weights of its own.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; export into a new folder")
     folder = store.open(name)
+    router = folder.manifest.router
+    if router is not None:
+        raise ValueError(
+            f"student {name!r} picks one of several by the prompt, which no diffusers pipeline does: export one of "
+            f"{', '.join(router.students)}"
+        )
     schedules = folder.manifest.schedules
     if steps not in schedules:
         raise ValueError(f"student {name!r} has no {steps}-step schedule; it has: {sorted(schedules)}")

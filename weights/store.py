@@ -145,7 +145,8 @@ class Store:
 
         Args:
             manifest: what the student is; its ``files`` are filled in here.
-            folder: holds the files, at least one of them safetensors; a student.json in it is ignored.
+            folder: holds the files, at least one of them safetensors (but for a routed student, which has no weights of its
+                own); a student.json in it is ignored.
             replace: take the place of a student of that name; without it, a taken name is an error.
 
         Returns:
@@ -153,6 +154,7 @@ class Store:
 
         Raises:
             AlreadyExists: the name is taken in root (bundled students may be hidden).
+            NotFound: a student that it routes to is not here.
             Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
             Corrupt: a safetensors file does not parse.
             DiskFull: no space; the staging folder is gone and an old version stays.
@@ -165,7 +167,9 @@ class Store:
                 raise AlreadyExists(taken)
             if link.is_dir() and not link.is_symlink():
                 raise AlreadyExists(f"{link} was put there by hand and cannot be replaced atomically: delete it first")
-            paths = publishable(folder)
+            paths = publishable(folder, weights=manifest.router is None)
+            for member in manifest.router.students if manifest.router is not None else []:
+                self.manifest(member)
             self.root.mkdir(parents=True, exist_ok=True)
             self._clean_leftovers()
             with self._staging() as staging:
@@ -183,11 +187,14 @@ class Store:
 
         Raises:
             NotFound: no student has that name.
-            Forbidden: that is no name, or the student is bundled.
+            Forbidden: that is no name, the student is bundled, or another one routes prompts to it.
         """
         folder = self._folder(name)
         if not os.path.lexists(self.root / name):
             raise Forbidden(f"student {name!r} is bundled with the code and read-only: only published ones are deleted")
+        routers = [each.name for each in self.list() if each.router is not None and name in each.router.students]
+        if routers:
+            raise Forbidden(f"student {name!r} draws a part of {', '.join(routers)}: delete that first")
         link = self.root / name
         with _clear_errors(name):
             # Out of sight by one call that needs no space; the weights go only after that.

@@ -96,7 +96,7 @@ def read_manifest(folder: Path, name: str) -> StudentManifest:
         raise Corrupt(f"{file} names the student {manifest.name!r}, but its folder is {name!r}: rename one of them")
     for path in manifest.files:
         _check_path(path)
-    if not any(path.endswith(WEIGHTS) for path in manifest.files):
+    if manifest.router is None and not any(path.endswith(WEIGHTS) for path in manifest.files):
         raise Corrupt(f"{file} lists no {WEIGHTS} file: publish the student through the store")
     return manifest
 
@@ -121,8 +121,12 @@ def _files(folder: Path) -> Iterator[str]:
         yield from ((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
 
 
-def publishable(folder: Path) -> list[str]:
+def publishable(folder: Path, weights: bool = True) -> list[str]:
     """The files of a folder that a student can be published from, relative and sorted, without its student.json.
+
+    Args:
+        folder: to publish from.
+        weights: whether there must be some; a routed student has none of its own.
 
     Raises:
         NotFound: there is no such folder.
@@ -137,7 +141,7 @@ def publishable(folder: Path) -> list[str]:
         if (folder / path).is_symlink() or not (folder / path).is_file():
             raise Forbidden(f"{folder / path} is a symlink or no regular file: copy what it stands for into the folder")
         _check_weights(folder / path)
-    if not any(path.endswith(WEIGHTS) for path in paths):
+    if weights and not any(path.endswith(WEIGHTS) for path in paths):
         raise Corrupt(f"{folder} holds no {WEIGHTS} file: a student without weights cannot be published")
     return paths
 

@@ -1,13 +1,26 @@
 """From a student's folder in the store to a model that draws."""
 
+from dataclasses import dataclass
+
+import torch
+
 from weights.bundled import resolve_base
-from weights.contracts import BaseReference
+from weights.contracts import BaseReference, Router, StudentManifest
 from weights.families.base import TextToImage
-from weights.store import StudentFolder, digest_folder
+from weights.router import route
+from weights.store import Store, StudentFolder, digest_folder
 
 
 class WrongBase(ValueError):
     """The base at hand is not the one that the student was made from."""
+
+
+class WrongMember(ValueError):
+    """A student that a routed one names is not like it."""
+
+
+class Routed(ValueError):
+    """A student without weights of its own was asked for them."""
 
 
 def base_reference(source: str) -> BaseReference:
@@ -37,9 +50,76 @@ def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
     """The student, sharing every component that training left alone with ``base`` (LoRA adapters are merged in).
 
     The folder was verified by `Store.open`; that the base is the right one is for `check_base`.
+
+    Raises:
+        WrongBase: the base is of another family.
+        Routed: the student only picks one of others: see `load_routed`.
     """
+    router = folder.manifest.router
+    if router is not None:
+        raise Routed(
+            f"student {folder.manifest.name!r} has no weights of its own: it draws each prompt with one of "
+            f"{', '.join(router.students)}; name one of these"
+        )
     if base.family != folder.manifest.family:
         raise WrongBase(
             f"student {folder.manifest.name!r} is of family {folder.manifest.family}, its base of {base.family}"
         )
     return base.load_network(folder.path)
+
+
+def route_prompts(router: Router, base: TextToImage, prompts: list[str]) -> list[int]:
+    """For each prompt the number of the student that draws it."""
+    offsets = None if router.offsets is None else torch.tensor(router.offsets)
+    return route(base.embed_prompts(prompts).cpu(), torch.tensor(router.centroids), offsets).tolist()
+
+
+def check_member(routed: StudentManifest, member: StudentManifest) -> None:
+    """Makes sure that a routed student can draw with this one, which may have been published anew since.
+
+    Raises:
+        WrongMember: it is routed itself, of another base or family, or draws in other steps or with other guidance.
+    """
+    if member.router is not None:
+        raise WrongMember(
+            f"{routed.name!r} routes to {member.name!r}, which is routed itself: name its students instead"
+        )
+    for field in ("family", "schedules", "guidance"):
+        ours, theirs = getattr(routed, field), getattr(member, field)
+        if ours != theirs:
+            raise WrongMember(f"{routed.name!r} routes to {member.name!r}, whose {field} is {theirs} and not {ours}")
+    if routed.base.sha256 != member.base.sha256:
+        raise WrongMember(
+            f"{routed.name!r} routes to {member.name!r}, which was made from base {member.base.id!r} with digest "
+            f"{member.base.sha256[:12]} and not {routed.base.sha256[:12]}"
+        )
+
+
+@dataclass(frozen=True)
+class RoutedStudent:
+    """Every student of a router, loaded: for whoever draws many prompts at a time."""
+
+    router: Router
+    base: TextToImage
+    members: list[TextToImage]
+
+    def split(self, prompts: list[str]) -> list[tuple[TextToImage, list[int]]]:
+        """The students that draw these prompts, each with the places of its own; nobody without any."""
+        chosen = route_prompts(self.router, self.base, prompts)
+        places = [[place for place, each in enumerate(chosen) if each == part] for part in range(len(self.members))]
+        return [(member, own) for member, own in zip(self.members, places, strict=True) if own]
+
+
+def load_routed(store: Store, folder: StudentFolder, base: TextToImage) -> RoutedStudent:
+    """A routed student with all that it routes to. That the base is the right one is for `check_base`.
+
+    Raises:
+        StoreError: one of them is missing, or its files are not what was published.
+        WrongMember: one of them is not like the others.
+    """
+    router = folder.manifest.router
+    assert router is not None, "callers ask for it"
+    opened = [store.open(name) for name in router.students]
+    for member in opened:
+        check_member(folder.manifest, member.manifest)
+    return RoutedStudent(router, base, [load_student(member, base) for member in opened])

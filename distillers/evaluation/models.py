@@ -5,9 +5,9 @@ from pathlib import Path
 
 from distillers.evaluation.subjects import Model
 from weights.bundled import STUDENTS, bundled_bases, resolve_base
-from weights.families import load
+from weights.families import TextToImage, load
 from weights.store import Store, StudentFolder, digest_folder
-from weights.students import check_base, load_student
+from weights.students import check_base, load_routed, load_student
 
 DEFAULT_BASE = "emoji-base"
 DEFAULT_FAMILY = "stable_diffusion"
@@ -29,6 +29,7 @@ def load_models(
         ValueError: more than one base is named, or a student comes from another one.
         FileNotFoundError: the base cannot be had.
         StoreError: a student is missing, or its files are not what was published.
+        WrongMember: a routed student's students are not alike.
     """
     found = Store(store if store is not None else STUDENTS, STUDENTS)
     bases = [name for name in names if is_base(name)]
@@ -42,7 +43,14 @@ def load_models(
         check_base(folder, digest_folder(resolve_base(source)))
     pipeline = load(family, source, device)
     teacher = Model(Path(source).name, pipeline)
-    return teacher, [Model(f.manifest.name, load_student(f, pipeline), f.manifest) for f in folders]
+    return teacher, [_student(found, folder, pipeline) for folder in folders]
+
+
+def _student(store: Store, folder: StudentFolder, base: TextToImage) -> Model:
+    manifest = folder.manifest
+    if manifest.router is not None:
+        return Model(manifest.name, base, manifest, load_routed(store, folder, base))
+    return Model(manifest.name, load_student(folder, base), manifest)
 
 
 def is_base(name: str) -> bool:

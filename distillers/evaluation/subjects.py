@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from distillers.evaluation.cache import Batch, digest_modules
+from distillers.evaluation.cache import Batch, digest, digest_modules
 from weights.contracts import Diversity, StudentManifest
 from weights.drawing import draw, draw_base
 from weights.families.base import TextToImage
+from weights.students import RoutedStudent
 
 Leg = Literal["plain", "base first step", "first step skipped"]
 STEPS = (1, 2, 4)
@@ -25,12 +27,24 @@ class Model:
 
     name: str
     pipeline: TextToImage
+    """What draws; a routed student's base, which knows its prompts and decodes its latents."""
     manifest: StudentManifest | None = None
+    routed: RoutedStudent | None = None
+    """The students that it picks from, each for its own prompts."""
 
     @cached_property
     def weights(self) -> str:
         """sha256 over everything that draws."""
-        return digest_modules(self.pipeline.components())
+        if self.routed is None:
+            return digest_modules(self.pipeline.components())
+        members = [digest_modules(member.components()) for member in self.routed.members]
+        return digest([members, self.routed.router.model_dump(exclude={"students"})])
+
+    def split(self, prompts: Sequence[str]) -> list[tuple[TextToImage, list[int]]]:
+        """Who draws these prompts, each with the places of its own."""
+        if self.routed is None:
+            return [(self.pipeline, list(range(len(prompts))))]
+        return self.routed.split(list(prompts))
 
     @property
     def steps(self) -> list[int]:
@@ -93,8 +107,18 @@ class Subject:
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Batch:
         """One picture a prompt, through the code that the server draws with."""
-        pipeline, manifest = self.model.pipeline, self.model.manifest
-        cond, uncond = pipeline.encode_prompts(list(prompts)), pipeline.encode_prompts([""])
+        pictures: dict[int, Tensor] = {}
+        evaluations = 0
+        for pipeline, places in self.model.split(prompts):
+            own = self._draw(pipeline, [prompts[place] for place in places], [seeds[place] for place in places])
+            pictures |= dict(zip(places, own.pictures, strict=True))
+            evaluations = own.evaluations
+        return Batch(torch.stack([pictures[place] for place in range(len(prompts))]), evaluations)
+
+    def _draw(self, pipeline: TextToImage, prompts: list[str], seeds: list[int]) -> Batch:
+        """Pictures of prompts that are all drawn by the same network."""
+        manifest = self.model.manifest
+        cond, uncond = pipeline.encode_prompts(prompts), pipeline.encode_prompts([""])
         if manifest is None:
             drawing = draw_base(pipeline, cond, uncond, seeds, self.steps, self.guidance)
         else:

@@ -51,6 +51,8 @@ class Drawn:
     """Network evaluations for this picture, the base leg's included; a guided step counts two."""
     seconds: float
     """Time of the whole request's drawing, without its wait."""
+    student: str | None = None
+    """Which of a routed student's students drew it; None where the model drew it itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class ModelInfo:
     base: str | None = None
     method: str | None = None
     diversity: Diversity | None = None
+    students: tuple[str, ...] = ()
+    """The students that a routed one picks from; none where the model draws itself."""
     licence: str = "unspecified"
     metrics: Mapping[str, Any] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ Only the thread that draws loads; any thread may ask what there is.
 
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import torch
 
 from service.engine.base import ModelBroken, ModelInfo, UnknownModel
 from service.engine.plan import MAX_BASE_STEPS
-from weights.contracts import BaseReference, StudentManifest, check_name
+from weights.contracts import BaseReference, Router, StudentManifest, check_name
 from weights.families import TextToImage, load
 from weights.store import NotFound, Store, StoreError, StudentFolder
-from weights.students import base_reference, check_base, load_student
+from weights.students import WrongMember, base_reference, check_base, check_member, load_student, route_prompts
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class Resident:
     base: TextToImage
     manifest: StudentManifest | None
     """None: the model is the base itself."""
+    member: str | None = None
+    """Which of a routed student's students this is; the manifest is then the routed one's."""
 
 
 class Residency:
@@ -62,8 +64,8 @@ class Residency:
         for name, family in self._listed.items():
             self._base(name, family)
 
-    def get(self, name: str) -> Resident:
-        """The model, loaded if need be.
+    def get(self, name: str, prompt: str) -> Resident:
+        """The model that draws this prompt under that name, loaded if need be.
 
         Raises:
             UnknownModel: nothing has that name.
@@ -79,7 +81,13 @@ class Residency:
             raise self._unknown(name) from error
         except StoreError as error:
             raise broken(name) from error
-        version = _version(folder)
+        router = folder.manifest.router
+        if router is not None:
+            return self._member(folder, router, prompt)
+        return self._student(folder)
+
+    def _student(self, folder: StudentFolder) -> Resident:
+        name, version = folder.manifest.name, _version(folder)
         known = self._students.get(name)
         if known is not None and known[0] == version:
             self._students.move_to_end(name)
@@ -89,6 +97,22 @@ class Residency:
         self._students.move_to_end(name)
         self._make_room()
         return resident
+
+    def _member(self, folder: StudentFolder, router: Router, prompt: str) -> Resident:
+        """The student that a routed one draws this prompt with: loaded and kept like any other, since it is one."""
+        manifest = folder.manifest
+        try:
+            check_base(folder, base_reference(manifest.base.id).sha256)
+            base = self._base(manifest.base.id, manifest.family)
+        except Exception as error:  # whatever foreign files can make a loader raise
+            raise broken(manifest.name) from error
+        name = router.students[route_prompts(router, base, [prompt])[0]]
+        try:
+            member = self._store.open(name)
+            check_member(manifest, member.manifest)
+        except (StoreError, WrongMember) as error:
+            raise broken(manifest.name) from error
+        return replace(self._student(member), manifest=manifest, member=name)
 
     def info(self, name: str) -> ModelInfo | StudentManifest:
         """What is known of a model without loading it: a base's facts, or a student's manifest.
@@ -186,6 +210,7 @@ class Residency:
             base=manifest.base.id,
             method=manifest.method,
             diversity=manifest.diversity,
+            students=tuple(manifest.router.students) if manifest.router is not None else (),
             licence=manifest.licence,
             metrics=manifest.metrics,
         )

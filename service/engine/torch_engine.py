@@ -195,7 +195,8 @@ class TorchEngine:
         """The whole request, on this thread."""
         request = ticket.request
         started = time.perf_counter()
-        resident = self._residency.get(request.model if request.model is not None else self._default_model())
+        name = request.model if request.model is not None else self._default_model()
+        resident = self._residency.get(name, request.prompt)
         plan = self._plan_resident(request, resident)
         per_batch = 1 if request.deterministic else self._settings.max_batch
         images: list[Image.Image] = []
@@ -219,6 +220,7 @@ class TorchEngine:
                 diversity=plan.diversity,
                 evaluations=evaluations,
                 seconds=seconds,
+                student=resident.member,
             )
             for image, seed in zip(images, request.seeds, strict=True)
         ]

@@ -66,15 +66,16 @@ class TableJobs:
         seen = taken_names(self._settings, students)
         for index, spec in enumerate(specs):
             prefix = f"jobs.{index}." if batch else ""
-            if spec.student in seen:
+            taken = [name for name in spec.publishes if name in seen]
+            if taken:
                 param = f"{prefix}student"
-                raise InvalidSpec(f"{param}: the name {spec.student!r} is taken; choose another", param, "name_taken")
+                raise InvalidSpec(f"{param}: the name {taken[0]!r} is taken; choose another", param, "name_taken")
             if spec.start is not None and spec.start not in students:
                 known = ", ".join(students) or "none yet"
                 raise InvalidSpec(
                     f"{prefix}start: no student {spec.start!r} is published; there are: {known}", f"{prefix}start"
                 )
-            seen.add(spec.student)
+            seen.update(spec.publishes)
 
     async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
         """See `Jobs.list`."""

@@ -46,6 +46,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse:
             diversity=DiversityUsed(**first.diversity.model_dump()) if first.diversity else None,
             network_evaluations=first.evaluations,
             seconds=round(first.seconds, 4),
+            student=first.student,
         ),
     )
 

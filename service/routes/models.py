@@ -44,6 +44,7 @@ def _model(info: ModelInfo) -> Model:
         default_guidance=info.default_guidance,
         size=f"{info.size}x{info.size}" if info.size else None,
         diversity=diversity,
+        students=list(info.students),
         licence=info.licence,
         metrics=dict(info.metrics),
     )

@@ -27,7 +27,7 @@ from service.engine.plan import plan_student
 from service.engine.torch_engine import TorchEngine, to_images
 from service.settings import Settings
 from tests.service.conftest import SCHEDULES, TinyBase
-from weights.contracts import BaseReference, Diversity, GuidanceConvention
+from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router
 from weights.denoiser import cond_repeat
 from weights.drawing import Drawing, draw
 from weights.families import TextToImage, load
@@ -109,6 +109,39 @@ def test_a_students_pictures_are_those_of_the_library(harness: Harness) -> None:
         cond = cond_repeat(base.encode_prompts(["red apple"]), 2)
         expected = to_images(base.decode(draw(student, cond, None, (5, 6), SCHEDULES[4]).latents))
     assert pixels(drawn)[:2] == [image.tobytes() for image in expected]
+
+
+def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harness) -> None:
+    base = harness.base.model
+    prompts = ["red apple", "blue dog"]
+    router = Router(centroids=base.embed_prompts(prompts).tolist(), students=["msd-0", "msd-1"])
+    for name, change in zip(router.students, (1.05, 0.9), strict=True):
+        harness.publish(name, change=change)
+    (harness.folder / "none").mkdir()
+    member = harness.store.manifest("msd-0")
+    routed = member.model_copy(update={"name": "msd", "router": router, "files": {}})
+    harness.store.publish(routed, harness.folder / "none")
+
+    async def scenario(engine: TorchEngine) -> None:
+        assert {info.id: info.students for info in engine.models()}["msd"] == ("msd-0", "msd-1")
+        for prompt, student in zip(prompts, router.students, strict=True):
+            (drawn,) = await engine.generate(request(model="msd", prompt=prompt))
+            (own,) = await engine.generate(request(model=student, prompt=prompt))
+            assert (drawn.model, drawn.student, own.model, own.student) == ("msd", student, student, None)
+            assert drawn.image.tobytes() == own.image.tobytes()
+        assert set(engine._residency.resident_students()) == {"msd-0", "msd-1"}, "it keeps nothing of its own"
+        with pytest.raises(BadRequest, match="'msd' was made to draw in"):
+            await engine.generate(request(model="msd", steps=3))
+        # One of them is published anew: its new weights draw, but no other kind of student.
+        before = await engine.generate(request(model="msd"))
+        await asyncio.to_thread(harness.publish, "msd-0", change=0.8)
+        assert pixels(await engine.generate(request(model="msd"))) != pixels(before)
+        await asyncio.to_thread(harness.publish, "msd-0", schedules={1: SCHEDULES[1]})
+        with pytest.raises(ModelBroken, match="'msd'"):
+            await engine.generate(request(model="msd"))
+        await engine.generate(request(model="msd", prompt="blue dog"))
+
+    harness.run(scenario)
 
 
 def test_the_base_draws_with_its_defaults(harness: Harness) -> None:
@@ -229,7 +262,7 @@ def test_what_a_model_says_of_itself(harness: Harness) -> None:
 def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
     async def scenario(engine: TorchEngine) -> None:
         await engine.generate(request())
-        resident = engine._residency.get("tiny")
+        resident = engine._residency.get("tiny", "red apple")
         mine, theirs = resident.model.components(), resident.base.components()
         assert mine["unet"] is not theirs["unet"]
         assert mine["vae"] is theirs["vae"]

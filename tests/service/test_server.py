@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +17,7 @@ from service.app import create_app
 from service.engine.torch_engine import TorchEngine
 from service.settings import Settings
 from tests.service.conftest import TinyBase
+from weights.contracts import Router
 from weights.store import Store
 
 
@@ -25,7 +27,14 @@ def address(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> It
     settings = Settings(
         store=folder / "store", jobs_dir=folder / "jobs", bases=[tiny_base.id], default_model="tiny", device="cpu"
     )
-    tiny_base.publish(Store(settings.store), folder / "work")
+    store = Store(settings.store)
+    tiny_base.publish(store, folder / "work")
+    tiny_base.publish(store, folder / "other", "other", change=0.9)
+    centroids = tiny_base.model.embed_prompts(["red apple", "blue dog"]).tolist()
+    router = Router(centroids=centroids, students=["tiny", "other"])
+    (folder / "none").mkdir()
+    routed = store.manifest("tiny").model_copy(update={"name": "routed", "router": router, "files": {}})
+    store.publish(routed, folder / "none")
     app = create_app(settings, TorchEngine.from_settings(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -62,6 +71,23 @@ def test_draw_over_http(address: str) -> None:
     first, second = (httpx.get(item["url"]) for item in body["data"])
     assert first.content != second.content
     assert Image.open(io.BytesIO(first.content)).size == (32, 32)
+
+
+def test_a_routed_student_over_http(address: str) -> None:
+    (model,) = [m for m in httpx.get(f"{address}/v1/models").json()["data"] if m["id"] == "routed"]
+    assert model["students"] == ["tiny", "other"]
+    answers = {}
+    for name in ("routed", "tiny", "other"):
+        fields = {"model": name, "prompt": "blue dog", "seed": 3, "response_format": "b64_json"}
+        answers[name] = httpx.post(f"{address}/v1/images/generations", json=fields, timeout=60).json()
+    assert answers["routed"]["drawing"]["student"] == "other"
+    assert "student" not in answers["other"]["drawing"]
+    pixels = {name: picture(answer).tobytes() for name, answer in answers.items()}
+    assert pixels["routed"] == pixels["other"] != pixels["tiny"]
+
+
+def picture(answer: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
 
 
 def test_refusals_over_http(address: str) -> None:

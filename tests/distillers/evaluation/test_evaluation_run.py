@@ -19,10 +19,10 @@ from distillers.evaluation.measure import Distances, Quality, Real
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.subjects import Model, Subject, coarse_subjects, specific_subjects
 from tests.helpers import tiny_pipeline
-from weights.contracts import StepSchedule, StudentManifest
+from weights.contracts import Router, StepSchedule, StudentManifest
 from weights.families import load
 from weights.store import NotFound, Store
-from weights.students import WrongBase, base_reference, load_student
+from weights.students import WrongBase, base_reference, load_student, route_prompts
 
 COMMITTED = protocol_.load()
 SCHEDULES = {1: StepSchedule(timesteps=[1.0]), 4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])}
@@ -234,6 +234,32 @@ def test_a_subject_draws_seeds_not_batches(base_folder: Path, store: Path) -> No
     keys = [json.dumps(subject.key, sort_keys=True) for subject in coarse_subjects(base, [student])]
     assert len(set(keys)) == 4
     assert Subject(student, base, 4).latency("dog", repeats=2) > 0
+
+
+def test_a_routed_student_is_measured_with_each_prompts_own_student(
+    base_folder: Path, store: Path, tmp_path: Path
+) -> None:
+    routed_store = Store(tmp_path / "store")
+    base = load("stable_diffusion", base_folder)
+    prompts = ["red apple", "blue dog", "red apple apple"]
+    router = Router(centroids=base.embed_prompts(prompts[:2]).tolist(), students=["a", "b"])
+    own = Store(store).open("tiny-student")
+    routed_store.publish(own.manifest.model_copy(update={"name": "a"}), own.path)
+    (tmp_path / "b").mkdir()
+    base.save_network(tmp_path / "b")
+    routed_store.publish(own.manifest.model_copy(update={"name": "b"}), tmp_path / "b")
+    (tmp_path / "none").mkdir()
+    routed_store.publish(own.manifest.model_copy(update={"name": "routed", "router": router}), tmp_path / "none")
+
+    teacher, (routed, first, second) = models.load_models(["routed", "a", "b"], tmp_path / "store")
+    assert len({model.weights for model in (teacher, routed, first)}) == 3
+    seeds = [1, 2, 3]
+    together = Subject(routed, teacher, 4).draw(prompts, seeds)
+    assert together.pictures.shape == (3, 3, 32, 32) and together.evaluations == 4
+    drawn = {model.name: Subject(model, teacher, 4).draw(prompts, seeds).pictures for model in (first, second)}
+    chosen = [drawn[router.students[part]][row] for row, part in enumerate(route_prompts(router, base, prompts))]
+    assert len(set(route_prompts(router, base, prompts))) == 2
+    assert float((together.pictures.float() - torch.stack(chosen).float()).abs().mean()) < 0.5
 
 
 def test_names_choose_students_and_bases(base_folder: Path, store: Path, tmp_path: Path) -> None:

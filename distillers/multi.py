@@ -1,0 +1,238 @@
+"""Multi-Student Distillation as a job over jobs: cut the prompts into parts, train a student on each, publish a router.
+
+Song et al. 2024, https://arxiv.org/abs/2410.23274; what is cut, and how, is in `distillers.partition`. Part k is the same
+job (method, settings, seed, so many iterations) with the prompts of part k, in the folder ``part-k``. It is published as
+NAME-k as soon as it is done, and when all are, NAME is: a manifest that routes each prompt to one of them and has no weights
+of its own.
+
+Same-sized students start from the teacher, as in every job. To compare K students with one at the same cost, the paper
+trains each with a K-th of the batch: ``train.batch_size`` is each student's. Parts share what is encoded, and the teacher
+pairs of a regression. In parallel each part is a process, on the next GPU where there are several.
+
+A stopped job goes on with the part (or parts) that it was at; those that are published are passed over. The job's events are
+one stream: its steps are all parts' together, and metrics, checkpoints and samples are named by their part.
+"""
+
+import gc
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillers.corpus import load_corpus
+from distillers.job import STOPPED, JobRun, code_version, published
+from distillers.merging import MergedEvents, PartReporter
+from distillers.partition import FILE, Partition
+from distillers.spec import BadSpec
+from distillers.trainer import Interrupted
+from weights.contracts import EVENTS, AnyEvent, StudentManifest
+from weights.families import load
+from weights.students import base_reference
+
+POLL_SECONDS = 0.5
+ASKED = (STOPPED, -signal.SIGTERM)
+"""Exit status of a part that was asked to stop: the second one's, while it still imports its libraries."""
+
+
+class PartFailed(ValueError):
+    """A part's job has failed; the message is its own, and says which."""
+
+
+class MultiRun(JobRun):
+    """A job with a partition, all parts of it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """
+        Args:
+            arguments: as for a `JobRun`.
+            options: as for a `JobRun`.
+
+        Raises:
+            BadSpec: the spec cannot be run.
+        """
+        super().__init__(*arguments, **options)
+        assert self.job.partition is not None, "callers look"
+        self.parallel = self.job.partition.order == "parallel"
+        self.parts = dict(enumerate(self.job.parts))
+        self.merged = MergedEvents(self.reporter, len(self.parts), self.job.train, parallel=self.parallel)
+        self._running: JobRun | None = None
+
+    def stop(self, *_: Any) -> None:
+        """Asks the job, and the part that it is at, to stop."""
+        self._stop = True
+        if self._running is not None:
+            self._running.stop()
+
+    def _published(self) -> StudentManifest | None:
+        return self.store.made_by(self.job) if (self.folder / FILE).exists() else None
+
+    def _make(self, resume: bool) -> StudentManifest | None:
+        if self.parallel and self.accelerator.num_processes > 1:
+            message = "'parallel' starts a process a part: start it without accelerate launch, or use 'sequential'"
+            raise BadSpec([{"param": "partition.order", "message": message}])
+        done = {part for part, job in self.parts.items() if resume and published(job, self._folder(part), self.store)}
+        for part in self.parts.keys() - done:
+            self._refuse_taken_name(self.parts[part].student)
+        self._write_spec()
+        partition = self._cut()
+        for part in done:
+            self.merged.skip(part)
+        waiting = [part for part in self.parts if part not in done]
+        if self.parallel:
+            self._run_together(waiting, resume)
+        else:
+            for part in waiting:
+                self._run_here(part, resume)
+        return self._publish_router(partition) if self.accelerator.is_main_process else None
+
+    def _folder(self, part: int) -> Path:
+        return self.folder / f"part-{part}"
+
+    def _cut(self) -> Partition:
+        """The partition: the one in the folder, or a new one."""
+        self.reference = base_reference(self.job.base)
+        base = load(self.job.family, self.job.base, self.accelerator.device, torch.float32)
+        return self._partition(load_corpus(self.job.data, base.size), base)
+
+    def _position(self) -> tuple[int, str | None]:
+        return self.merged.step, self.merged.last_checkpoint
+
+    def _ended(self, part: int, status: int) -> None:
+        """Goes on where a part has ended well. Raises: Interrupted or PartFailed."""
+        if status in ASKED:
+            raise Interrupted(f"stopped in part {part}")
+        if status != 0:
+            how = (
+                f"its process was killed by signal {-status}"
+                if status < 0
+                else f"its process ended with status {status}"
+            )
+            raise PartFailed(f"part {part}: {self.merged.failures.get(part, how)}")
+
+    # One after the other
+
+    def _run_here(self, part: int, resume: bool) -> None:
+        self._running = JobRun(
+            self.parts[part].model_dump(mode="json"),
+            self._folder(part),
+            self.store,
+            cache=self.cache,
+            replace=self.replace,
+            shared=self.shared,
+            reporter=PartReporter(self._folder(part), self.merged, part),
+        )
+        if self._stop:  # before it was there to be asked
+            raise Interrupted(f"stopped before part {part}")
+        try:
+            self._ended(part, self._running.run(resume))
+        finally:
+            self._running = None
+            gc.collect()  # a part's networks hold each other in cycles
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    # All at once
+
+    def _run_together(self, parts: list[int], resume: bool) -> None:
+        events: queue.SimpleQueue[tuple[int, AnyEvent]] = queue.SimpleQueue()
+        processes: dict[int, subprocess.Popen[str]] = {}
+        readers = []
+        try:
+            for part in parts:
+                processes[part] = self._launch(part, resume)
+                reader = threading.Thread(target=_read, args=(part, processes[part], events))
+                reader.start()
+                readers.append(reader)
+            self._follow(processes, events)
+        finally:
+            for process in processes.values():  # those that still run: they save and exit
+                process.terminate()
+            for process in processes.values():
+                process.wait()
+            for reader in readers:
+                reader.join()
+            while not events.empty():
+                self.merged.take(*events.get())
+        statuses = {part: process.returncode for part, process in processes.items()}
+        # The one that failed by itself first, since the others were stopped for it.
+        for part, status in sorted(statuses.items(), key=lambda item: item[1] in (0, *ASKED)):
+            self._ended(part, status)
+
+    def _follow(
+        self, processes: "dict[int, subprocess.Popen[str]]", events: "queue.SimpleQueue[tuple[int, AnyEvent]]"
+    ) -> None:
+        """Passes events on until every process has ended, one has failed, or the job is to stop."""
+        while not self._stop:
+            try:
+                self.merged.take(*events.get(timeout=POLL_SECONDS))
+            except queue.Empty:
+                statuses = [process.poll() for process in processes.values()]
+                if all(status is not None for status in statuses) or any(statuses):
+                    return
+
+    def _launch(self, part: int, resume: bool) -> "subprocess.Popen[str]":
+        folder = self._folder(part)
+        folder.mkdir(parents=True, exist_ok=True)
+        spec = folder / "job.json"
+        spec.write_text(self.parts[part].model_dump_json(indent=2) + "\n")
+        options = {"--folder": folder, "--store": self.store.root, "--cache": self.cache, "--shared": self.shared}
+        command = [sys.executable, "-m", "distillers", str(spec)]
+        command += [str(word) for option in options.items() for word in option]
+        command += ["--resume"] * resume + ["--replace"] * self.replace
+        # Same process group: whoever ends this job's group ends its parts.
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=os.environ | _device(part)
+        )
+
+    # The router
+
+    def _publish_router(self, partition: Partition) -> StudentManifest:
+        names = [part.student for part in self.parts.values()]
+        members = [self.store.manifest(name) for name in names]
+        first = members[0]
+        manifest = first.model_copy(
+            update={
+                "name": self.job.student,
+                "created_at": datetime.now(UTC),
+                "router": partition.router(names),
+                "job": self.job,
+                "metrics": {
+                    "iterations": sum(int(member.metrics["iterations"]) for member in members),
+                    "training_seconds": round(sum(float(member.metrics["training_seconds"]) for member in members), 1),
+                    "router": partition.metrics,
+                },
+                "code_version": code_version(),
+                "files": {},
+            }
+        )
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".publish-") as empty:
+            return self.store.publish(manifest, Path(empty), replace=self.replace)
+
+
+def _read(part: int, process: "subprocess.Popen[str]", events: "queue.SimpleQueue[tuple[int, AnyEvent]]") -> None:
+    """Puts the events that a part's process prints into the queue, until it ends; other lines are a library's."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            try:
+                events.put((part, EVENTS.validate_json(line)))
+            except ValueError:
+                continue
+
+
+def _device(part: int) -> dict[str, str]:
+    """The variables that show a part's process its own GPU, where there are several."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return {}
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = listed.split(",") if listed else [str(number) for number in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": visible[part % count]}
