@@ -38,6 +38,14 @@ from weights.families import load
 from weights.students import base_reference
 
 POLL_SECONDS = 0.5
+SPENT = (
+    "iterations",
+    "training_seconds",
+    "processor_seconds",
+    "preparation_seconds",
+    "preparation_processor_seconds",
+)
+"""A manifest's metrics that are the sums of the parts'."""
 ASKED = (STOPPED, -signal.SIGTERM)
 """Exit status of a part that was asked to stop: the second one's, while it still imports its libraries."""
 
@@ -205,8 +213,7 @@ class MultiRun(JobRun):
                 "router": partition.router(names),
                 "job": self.job,
                 "metrics": {
-                    "iterations": sum(int(member.metrics["iterations"]) for member in members),
-                    "training_seconds": round(sum(float(member.metrics["training_seconds"]) for member in members), 1),
+                    **{name: round(sum(member.metrics[name] for member in members), 3) for name in SPENT},
                     "router": partition.metrics,
                 },
                 "code_version": code_version(),

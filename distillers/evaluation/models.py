@@ -43,10 +43,11 @@ def load_models(
         check_base(folder, digest_folder(resolve_base(source)))
     pipeline = load(family, source, device)
     teacher = Model(Path(source).name, pipeline)
-    return teacher, [_student(found, folder, pipeline) for folder in folders]
+    return teacher, [student_model(found, folder, pipeline) for folder in folders]
 
 
-def _student(store: Store, folder: StudentFolder, base: TextToImage) -> Model:
+def student_model(store: Store, folder: StudentFolder, base: TextToImage) -> Model:
+    """A student to measure, routed or not. That the base is its own is for `check_base`."""
     manifest = folder.manifest
     if manifest.router is not None:
         return Model(manifest.name, base, manifest, load_routed(store, folder, base))

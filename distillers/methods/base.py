@@ -27,6 +27,13 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def scaled(self, factor: float) -> Self:
+        """These settings for a run of ``factor`` times as many iterations: phases told in iterations keep their share.
+
+        At 0 every phase is as short as can be. What has no phases is the same at every length.
+        """
+        return self
+
 
 def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not all(0 <= beta < 1 for beta in betas):

@@ -54,6 +54,14 @@ class DisBackConfig(MethodConfig):
             )
         return self
 
+    def scaled(self, factor: float) -> Self:
+        return self.model_copy(
+            update={
+                "degradation_iterations": max(self.path_points, round(factor * self.degradation_iterations)),
+                "backtrack_every": max(1, round(factor * self.backtrack_every)),
+            }
+        )
+
     def inner(self) -> ScoreDistillationConfig:
         """The method's own settings.
 

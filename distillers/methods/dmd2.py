@@ -38,6 +38,10 @@ class DMD2Config(ScoreDistillationConfig):
     regression_lr: float = Field(1e-5, gt=0, description="student's learning rate while regressing")
     regression_huber: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0 is the mean square")
 
+    def scaled(self, factor: float) -> Self:
+        kept = max(1, round(factor * self.regression_iterations)) if self.regression_iterations else 0
+        return self.model_copy(update={"regression_iterations": kept})
+
     @model_validator(mode="after")
     def _regression_has_its_schedule(self) -> Self:
         if self.regression_iterations and 1 not in self.schedules:

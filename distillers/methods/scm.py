@@ -34,6 +34,7 @@ consistency function of it: at noise below ``boundary`` its r stays 0, and it fo
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -99,6 +100,9 @@ class SCMConfig(FewStepConfig):
     betas: Betas = Field((0.9, 0.99), description="RAdam's betas")
     weight_decay: float = Field(0.0, ge=0, description="RAdam's weight decay of the student")
     warmup: int = Field(0, ge=0, description="updates over which the student's learning rate rises")
+
+    def scaled(self, factor: float) -> Self:
+        return self.model_copy(update={"tangent_warmup": round(factor * self.tangent_warmup)})
 
 
 class LogVariance(nn.Module):

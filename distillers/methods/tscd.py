@@ -95,6 +95,13 @@ class TSCDConfig(ConsistencyConfig):
     head_lr: float = Field(1e-5, gt=0, description="discriminator heads' learning rate")
     head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads")
 
+    def scaled(self, factor: float) -> Self:
+        stages = [
+            stage.model_copy(update={"iterations": stage.iterations and max(1, round(factor * stage.iterations))})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
+
     @model_validator(mode="after")
     def _stages_follow(self) -> Self:
         counts = [stage.segments for stage in self.stages]

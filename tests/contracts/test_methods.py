@@ -52,6 +52,14 @@ class TestMethod:
             config.model_validate({"no_such_setting": 1})
         assert config.model_validate_json(config().model_dump_json()) == config()
 
+    def test_phases_keep_their_share_of_a_run_of_another_length(self, name: str) -> None:
+        found = method(name)
+        config = found.Config(**SMALL.get(name, {}))
+        assert config.scaled(1.0) == config
+        for factor in (0.0, 0.3, 40.0):
+            scaled = config.scaled(factor)
+            assert found.Config.model_validate(scaled.model_dump(mode="json")) == scaled
+
     def test_declares_networks_turns_and_schedules(self, name: str) -> None:
         built, _ = build(name)
         trained = built.trained()

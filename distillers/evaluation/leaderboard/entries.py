@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distillers.methods import method
 from distillers.spec import check_spec, read_spec
 from weights.contracts import DistillJob
 
@@ -37,23 +38,32 @@ class Entry:
     ) -> dict[str, Any]:
         """The job to run: the recipe's own but for what all entries have in common.
 
+        Phases that the recipe tells in iterations keep their share of the run. A job of several students has the budget
+        of one: each of them gets its share.
+
         Args:
-            iterations: of the whole run.
+            iterations: of the whole run, all students' together.
             threads: CPU threads.
             seed: of the run.
-            minutes: stop after so much training time; None: after the iterations alone, whatever the recipe says.
+            minutes: stop after so much training time, as a probe does, whose phases are as short as can be so that it sees
+                the last one; None: after the iterations alone, whatever the recipe says.
             every: iterations between checkpoints.
         """
+        students = len(self.job.parts) or 1
+        own = max(1, round(iterations / students))
+        config = method(self.job.method).Config.model_validate(self.raw.get("config", {}))
+        scaled = config.scaled(0 if minutes is not None else own / self.job.train.iterations)
         train = {
             **self.raw.get("train", {}),
-            "iterations": iterations,
+            "iterations": own,
             "threads": threads,
             "seed": seed,
-            "max_minutes": minutes,
+            "max_minutes": minutes and minutes / students,
             "checkpoint_every": every,
-            "sample_every": iterations,
+            "sample_every": own,
         }
-        return {**self.raw, "student": self.student, "train": train}
+        changed = {} if scaled == config else {"config": scaled.model_dump(mode="json")}
+        return {**self.raw, **changed, "student": self.student, "train": train}
 
 
 def find(folder: Path, base: str) -> list[Entry]:

@@ -7,12 +7,13 @@ from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import Extractor
 from distillers.evaluation.leaderboard.records import Machine, Row, Teacher
 from distillers.evaluation.measure import Evaluation, Track
+from distillers.evaluation.models import student_model
 from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import STEPS, Model, Subject
 from weights.bundled import resolve_base
 from weights.families import load
 from weights.store import Store, digest_folder
-from weights.students import check_base, load_student
+from weights.students import check_base
 
 CURVE_STEPS = (8, 16)
 """Beside 1, 2 and 4 and its full step count, where the teacher is drawn for the figure's line."""
@@ -83,7 +84,7 @@ class Measurer:
         """A published student at each of 1, 2 and 4 steps that it has."""
         folder = self.store.open(name)
         check_base(folder, self.sha256)
-        student = Model(name, load_student(folder, self.base.pipeline), folder.manifest)
+        student = student_model(self.store, folder, self.base.pipeline)
         return [self._row(student, steps, with_diversity=True) for steps in student.steps]
 
     def _row(self, model: Model, steps: int, *, with_diversity: bool) -> Row:

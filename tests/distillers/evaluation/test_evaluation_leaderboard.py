@@ -277,6 +277,28 @@ class TestEntries:
         assert train["batch_size"] == 4 and spec["data"] == entry.raw["data"]
         assert entry.raw["train"]["iterations"] == 7
 
+    @pytest.mark.parametrize(
+        ("name", "field", "value"),
+        [
+            ("disback", "degradation_iterations", 20),
+            ("scm", "tangent_warmup", 40),
+            ("tscd", "stages", [{"segments": 8, "iterations": 25}, {"segments": 4, "iterations": 33}]),
+        ],
+    )
+    def test_phases_keep_their_share(self, name: str, field: str, value: Any) -> None:
+        entry = next(each for each in entries.find(command.RECIPES, "emoji-base") if each.name == name)
+        iterations = 200
+        found = entry.spec(iterations=iterations, threads=1, seed=0, every=10)["config"][field]
+        assert (found[:2] if isinstance(found, list) else found) == value
+        probe = entry.spec(iterations=10**6, threads=1, seed=0, every=10, minutes=1.0)["config"][field]
+        assert probe in (0, 4) or probe[0]["iterations"] == 1
+
+    def test_several_students_share_one_budget(self) -> None:
+        entry = next(each for each in entries.find(command.RECIPES, "emoji-base") if each.name == "msd")
+        train = entry.spec(iterations=400, threads=1, seed=0, every=10)["train"]
+        assert (train["iterations"], train["sample_every"]) == (100, 100)
+        assert entry.spec(iterations=400, threads=1, seed=0, every=10, minutes=1.0)["train"]["max_minutes"] == 0.25
+
     def test_a_folder_without_recipes_is_no_board(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has no recipe emoji_"):
             entries.find(tmp_path, "emoji-base")
