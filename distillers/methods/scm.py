@@ -177,7 +177,8 @@ class SCM(Method):
         angle = self._angles(len(real), step)
         eps = draw_noise(tuple(real.shape), step.local, real.device)
         x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()
-        velocity = self._student_velocity(x_t, angle, cond)
+        x0 = Converted(self.student.denoiser, self.trig)(x_t, angle / QUARTER_TURN, cond)
+        velocity = trig_velocity(x0, x_t, angle)
         tangent, metrics = self._tangent(velocity, x_t, angle, cond, step.iteration)
         weight = 1 / (self.config.sigma_data * angle.tan()) if self.config.prior_weighting else torch.ones_like(angle)
         log_variance = None
@@ -196,10 +197,6 @@ class SCM(Method):
         """TrigFlow's angle at the teacher's time t."""
         return self.trig.angle(self.trig.time_of_log_snr(self.teacher.schedule.log_snr(t)))
 
-    def _student_velocity(self, x_t: Tensor, angle: Tensor, cond: Cond) -> Tensor:
-        x0 = Converted(self.student.denoiser, self.trig)(x_t, angle / QUARTER_TURN, cond)
-        return trig_velocity(x0, x_t, angle)
-
     @torch.no_grad()
     def _teacher_velocity(self, x_t: Tensor, angle: Tensor, cond: Cond) -> Tensor:
         view = Converted(self.teacher, self.trig)
@@ -210,8 +207,14 @@ class SCM(Method):
         """d(sd F^-)/dt of the student, where dx_t/dt = ``velocity``."""
         config = self.config
 
+        view = Converted(self.student.denoiser, self.trig)
+        weights: dict[str, Tensor] = {}
+        if config.tangent == "finite_difference":  # a LoRA student may stand on the teacher's own weights, in bfloat16
+            weights = {key: weight.float() for key, weight in view.named_parameters() if weight.dtype == torch.bfloat16}
+
         def function(x: Tensor, t: Tensor) -> Tensor:
-            return self._student_velocity(x, t, cond)
+            x0 = torch.func.functional_call(view, weights, (x, t / QUARTER_TURN, cond))
+            return trig_velocity(x0, x, t)
 
         with _evaluating(self.student.network):
             if config.tangent == "jvp":

@@ -19,6 +19,7 @@ from distillers.losses.continuous_consistency import (
 )
 from distillers.methods.base import Setup, Turn
 from distillers.methods.scm import MARGIN, SCM, LogVariance, SCMConfig
+from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.mixture import Mixture
@@ -227,6 +228,18 @@ def test_dropout_does_not_disturb_a_difference() -> None:
     assert network.training
 
 
+def test_a_difference_is_taken_in_float32_where_weights_are_not() -> None:
+    """So it is for a LoRA student that stands on the teacher's weights, under bfloat16 training."""
+    method = build(tangent="finite_difference")
+    derivatives = []
+    for dtype in (torch.bfloat16, torch.float32):  # the same weights, held in either
+        method.student.network.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            metrics = method.loss(TURN, step_of(method.setup, B)).metrics
+        derivatives.append(float(metrics["student/derivative"]))
+    assert derivatives[0] == pytest.approx(derivatives[1], rel=1e-3)
+
+
 # Convergence
 
 QUICK = {"lr": 1.5e-3, "tangent_warmup": 10, "prior_weighting": False}
@@ -246,19 +259,7 @@ def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -
         return before, distance_to_data(method, one, setup)
 
 
-CONVENTIONS: list[tuple[Schedule, Prediction]] = [
-    (VP, "v"),
-    (VP, "x0"),
-    (SD, "eps"),
-    (EDM(), "edm"),
-    (RectifiedFlow(), "flow"),
-    (TrigFlow(), "v"),
-]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), CONVENTIONS, ids=lambda value: value if isinstance(value, str) else type(value).__name__
-)
+@in_every_convention
 def test_the_student_finds_the_teachers_distribution(
     schedule: Schedule, prediction: Prediction, tmp_path: Path
 ) -> None:

@@ -25,18 +25,5 @@ class Converted(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The estimate of x_0; shapes as in `Denoiser.forward`."""
-        x0: Tensor = self.denoiser(*self._own(x_t, t), cond)
+        x0: Tensor = self.denoiser(*convert(x_t, t, self.schedule, self.denoiser.schedule), cond)
         return x0
-
-    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        return self.denoiser.with_features(*self._own(x_t, t), cond)
-
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        return self.denoiser.features(*self._own(x_t, t), cond)
-
-    @property
-    def feature_channels(self) -> list[int]:
-        return self.denoiser.feature_channels
-
-    def _own(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return convert(x_t, t, self.schedule, self.denoiser.schedule)
