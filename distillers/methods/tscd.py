@@ -8,7 +8,7 @@ deterministic steps. K falls by stages, 8, 4, 2, 1; with one segment this is con
 
     x_t = alpha_t x + sigma_t eps,  t = t_n             x a real picture, n uniform in 1..solver_steps
     x_s = DDIM(x_t, D_T(x_t, t; w), t -> s)             s = t_{n - skip}, but not below e
-    ours = DDIM(x_t, f(x_t, t), t -> e)                 PCM, section 3.1; at e = 0 f itself
+    ours = DDIM(x_t, f(x_t, t), t -> e)                 at e = 0 f itself
     target = DDIM(x_s, f^-(x_s, s), s -> e),  x_s itself where s = e
     loss = d(ours / |e|, target / |e|),  |e| = sqrt(alpha_e^2 + sigma_e^2)
            - gan_weight D(ours_u)                       u uniform in the segment, (e, its upper edge]
@@ -20,20 +20,20 @@ features of the teacher's own frozen network, which know u and the prompt. One t
 ``gan_weight = 0`` there are no heads and no second turn.
 
 |e| is 1 where variance is preserved, as in both papers. Elsewhere it makes the loss what it is in the variance-preserving
-schedule of the same signal-to-noise ratios: unnormalised, EDM's first segments, where sigma_e is above 10, would be all
-that a student learns.
+schedule of the same signal-to-noise ratios: segments keep their weights, and the pseudo-Huber constant its meaning, in EDM,
+whose states are up to 80 in size, as in the others.
 
 What Hyper-SD does after this, human feedback and score distillation for one step, are other jobs that ``start`` from this
 one's student. A student of one segment draws with the consistency sampler, which is TCD's at eta = 1 (Hyper-SD's choice for
 its unified LoRA); "ddim" schedules lower it. One of K > 1 segments has to stop at each segment's end: its schedules are
 "ddim", and hold the segments' upper edges. Until a job's last stage its sample sheets show a student of more segments than
-its schedules have steps.
+its schedules have steps, and a job that ends earlier publishes one: the log's ``student/segments`` tells.
 
 Departures from PCM's public code: the student's adversarial loss is -D, not max(0, 1 - D); the heads are DMD2's, on the
 teacher's bottleneck, not four on every block; D's turn uses the pair of the student's turn instead of a batch of its own;
-the guidance scale is fixed, where PCM draws it and Hyper-SD says nothing; u is not on the grid of native timesteps, and the
-boundary e = 0 is the picture, not the first timestep. From Hyper-SD: its mix of distances by segment, whose numbers it
-keeps, is one distance.
+the guidance scale is fixed, where PCM draws it; u is not on the grid of native timesteps, and the boundary e = 0 is the
+picture, not the first timestep. From Hyper-SD: it moves weight from the distance to the adversarial loss as K falls, here
+``gan_weight`` stays (a job for each stage can change it).
 """
 
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ from distillers.methods.base import (
 )
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from distillers.rollout import draw_noise
-from weights.denoiser import Cond, cond_cat
+from weights.denoiser import Cond, Denoiser, cond_cat
 from weights.diffusion.schedules import add_more_noise, expand
 
 SAME_TIME = 1e-6
@@ -84,7 +84,9 @@ class TSCDConfig(ConsistencyConfig):
     """The defaults are PCM's for SD1.5, with Hyper-SD's stages."""
 
     stages: list[Stage] = Field(
-        default_factory=default_stages, min_length=1, description="numbers of segments, falling, and how long each"
+        default_factory=default_stages,
+        min_length=1,
+        description="numbers of segments, falling, and how long each; the job's iterations must reach into the last",
     )
     guidance_scale: float = Field(
         5.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off (PCM draws 5 to 6)"
@@ -119,8 +121,10 @@ class TSCDConfig(ConsistencyConfig):
     @model_validator(mode="after")
     def _schedules_stop_at_the_segments(self) -> Self:
         segments = self.stages[-1].segments
+        if segments == 1:
+            return self
         starts = [edge / self.solver_steps for edge in segment_edges(self.solver_steps, segments)[:0:-1]]
-        for steps, schedule in self.schedules.items() if segments > 1 else ():
+        for steps, schedule in self.schedules.items():
             visited = all(min(abs(start - t) for t in schedule.timesteps) < SAME_TIME for start in starts)
             if not visited or schedule.sampler != "ddim":
                 raise ValueError(
@@ -151,6 +155,7 @@ class TSCD(Consistency):
     name = "tscd"
     Config = TSCDConfig
     config: TSCDConfig
+    critic: Denoiser
 
     def __init__(self, config: TSCDConfig, setup: Setup) -> None:
         super().__init__(config, setup)

@@ -268,7 +268,7 @@ def add_more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: T
     """From time s to the noisier t by the forward process: ``a x_s + b eps``, distributed as a picture noised to t at once.
 
     ``a = alpha_t / alpha_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2`` (Kingma et al. 2021,
-    https://arxiv.org/abs/2107.00630, equations 2 and 3).
+    https://arxiv.org/abs/2107.00630, appendix A.1).
 
     Args:
         schedule: any.
