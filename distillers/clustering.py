@@ -173,7 +173,7 @@ def _first_centroids(points: Tensor, parts: int, generator: torch.Generator) -> 
 
 
 def consecutive(sizes: list[int], parts: int) -> list[int]:
-    """Groups in runs of neighbours, one run a part, the largest part as small as can be.
+    """Groups in runs of neighbours, one run a part, the parts as even as can be: least sum of squared sizes.
 
     Args:
         sizes: of the groups, in an order that means something.
@@ -189,12 +189,12 @@ def consecutive(sizes: list[int], parts: int) -> list[int]:
     if count < parts:
         raise ValueError(f"{count} groups cannot be {parts} parts: ask for at most as many as there are groups")
     total = [sum(sizes[:end]) for end in range(count + 1)]
-    # best[end]: (largest part, its last run's start) of the first `end` groups in the current number of runs.
-    best = [(total[end], 0) for end in range(count + 1)]
+    # best[end]: (sum of squares, its last run's start) of the first `end` groups in the current number of runs.
+    best = [(total[end] ** 2, 0) for end in range(count + 1)]
     starts = []
     for runs in range(2, parts + 1):
         best = [
-            min((max(best[start][0], total[end] - total[start]), start) for start in range(runs - 1, end))
+            min((best[start][0] + (total[end] - total[start]) ** 2, start) for start in range(runs - 1, end))
             if end >= runs
             else (0, 0)
             for end in range(count + 1)

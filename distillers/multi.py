@@ -68,6 +68,7 @@ class MultiRun(JobRun):
         """
         super().__init__(*arguments, **options)
         assert self.job.partition is not None, "callers look"
+        self.given_cache: Path | None = options.get("cache")
         self.parallel = self.job.partition.order == "parallel"
         self.parts = dict(enumerate(self.job.parts))
         self.merged = MergedEvents(self.reporter, len(self.parts), self.job.train, parallel=self.parallel)
@@ -132,7 +133,7 @@ class MultiRun(JobRun):
             self.parts[part].model_dump(mode="json"),
             self._folder(part),
             self.store,
-            cache=self.cache,
+            cache=self.given_cache,
             replace=self.replace,
             shared=self.shared,
             reporter=PartReporter(self._folder(part), self.merged, part),
@@ -191,7 +192,9 @@ class MultiRun(JobRun):
         folder.mkdir(parents=True, exist_ok=True)
         spec = folder / "job.json"
         spec.write_text(self.parts[part].model_dump_json(indent=2) + "\n")
-        options = {"--folder": folder, "--store": self.store.root, "--cache": self.cache, "--shared": self.shared}
+        options = {"--folder": folder, "--store": self.store.root, "--shared": self.shared}
+        if self.given_cache is not None:
+            options["--cache"] = self.given_cache
         command = [sys.executable, "-m", "distillers", str(spec)]
         command += [str(word) for option in options.items() for word in option]
         command += ["--resume"] * resume + ["--replace"] * self.replace

@@ -138,8 +138,8 @@ def measure(
     - ``train``: share of the prompts that are routed to the student that is trained on them.
     - ``train_without_offsets``: the same by the nearest centroid alone.
     - ``held_out``: share of the held-out captions that are routed to the right student, which is, by groups, that of the
-      picture's own group, and by k-means, the one that is trained on the prompt most like it (by cosine): in the emoji that
-      is most often another picture of the same thing.
+      picture's own group, and by k-means, the one that is trained on the prompt most like it (by cosine). The latter is a
+      lower bound of sense: a new "onion, twemoji" is most like "onion, noto emoji", and better drawn by who knows twemoji.
     - ``held_out_captions``: how many these are.
     - ``sizes``: prompts of each part.
     - ``cosine`` and ``cosine_of_one``: of the prompts to their part's centroid, and to the one of all; means.

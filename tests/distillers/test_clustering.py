@@ -105,12 +105,14 @@ def test_runs_of_neighbours_are_as_even_as_can_be(sizes: list[int], parts: int) 
     assert found[0] == 0 and found[-1] == parts - 1
     assert all(b - a in (0, 1) for a, b in pairwise(found))
 
-    def largest(labels: list[int]) -> int:
-        return max(sum(s for s, label in zip(sizes, labels, strict=True) if label == part) for part in range(parts))
+    def squares(labels: list[int]) -> int:
+        return sum(
+            sum(s for s, label in zip(sizes, labels, strict=True) if label == part) ** 2 for part in range(parts)
+        )
 
     def every(prefix: list[int]) -> list[list[int]]:
         if len(prefix) == len(sizes):
             return [prefix] if prefix[-1] == parts - 1 else []
         return [found for step in (0, 1) if prefix[-1] + step < parts for found in every([*prefix, prefix[-1] + step])]
 
-    assert largest(found) == min(largest(labels) for labels in every([0]))
+    assert squares(found) == min(squares(labels) for labels in every([0]))
