@@ -8,7 +8,7 @@ from distillers.evaluation.leaderboard.document import ranking
 from distillers.evaluation.leaderboard.records import Result, Row, Settings, Teacher
 
 MARKERS, DASHES = "osD^vPX*<>p", ("-", "--", ":")
-SPREAD, WIDEST = 0.05, 0.6
+SPREAD, WIDEST = 0.07, 0.6
 """Octaves between two methods' points at one number of evaluations, so that error bars stay apart; and over all of them."""
 
 
@@ -38,7 +38,7 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
             "linestyle": DASHES[number // colours.N % len(DASHES)],
             "zorder": 3,
         }
-        _line(axes, result.rows, result.name, shift=apart * (number - (len(shown) - 1) / 2), **style)
+        _line(axes, result.rows, result.name, shift=apart * (number - len(shown) // 2 + 0.5), **style)
     floor = teacher.floor_kernel_distance.value
     axes.axhline(floor, linestyle="--", color="grey", linewidth=1, label="other real pictures", zorder=1)
     _scales(axes, teacher, shown)
