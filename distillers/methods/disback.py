@@ -20,7 +20,7 @@ from typing import Any, Self, cast
 
 import torch
 from pydantic import Field, ValidationError, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillers.methods.base import Method, MethodConfig, Setup, Step, Trained, Turn, TurnLoss, Workspace
 from distillers.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
@@ -95,6 +95,7 @@ class DisBack(Method):
         self.inner = cast(ScoreDistillation, method(config.method)(settings, setup))
         self.path: dict[int, dict[str, Tensor]] = {}
         """Weights by the number of the point, from 1; the degraded end is the fake score itself."""
+        self._learning = [name for name, weight in self._fake_weights().items() if weight.requires_grad]
         self._target = setup.new_network(settings.fake_score_lora)
         self._target.network.requires_grad_(False)
         self._target_point = 0
@@ -140,7 +141,7 @@ class DisBack(Method):
         if point == 0:
             return self.setup.teacher
         if point != self._target_point:
-            self._target.network.load_state_dict(self.path[point])
+            self._target.network.load_state_dict(self.path[point], strict=False)  # what never trains is there already
             self._target_point = point
         return self._target.denoiser
 
@@ -150,11 +151,14 @@ class DisBack(Method):
         length, points = self.config.degradation_iterations, self.config.path_points
         for point in range(1, points):
             if iteration + 1 == point * length // points:
-                weights = self.inner.fake_score_network.state_dict()
-                self.path[point] = {name: value.detach().cpu().clone() for name, value in weights.items()}
+                weights = self._fake_weights()
+                self.path[point] = {name: weights[name].detach().cpu().clone() for name in self._learning}
         if iteration >= length:
             following = self.point(iteration + 1)
             self.path = {point: weights for point, weights in self.path.items() if point <= following}
+
+    def _fake_weights(self) -> dict[str, nn.Parameter]:
+        return dict(self.inner.fake_score_network.named_parameters())
 
     def state(self) -> dict[str, Tensor]:
         path = {f"path.{point}.{name}": value for point, kept in self.path.items() for name, value in kept.items()}

@@ -31,7 +31,7 @@ def build(**config: Any) -> DisBack:
 
 
 def weights_of(method: DisBack) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in method.inner.fake_score_network.state_dict().items()}
+    return {name: value.detach().clone() for name, value in method.inner.fake_score_network.named_parameters()}
 
 
 @pytest.mark.parametrize(
