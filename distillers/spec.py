@@ -112,6 +112,14 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     reason = chosen.needs_whole_network(config)
     if reason and job.lora is not None:
         errors.append(_error("lora", f"{reason}; leave lora out"))
+    if job.train.iterations < config.least_iterations:
+        errors.append(
+            _error(
+                "train.iterations",
+                f"{job.train.iterations} end before the last phase of {job.method} begins: at least "
+                f"{config.least_iterations}, or shorten its phases in config",
+            )
+        )
     if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not Path(job.data.prompts).is_file():

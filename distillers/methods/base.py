@@ -27,6 +27,11 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def least_iterations(self) -> int:
+        """The shortest run that reaches the method's last phase; a shorter one is refused."""
+        return 1
+
     def scaled(self, factor: float) -> Self:
         """These settings for a run of ``factor`` times as many iterations: phases told in iterations keep their share.
 

@@ -54,6 +54,10 @@ class DisBackConfig(MethodConfig):
             )
         return self
 
+    @property
+    def least_iterations(self) -> int:
+        return self.degradation_iterations + self.backtrack_every * (self.path_points - 1) + 1
+
     def scaled(self, factor: float) -> Self:
         return self.model_copy(
             update={

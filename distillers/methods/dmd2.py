@@ -38,6 +38,10 @@ class DMD2Config(ScoreDistillationConfig):
     regression_lr: float = Field(1e-5, gt=0, description="student's learning rate while regressing")
     regression_huber: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0 is the mean square")
 
+    @property
+    def least_iterations(self) -> int:
+        return self.regression_iterations + 1
+
     def scaled(self, factor: float) -> Self:
         kept = max(1, round(factor * self.regression_iterations)) if self.regression_iterations else 0
         return self.model_copy(update={"regression_iterations": kept})

@@ -97,6 +97,10 @@ class TSCDConfig(ConsistencyConfig):
     head_lr: float = Field(1e-5, gt=0, description="discriminator heads' learning rate")
     head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads")
 
+    @property
+    def least_iterations(self) -> int:
+        return sum(stage.iterations or 1 for stage in self.stages)
+
     def scaled(self, factor: float) -> Self:
         stages = [
             stage.model_copy(update={"iterations": stage.iterations and max(1, round(factor * stage.iterations))})

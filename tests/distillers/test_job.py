@@ -82,6 +82,14 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
         ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
         ({"extra": 1}, "extra", "not permitted"),
+        ({"config": {"regression_iterations": 9}, "train": {"iterations": 9}}, "train.iterations", "at least 10"),
+        ({"method": "tscd", "config": {}, "train": {"iterations": 500}}, "train.iterations", "at least 15001"),
+        ({"method": "disback", "config": {}, "train": {"iterations": 500}}, "train.iterations", "at least 3001"),
+        (
+            {"method": "consistency", "config": {"guidance_range": [1, 9]}, "lora": {"rank": 2}},
+            "lora",
+            "which adapters do not carry; leave lora out",
+        ),
     ],
 )
 def test_a_bad_spec_names_the_field_and_what_is_allowed(
