@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from distillers.losses.distribution_matching import per_picture
 
@@ -15,11 +17,22 @@ Function = Callable[[Tensor, Tensor], Tensor]
 """Of a state ``(B, ...)`` and times ``(B,)``, row by row."""
 
 
+class ContiguousNorms(TorchFunctionMode):
+    """Gives group normalisation its input row by row: torch's derivative of it takes no channels-last tensors."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.group_norm:  # a copy, since the derivative's layout may differ from the value's
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
     """``d/dt function(x(t), t)`` where ``dx/dt = velocity``, exactly: about the cost of two evaluations.
 
-    Attention runs unfused inside, because its fused kernels have no forward-mode derivative.
+    Attention runs unfused inside, because its fused kernels have no forward-mode derivative, and group normalisation not channels-last.
 
     Args:
         function: of a state and times.
@@ -31,7 +44,7 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Ten
         RuntimeError: the function has an operation without a forward-mode derivative.
     """
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), ContiguousNorms():
             # torch loads its derivatives of some operations when it first needs one, by a way it deprecates itself
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
             derivative: Tensor = torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[1]

@@ -35,11 +35,11 @@ def test_on_an_mlp_they_agree(schedule: Any) -> None:
 
 
 class TestUNet:
-    """Its attention has no forward-mode derivative where it is fused, and its format may be bfloat16."""
+    """Its fused attention has no forward-mode derivative, and the trainer keeps it in channels-last and bfloat16."""
 
     def setup_method(self) -> None:
         torch.manual_seed(0)
-        unet = tiny_unet()
+        unet = tiny_unet().to(memory_format=torch.channels_last)
         self.view = Converted(UNetDenoiser(unet, VP, "v"), TrigFlow())
         self.cond = {"encoder_hidden_states": torch.randn(3, 5, 16)}
         self.x, self.velocity = torch.randn(2, 3, 4, 8, 8)
