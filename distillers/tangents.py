@@ -32,7 +32,7 @@ class ContiguousNorms(TorchFunctionMode):
 def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
     """``d/dt function(x(t), t)`` where ``dx/dt = velocity``, exactly: about the cost of two evaluations.
 
-    Attention runs unfused inside, because its fused kernels have no forward-mode derivative, and group normalisation not channels-last.
+    Attention runs unfused inside, because its fused kernels have no forward-mode derivative.
 
     Args:
         function: of a state and times.

@@ -22,8 +22,8 @@ either derivative.
 
 The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
 
-Departures from the paper: sigma_data is 1, since latents have unit variance here (at 0.5, the paper's, times have another
-speed and nothing else changes), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. |g| is a root mean square,
+Departures from the paper: sigma_data is 1, since latents have unit variance here (at the paper's 0.5 the same trajectories
+run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. |g| is a root mean square,
 and w multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
 multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance scale
 is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A network
@@ -206,7 +206,6 @@ class SCM(Method):
     def _derivative(self, x_t: Tensor, angle: Tensor, cond: Cond, velocity: Tensor) -> Tensor:
         """d(sd F^-)/dt of the student, where dx_t/dt = ``velocity``."""
         config = self.config
-
         view = Converted(self.student.denoiser, self.trig)
         weights: dict[str, Tensor] = {}
         if config.tangent == "finite_difference":  # a LoRA student may stand on the teacher's own weights, in bfloat16
