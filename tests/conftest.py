@@ -45,3 +45,13 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         home = tmp_path_factory.mktemp("home")
         patch.setenv("HOME", str(home))
         yield home
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """For tests that run whole jobs here: accelerate keeps its precision for the process, of whoever asked first."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

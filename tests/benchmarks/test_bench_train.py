@@ -15,6 +15,8 @@ from tests.benchmarks import bench_train
 from tests.benchmarks.evaluations import Kind, Recorder, repeat
 from tests.helpers import picture_folder, tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 CPU = torch.device("cpu")
 
 

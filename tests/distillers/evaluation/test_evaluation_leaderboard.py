@@ -26,6 +26,8 @@ from tests.distillers.evaluation.test_evaluation_run import Colours, tiny_protoc
 from tests.helpers import picture_folder, tiny_pipeline
 from weights.contracts import Finished
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 MACHINE = Machine(processor="a processor", cores="2", threads="1", torch="2.13", finished="2026-01-02 10:00 UTC")
 SETTINGS = Settings(
     minutes=10,
