@@ -27,7 +27,7 @@ from distillers.trainer import Diverged, Interrupted, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
-from weights.store import Store, StoreError
+from weights.store import Store, StoreError, StudentFolder
 from weights.students import base_reference, check_base, load_student
 
 STOPPED = 143
@@ -93,6 +93,7 @@ class JobRun:
         self.reporter = reporter or Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
         self.preparation = Stopwatch()
+        self.centroids = torch.empty(0)  # of the partition that this job is a part of
         self._stop = False
 
     def run(self, resume: bool) -> int:
@@ -213,7 +214,9 @@ class JobRun:
         corpus, spec = load_corpus(self.job.data, base.size), self.job.partition
         if spec is None or spec.part is None:
             return corpus
-        return part_of(corpus, self._partition(corpus, base), spec.part, self.with_pictures)
+        partition = self._partition(corpus, base)
+        self.centroids = partition.centroids
+        return part_of(corpus, partition, spec.part, self.with_pictures)
 
     def _partition(self, corpus: Corpus, base: TextToImage) -> Partition:
         spec = self.job.partition
@@ -244,6 +247,8 @@ class JobRun:
 
         def new_student() -> TextToImage:
             start = self.job.start
+            if self.job.network is not None:
+                return trainable(base.with_random_network(self.job.network), True)
             return new_network(True) if start is None else trainable(self._start(start, base), True)
 
         self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
@@ -264,10 +269,27 @@ class JobRun:
 
     def _start(self, name: str, base: TextToImage) -> TextToImage:
         """A student's weights to go on from. Whole weights may come from another version of the base; adapters may not."""
-        folder = self.store.open(name)
+        folder = self._own_member(self.store.open(name))
         if folder.manifest.adapter == "lora":
             check_base(folder, self.reference.sha256)
         return load_student(folder, base)
+
+    def _own_member(self, folder: StudentFolder) -> StudentFolder:
+        """Of a student that routes as this job's partition does, this part's own; any other student as it is.
+
+        Raises:
+            ValueError: it routes otherwise, so that none of its students was made for this part.
+        """
+        router, spec = folder.manifest.router, self.job.partition
+        if router is None or spec is None or spec.part is None:
+            return folder
+        theirs = torch.tensor(router.centroids, dtype=self.centroids.dtype)
+        if theirs.shape != self.centroids.shape or not torch.allclose(theirs, self.centroids, atol=1e-4):
+            raise ValueError(
+                f"start: {folder.manifest.name!r} has {len(theirs)} students for other parts than this job's "
+                f"{spec.students}: use the data and the partition that it was made with, or start from one student"
+            )
+        return self.store.open(router.students[spec.part])
 
     def _sheet(self, feed: Feed, built: Method) -> Sheet:
         prompts = feed.corpus.sheet

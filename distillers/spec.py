@@ -124,6 +124,11 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not Path(job.data.prompts).is_file():
         errors.append(_error("data.prompts", f"no file {job.data.prompts!r}"))
+    for field in ("start", "lora"):
+        if job.network is not None and getattr(job, field) is not None:
+            errors.append(
+                _error("network", f"starts from random weights, all of them trained: leave out network, or {field}")
+            )
     if job.start is not None and job.lora is not None:
         errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
     try:
@@ -149,8 +154,9 @@ def fingerprint(job: DistillJob, base_digest: str) -> str:
     plain = job.model_dump(
         mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
     )
-    if plain["partition"] is None:  # so that checkpoints from before there were partitions are still of the same job
-        del plain["partition"]
+    for field in ("partition", "network"):
+        if plain[field] is None:  # so that checkpoints from before there was the field are still of the same job
+            del plain[field]
     return hashlib.sha256(json.dumps([plain, base_digest], sort_keys=True).encode()).hexdigest()
 
 

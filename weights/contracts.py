@@ -115,6 +115,11 @@ class DistillJob(Contract):
     method: str = Field(description="name of a method in distillers/methods")
     base: str = Field("emoji-base", description="bundled base, a diffusers pipeline folder, or a hub id")
     family: str = Field("stable_diffusion", description="name of a family in weights/families")
+    network: dict[str, Any] | None = Field(
+        None,
+        description="the student's own network, where it is not the base's: the settings of its configuration that differ, "
+        "such as {block_out_channels = [32, 64, 128]}; it starts from random weights (see the method score_matching)",
+    )
     start: Name | None = Field(
         None,
         description="published student whose weights training goes on from (a later stage); the base's if left out",

@@ -82,6 +82,8 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
         ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
         ({"extra": 1}, "extra", "not permitted"),
+        ({"network": {}, "lora": {"rank": 2}}, "network", "leave out network, or lora"),
+        ({"network": {}, "start": "a"}, "network", "leave out network, or start"),
         ({"config": {"regression_iterations": 9}, "train": {"iterations": 9}}, "train.iterations", "at least 10"),
         ({"method": "tscd", "config": {}, "train": {"iterations": 500}}, "train.iterations", "at least 15001"),
         ({"method": "disback", "config": {}, "train": {"iterations": 500}}, "train.iterations", "at least 3001"),

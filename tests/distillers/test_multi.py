@@ -292,6 +292,27 @@ def test_a_routed_student_is_no_start(raw: dict[str, Any], whole: tuple[Store, P
     assert "with one of msd-0, msd-1; name one of these" in events(tmp_path / "run")[-1].message
 
 
+def test_smaller_students_are_taught_first_and_then_distilled_each_from_its_own(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two jobs with the same partition: the teacher's answers on a narrower network, then the method from there."""
+    store = Store(tmp_path / "store")
+    small = {"block_out_channels": [4, 8, 8]}
+    first = raw | {"student": "taught", "method": "score_matching", "config": {"warmup": 0}, "network": small}
+    assert MultiRun(first, tmp_path / "first", store, cache=tmp_path / "cache").run(resume=False) == 0
+    second = raw | {"student": "few", "start": "taught", "train": raw["train"] | {"iterations": 1}}
+    second["config"] = raw["config"] | {"student_lr": 1e-30}
+    assert MultiRun(second, tmp_path / "second", store, cache=tmp_path / "cache").run(resume=False) == 0
+    for part in (0, 1):
+        taught, few = published(store, f"taught-{part}"), published(store, f"few-{part}")
+        assert taught["conv_in.weight"].shape[0] == 4
+        assert all(torch.allclose(few[name], taught[name], atol=1e-3) for name in taught)
+    assert not same(published(store, "taught-0"), published(store, "taught-1"))
+    run = MultiRun(second | {"student": "else", "partition": {"students": 3}}, tmp_path / "other", store)
+    assert run.run(resume=False) == 1
+    assert "2 students for other parts than this job's 3" in events(tmp_path / "other")[-1].message
+
+
 # Merged events
 
 

@@ -137,6 +137,32 @@ def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
     assert (ours - diffusers_pixels(pipeline, 4, 3.0, seed=7)).abs().mean() * 255 > 0.01
 
 
+def test_a_network_of_another_size_survives_the_store(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:
+    small = base.with_random_network({"block_out_channels": (4, 8, 8)})
+    assert 4 * sum(w.numel() for w in small.network.parameters()) < 3 * sum(
+        w.numel() for w in base.network.parameters()
+    )
+    small.save_network(tmp_path / "work", torch.float32)
+    store = Store(tmp_path / "store")
+    store.publish(manifest(base_folder), tmp_path / "work")
+    student, cond = load_student(store.open("student"), base), base.encode_prompts([PROMPT])
+    ours, theirs = (draw(each, cond, None, [7], FOUR).latents for each in (student, small))
+    assert torch.allclose(ours, theirs, atol=1e-5) and ours.shape == (1, *base.latent_shape())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"colour": 1}, r"\['colour'\] cannot be changed.*block_out_channels"),
+        ({"in_channels": 3}, "in_channels"),
+        ({"block_out_channels": [4, 8]}, "no UNet2DConditionModel has"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(base: StableDiffusion, changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        base.with_random_network(changes)
+
+
 def test_export_refuses_what_diffusers_cannot_run(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:
     schedules = {
         1: StepSchedule(timesteps=[1.0], conditioning=[0.4]),

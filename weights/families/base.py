@@ -5,8 +5,9 @@ found by being there (see `weights.families.families`).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,17 @@ class TextToImage(ABC):
     @abstractmethod
     def copy(self) -> Self:
         """This model with a copy of the network; every other component is shared."""
+
+    def with_random_network(self, changes: Mapping[str, Any]) -> Self:
+        """This model with a network of another shape, on random weights: a smaller student, to be trained from nothing.
+
+        Args:
+            changes: settings of the network's own configuration that differ from this one's.
+
+        Raises:
+            ValueError: the network has no such setting, or none of that value.
+        """
+        raise ValueError(f"network: family {self.family!r} draws with its own network alone")
 
     def with_guidance_embedding(self) -> Self:
         """This model with a copy of the network that is also told a guidance scale, which does not change its answer yet.

@@ -11,7 +11,7 @@ import copy as copying
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -304,6 +304,14 @@ class GaussianMixture(TextToImage):
 
     def copy(self) -> Self:
         return self.with_network(copying.deepcopy(self._network))
+
+    def with_random_network(self, changes: Mapping[str, Any]) -> Self:
+        """See `TextToImage.with_random_network`; ``width`` and ``depth`` can change."""
+        unknown = sorted(set(changes) - {"width", "depth"})
+        if unknown:
+            raise ValueError(f"network: {unknown} cannot be changed in an MLP; use some of depth, width")
+        config: dict[str, Any] = {**self._network.config, **changes}
+        return self.with_network(MLP(**config).to(self.device, self.dtype))
 
     def with_guidance_embedding(self) -> Self:
         """See `TextToImage.with_guidance_embedding`."""

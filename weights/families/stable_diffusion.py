@@ -7,7 +7,7 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, cast
@@ -52,6 +52,8 @@ MIDDLE = ("mid_block",)
 """A UNet's blocks by the names that the network itself gives them."""
 
 
+FIXED = frozenset({"sample_size", "in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"})
+"""Settings of a UNet that its latents, its text encoder and its samplers decide."""
 _SCALE_WEIGHT = "time_embedding.cond_proj.weight"
 GUIDANCE_WIDTH = 256
 """Of a guidance scale's embedding, as in LCM's public weights."""
@@ -275,6 +277,20 @@ class StableDiffusion(TextToImage):
 
     def copy(self) -> Self:
         return self.with_network(copy.deepcopy(self.network))
+
+    @_quiet()
+    def with_random_network(self, changes: Mapping[str, Any]) -> Self:
+        """See `TextToImage.with_random_network`; what goes in and out of the network stays as it is."""
+        config = {name: value for name, value in cast(Any, self.network).config.items() if not name.startswith("_")}
+        unknown = sorted(set(changes) - set(config) | set(changes) & FIXED)
+        if unknown:
+            allowed = ", ".join(sorted(set(config) - FIXED))
+            raise ValueError(f"network: {unknown} cannot be changed in a UNet2DConditionModel; use some of {allowed}")
+        try:
+            network = UNet2DConditionModel.from_config({**config, **changes})
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"network: no UNet2DConditionModel has {dict(changes)}: {error}") from error
+        return self.with_network(network.to(self.device, self.dtype))
 
     @_quiet()
     def with_guidance_embedding(self) -> Self:

@@ -76,7 +76,8 @@ class Trainee:
         if not probe.corrected and abs(made.seconds / 60 / self.settings.minutes - 1) > OFF:
             made = self._trained(self._corrected(probe, made), descriptor)
         made.write(self.folder / "training.json")
-        shutil.rmtree(self.folder / "job" / "checkpoints")  # the student is published; they are large
+        for folder in list((self.folder / "job").rglob("checkpoints")):  # the students are published; these are large
+            shutil.rmtree(folder)
         return made
 
     def _trained(self, probe: Probe, descriptor: int) -> Training:

@@ -1,0 +1,110 @@
+"""Teacher score matching: a network of another size learns the teacher's answers (Multi-Student Distillation, Song et al.
+2024, https://arxiv.org/abs/2410.23274, section 4.3).
+
+A distillation that starts from the teacher's weights needs a student of the teacher's shape. A smaller one first learns to
+denoise as the teacher does, on noised real pictures x (equation 6),
+
+    loss = lambda_t |S(x_t, t) - T(x_t, t)|^2,    x_t = alpha_t x + sigma_t eps,  t uniform        S, T the x_0 estimates
+
+and is then a teacher of its own size, whose few steps are as poor as any teacher's: the next job distils it (``start`` is
+this one's student) with any other method, such as dmd2 first without and then with the discriminator. The job's ``network``
+says how it differs from the teacher's. A partition's students each start from their own one.
+
+lambda_t is that of a prediction's squared error (``weighting``), as in `distillers.losses.score`. Departures: the paper's
+lambda_t is EDM's, for its EDM teachers; the default here is v's, which is bounded at both ends.
+"""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, no_grad
+
+from distillers.critics import guided_x0
+from distillers.losses.score import Weighting, denoising_loss, score_weight
+from distillers.methods.base import (
+    Betas,
+    FewStepConfig,
+    Method,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+    TurnLoss,
+)
+from distillers.rollout import draw_noise, draw_times
+from weights.contracts import GuidanceConvention, StepSchedule
+from weights.diffusion.schedules import add_noise
+from weights.families.base import TextToImage
+
+
+class ScoreMatchingConfig(FewStepConfig):
+    """The settings; its schedules are those of the sample sheets, and of the stage that follows."""
+
+    guidance_scale: float = Field(
+        1.0,
+        ge=0,
+        description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, and left to the next stage",
+    )
+    times: tuple[float, float] = Field((0.001, 1.0), description="times of training, uniform between")
+    weighting: Weighting = Field("v", description="prediction whose squared error is learned")
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
+    lr: float = Field(1e-4, gt=0, description="student's learning rate")
+    betas: Betas = Field((0.9, 0.999), description="the optimizer's betas")
+    weight_decay: float = Field(0.01, ge=0, description="the optimizer's weight decay")
+    warmup: int = Field(500, ge=0, description="updates over which the learning rate rises")
+
+    @model_validator(mode="after")
+    def _times_lie_inside(self) -> Self:
+        if not 0.001 <= self.times[0] <= self.times[1] <= 1:
+            raise ValueError(f"times: {self.times} must be (low, high) with 0.001 <= low <= high <= 1")
+        return self
+
+
+class ScoreMatching(Method):
+    """See the module's text."""
+
+    name = "score_matching"
+    Config = ScoreMatchingConfig
+
+    def __init__(self, config: ScoreMatchingConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
+        self._student = setup.new_student()
+        self.teacher = setup.teacher
+
+    @classmethod
+    def needs_pictures(cls, config: ScoreMatchingConfig) -> str | None:
+        return "the teacher's answers are learned on noised real pictures"
+
+    @property
+    def student(self) -> TextToImage:
+        return self._student
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+        optimizer = OptimizerSettings(
+            lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
+        )
+        return {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
+
+    def turns(self, iteration: int) -> list[Turn]:
+        return [Turn(name="student", trains=("student",))]
+
+    def schedules(self) -> dict[int, StepSchedule]:
+        return dict(self.config.schedules)
+
+    def guidance(self) -> GuidanceConvention:
+        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        config, real, cond = self.config, step.batch.real, step.batch.real_cond or step.batch.cond
+        assert real is not None, "needs_pictures lets no such batch through"
+        schedule = self.teacher.schedule
+        t = draw_times(len(real), config.times, step.local, real.device)
+        x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
+        with no_grad():
+            answer: Tensor = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale)
+        weight = score_weight(schedule.alpha(t), schedule.sigma(t), config.weighting, config.sigma_data)
+        learned = self.student.denoiser(x_t, t, cond)
+        gap = (learned.detach() - answer).square().mean().sqrt()
+        return TurnLoss(loss=denoising_loss(learned, answer, weight), metrics={"student/gap": gap})
