@@ -6,9 +6,9 @@
     python -m distillers methods                every method with its settings' schema, as JSON
 
 JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events go to standard output and to
-DIR/events.jsonl as JSON lines (a progress bar takes their place on a terminal). SIGTERM makes the job write a checkpoint
-and exit with status 143; --resume goes on from the newest checkpoint. A job with a partition trains several students, each
-in DIR/part-K.
+DIR/events.jsonl as JSON lines (a progress bar takes their place on a terminal). SIGTERM and Ctrl-C make the job write a
+checkpoint and exit with status 143; --resume goes on from the newest checkpoint. A job with a partition trains several
+students, each in DIR/part-K.
 """
 
 import argparse

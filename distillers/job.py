@@ -31,7 +31,9 @@ from weights.store import Store, StoreError, StudentFolder
 from weights.students import base_reference, check_base, load_student
 
 STOPPED = 143
-"""Exit status after SIGTERM, as a shell reports it."""
+"""Exit status after SIGTERM, as a shell reports it; SIGINT (Ctrl-C) has the same, since the job does the same."""
+ASKING = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask a job to save and stop."""
 
 
 EXPECTED = (ValueError, Diverged, StoreError, OSError)
@@ -103,7 +105,7 @@ class JobRun:
             resume: go on from the newest checkpoint in the folder, where there is one.
 
         Returns:
-            The process's exit status: 0, 1 after a failure, 143 after SIGTERM.
+            The process's exit status: 0, 1 after a failure, 143 after SIGTERM or SIGINT.
         """
         with self.reporter:
             try:
@@ -116,8 +118,9 @@ class JobRun:
         return 0
 
     def stop(self, *_: Any) -> None:
-        """Asks the job to stop at the next step; a signal handler."""
+        """Asks the job to save and stop at the next step; a signal handler. The next Ctrl-C stops it where it is."""
         self._stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.trainer is not None:
             self.trainer.asked_to_stop = True
 
@@ -127,13 +130,14 @@ class JobRun:
             self._finished(done)
             return
         self._refuse_taken_name(self.job.student)
-        previous = signal.signal(signal.SIGTERM, self.stop)
+        previous = [(number, signal.signal(number, self.stop)) for number in ASKING]
         try:
             manifest = self._make(resume)
             if manifest is not None:
                 self._finished(manifest)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous:
+                signal.signal(number, handler)
 
     def _make(self, resume: bool) -> StudentManifest | None:
         """Trains the student and publishes it; None on the processes that leave that to the main one."""

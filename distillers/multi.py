@@ -76,7 +76,7 @@ class MultiRun(JobRun):
 
     def stop(self, *_: Any) -> None:
         """Asks the job, and the part that it is at, to stop."""
-        self._stop = True
+        super().stop()
         if self._running is not None:
             self._running.stop()
 

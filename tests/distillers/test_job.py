@@ -326,8 +326,9 @@ def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path:
     assert "regression/loss" in metrics and "student/matching" in metrics
 
 
-def test_sigterm_saves_and_the_job_goes_on(
-    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_job_goes_on(
+    number: signal.Signals, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw["train"] |= {"iterations": 4, "sample_every": 100}
     iterate = Trainer._iterate
@@ -335,11 +336,12 @@ def test_sigterm_saves_and_the_job_goes_on(
     def stopped_at_second(self: Trainer) -> None:
         iterate(self)
         if self.iteration == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Trainer, "_iterate", stopped_at_second)
-    store = Store(tmp_path / "store")
+    store, before = Store(tmp_path / "store"), signal.getsignal(number)
     assert JobRun(raw, tmp_path / "run", store).run(resume=False) == STOPPED == 143
+    assert signal.getsignal(number) is before
     assert store.names() == []
     monkeypatch.setattr(Trainer, "_iterate", iterate)
     assert JobRun(raw, tmp_path / "run", store).run(resume=False) == 1
@@ -347,6 +349,19 @@ def test_sigterm_saves_and_the_job_goes_on(
     assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 0
     assert [event.resumed_from for event in events(tmp_path / "run") if event.kind == "started"] == [0, 2]
     assert store.names() == ["tiny"]
+
+
+def test_a_second_ctrl_c_waits_for_nothing(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(self: Trainer) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_iterate", twice)
+    with pytest.raises(KeyboardInterrupt):
+        JobRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_job_killed_between_publishing_and_saying_so_has_finished(
