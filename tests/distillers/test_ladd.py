@@ -14,8 +14,8 @@ import distillers.adversary as module
 from distillers.methods.base import Setup, Turn, Workspace
 from distillers.methods.ladd import LADD, LADDConfig, starting_states
 from distillers.seeds import generator_of, seed_of
+from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
-from tests.distillers.test_consistency import CONVENTIONS
 from weights.contracts import StepSchedule
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import EDM, RectifiedFlow, Schedule
@@ -162,9 +162,7 @@ def distances(iterations: int, folder: Path, setup: Setup, **config: Any) -> tup
         return before, distance()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), CONVENTIONS, ids=lambda value: value if isinstance(value, str) else type(value).__name__
-)
+@in_every_convention
 def test_the_student_finds_the_datas_distribution(schedule: Schedule, prediction: Prediction, tmp_path: Path) -> None:
     # An error of eps is one of x0 times sigma / alpha, 14 at the first time: so much smaller must its steps be.
     rate = 1e-4 if prediction == "eps" else 1e-3

@@ -18,8 +18,9 @@ from distillers.losses.trajectories import jump, segment_edges, segment_of, unit
 from distillers.methods.base import Setup, Step, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from distillers.methods.tscd import TSCD, Landing, TSCDConfig
+from tests.distillers.conventions import CONVENTIONS, in_every_convention
 from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
-from tests.distillers.test_consistency import CONVENTIONS, Known
+from tests.distillers.test_consistency import Known
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond
 from weights.diffusion.parameterizations import Prediction
@@ -337,9 +338,7 @@ def four_after(iterations: int, folder: Path, setup: Setup | None = None, **conf
     return after / before
 
 
-@pytest.mark.parametrize(
-    ("schedule", "prediction"), CONVENTIONS, ids=lambda value: value if isinstance(value, str) else type(value).__name__
-)
+@in_every_convention
 def test_four_segments_find_the_teachers_distribution(
     schedule: Schedule, prediction: Prediction, tmp_path: Path
 ) -> None:
