@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distillers.evaluation.watch import Watched
+from distillers.spec import RECIPES, check_spec
 from tests.benchmarks import bench_train
 from tests.benchmarks.evaluations import Kind, Recorder, repeat
 from tests.helpers import picture_folder, tiny_pipeline
@@ -224,3 +225,10 @@ def test_the_report(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_without_a_recipe_it_says_so(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_train.main(["--recipes", str(recipes), "--only", "nothing", "--out", str(tmp_path / "x")]) == 2
     assert "nothing to time" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("emoji_*.toml")))
+def test_every_recipe_can_be_timed(name: str) -> None:
+    """However few iterations are timed, the job is as long as the recipe's, whose phases it must reach."""
+    raw = bench_train.job(RECIPES / f"{name}.toml", None, 4, 1)
+    assert check_spec(raw)[0].train.batch_size == 4

@@ -388,7 +388,9 @@ def test_a_diverged_job_says_where_and_what_is_left(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw["train"] |= {"iterations": 4, "checkpoint_every": 1}
-    monkeypatch.setattr("distillers.methods.score_distillation.generator_loss", lambda logits: logits.sum() * float("nan"))
+    monkeypatch.setattr(
+        "distillers.methods.score_distillation.generator_loss", lambda logits: logits.sum() * float("nan")
+    )
     assert JobRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == 1
     failed = events(tmp_path / "run")[-1]
     assert failed.kind == "failed" and failed.step == 1
