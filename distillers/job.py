@@ -263,7 +263,6 @@ class JobRun:
             new_network=new_network,
             new_student=new_student,
             device=self.accelerator.device,
-            has_pictures=self.with_pictures,
         )
         built = chosen(config, setup)
         base.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone

@@ -1,14 +1,14 @@
 """Density ratios from a discriminator, and the settings of the methods that weigh pictures by them."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from distillers.losses.divergences import Divergence, density_ratio
-from distillers.methods.base import MethodConfig
-from distillers.methods.score_distillation import Interval
+from distillers.methods.base import MethodConfig, Setup
+from distillers.methods.score_distillation import Interval, ScoreDistillation
 
 
 class RatioConfig(MethodConfig):
@@ -64,10 +64,16 @@ class Ratios:
         self.means = decay * self.means + (1 - decay) * seen
         return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
 
+
+class WithRatios(ScoreDistillation):
+    """A method of the family that weighs pictures by ratios, to be mixed in before it."""
+
+    def __init__(self, config: Any, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.ratios = Ratios(config, setup.device)
+
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
-        return {"ratio_means": self.means}
+        return {"ratio_means": self.ratios.means}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state` returned."""
-        self.means = tensors["ratio_means"].to(self.means.device)
+        self.ratios.means = tensors["ratio_means"].to(self.setup.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from weights.contracts import GuidanceConvention, StepSchedule
@@ -50,28 +50,7 @@ Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
 """Of an optimizer's two running means, each in [0, 1)."""
 
 
-def default_schedules() -> dict[int, StepSchedule]:
-    """1, 2 and 4 steps: native timesteps 999; 999, 499; 999, 749, 499, 249 of 1000."""
-    return {
-        1: StepSchedule(timesteps=[1.0]),
-        2: StepSchedule(timesteps=[1.0, 0.5]),
-        4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
-    }
-
-
-class FewStepConfig(MethodConfig):
-    """Of a method whose student draws in few steps."""
-
-    schedules: dict[int, StepSchedule] = Field(
-        default_factory=default_schedules, min_length=1, description="step counts to be good at, and their times"
-    )
-
-    @model_validator(mode="after")
-    def _schedules_have_their_length(self) -> Self:
-        for steps, schedule in self.schedules.items():
-            if len(schedule.timesteps) != steps:
-                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
-        return self
+OptimizerKind = Literal["adamw", "muon", "radam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +58,7 @@ class OptimizerSettings:
     """How the trainer optimizes one network."""
 
     lr: float
-    kind: Literal["adamw", "muon", "radam"] = "adamw"
+    kind: OptimizerKind = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     eps: float = 1e-8
@@ -117,6 +96,12 @@ class Batch:
     """Latents of real pictures, ``(B, ...)`` float32, unit variance; None where the data has no pictures."""
     real_cond: Cond | None = None
     """Conditions of the real pictures; the same object as ``cond`` where both are drawn together."""
+
+    @property
+    def pictures(self) -> tuple[Tensor, Cond]:
+        """The real pictures and their conditions, for configurations that `Method.needs_pictures` speaks for."""
+        assert self.real is not None, "needs_pictures lets no such batch through"
+        return self.real, self.real_cond or self.cond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +152,6 @@ class Setup:
     new_student: Callable[[], TextToImage]
     """What the student is at first: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
     device: torch.device
-    has_pictures: bool = True
-    """Whether batches carry real latents."""
 
     @property
     def teacher(self) -> Denoiser:

@@ -30,26 +30,17 @@ from torch import Tensor
 from distillers.adapters import copy_sharing_frozen
 from distillers.critics import guided_x0
 from distillers.losses.regression import regression_loss
-from distillers.methods.base import (
-    Betas,
-    FewStepConfig,
-    Method,
-    OptimizerSettings,
-    Setup,
-    Step,
-    Trained,
-    Turn,
-    TurnLoss,
-)
+from distillers.methods.base import Setup, Step, Turn, TurnLoss
+from distillers.methods.few_step import LoneStudent, LoneStudentConfig
 from distillers.rollout import draw_noise
-from weights.contracts import GuidanceConvention, StepSchedule
+from weights.contracts import GuidanceConvention
 from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
 from weights.families.base import TextToImage
 
 
-class ConsistencyConfig(FewStepConfig):
+class ConsistencyConfig(LoneStudentConfig):
     """The defaults are LCM's for SD1.5, but that the guidance scale is fixed unless ``guidance_range`` is given."""
 
     solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
@@ -65,9 +56,6 @@ class ConsistencyConfig(FewStepConfig):
     huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
     lr: float = Field(1e-6, gt=0, description="student's learning rate")
-    betas: Betas = Field((0.9, 0.999), description="AdamW's betas")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -82,18 +70,17 @@ class ConsistencyConfig(FewStepConfig):
         return self
 
 
-class Consistency(Method):
+class Consistency(LoneStudent):
     """See the module's text."""
 
     name = "consistency"
     Config = ConsistencyConfig
+    config: ConsistencyConfig
 
     def __init__(self, config: ConsistencyConfig, setup: Setup) -> None:
-        self.config, self.setup = config, setup
-        self._student = setup.new_student()
+        super().__init__(config, setup)
         if config.guidance_range is not None:
             self._student = self._student.with_guidance_embedding()
-        self.teacher = setup.teacher
         self.average: TextToImage | None = None
         if config.target_decay > 0:
             self.average = self._student.with_network(copy_sharing_frozen(self._student.network))
@@ -110,26 +97,9 @@ class Consistency(Method):
         return None
 
     @property
-    def student(self) -> TextToImage:
-        return self._student
-
-    @property
     def target(self) -> Denoiser:
         """Who answers at the trajectory's lower state."""
         return (self.average or self._student).denoiser
-
-    def trained(self) -> dict[str, Trained]:
-        config = self.config
-        optimizer = OptimizerSettings(
-            lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
-        )
-        return {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
-
-    def turns(self, iteration: int) -> list[Turn]:
-        return [Turn(name="student", trains=("student",))]
-
-    def schedules(self) -> dict[int, StepSchedule]:
-        return dict(self.config.schedules)
 
     def guidance(self) -> GuidanceConvention:
         scale, embedded = self.config.guidance_scale, self.config.guidance_range
@@ -137,8 +107,8 @@ class Consistency(Method):
         return GuidanceConvention(trained_scale=scale, default_scale=default, embedded=embedded)
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
-        config, real, cond = self.config, step.batch.real, self._told(step.batch.real_cond or step.batch.cond, step)
-        assert real is not None, "needs_pictures lets no such batch through"
+        config, (real, plain) = self.config, step.batch.pictures
+        cond = self._told(plain, step)
         index = torch.randint(config.skip, config.solver_steps + 1, (len(real),), generator=step.local).to(real.device)
         t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
         x_t, guided, x_s = self._solve(real, cond, t, s, step)

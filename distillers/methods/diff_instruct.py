@@ -17,23 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from distillers.losses.distribution_matching import distribution_matching_gradient, gradient_as_loss
-from distillers.methods.base import Betas
-from distillers.methods.score_distillation import Interval, Noised, ScoreDistillation, ScoreDistillationConfig
+from distillers.methods.score_distillation import Interval, Noised, ScoreDistillation, TurnAboutConfig
 
 
-class DiffInstructConfig(ScoreDistillationConfig):
+class DiffInstructConfig(TurnAboutConfig):
     """The family's settings with the paper's defaults."""
 
-    guidance_scale: float = Field(
-        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
-    )
-    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
     dm_levels: Interval | None = Field(
         (-1.2, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
     )
-    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
-    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
-    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
 
 
 class DiffInstruct(ScoreDistillation):

@@ -17,34 +17,23 @@ A departure: r's averages are kept by each process for itself, where the public 
 from torch import Tensor
 
 from distillers.losses.divergences import divergence_weight
-from distillers.methods.base import Setup
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.score_distillation import Noised
-from distillers.ratios import RatioConfig, Ratios
+from distillers.ratios import RatioConfig, WithRatios
 
 
 class FDistillConfig(RatioConfig, DMD2Config):
     """DMD2's settings, and the divergence's."""
 
 
-class FDistill(DMD2):
+class FDistill(WithRatios, DMD2):
     """See the module's text."""
 
     name = "f_distill"
     Config = FDistillConfig
     config: FDistillConfig
 
-    def __init__(self, config: FDistillConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self.ratios = Ratios(config, setup.device)
-
     def weight(self, seen: Noised) -> Tensor:
         ratio = self.ratios(seen.logits, seen.t).detach()
         weight = divergence_weight(self.config.divergence, ratio)
         return weight / weight.mean() if self.config.normalize_weights else weight
-
-    def state(self) -> dict[str, Tensor]:
-        return self.ratios.state()
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.ratios.load_state(tensors)

@@ -54,8 +54,7 @@ class Hybrid(SCM):
         return [*super().turns(iteration), Turn(name="critic", trains=("heads",))]
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
-        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
-        assert real is not None, "needs_pictures lets no such batch through"
+        real, cond = step.batch.pictures
         if turn.name == "critic":
             if "samples" not in step.scratch:
                 with torch.no_grad():

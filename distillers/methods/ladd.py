@@ -28,8 +28,6 @@ from torch import Tensor
 from distillers.adversary import AdversaryConfig, LatentAdversary
 from distillers.methods.base import (
     Betas,
-    FewStepConfig,
-    Method,
     OptimizerSettings,
     Setup,
     Step,
@@ -38,12 +36,12 @@ from distillers.methods.base import (
     TurnLoss,
     Workspace,
 )
+from distillers.methods.few_step import FewStepConfig, FewStepMethod
 from distillers.pairs import TeacherPairs
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Cond
 from weights.diffusion.schedules import Schedule, add_noise, expand
-from weights.families.base import TextToImage
 
 
 class LADDConfig(AdversaryConfig, FewStepConfig):
@@ -65,15 +63,15 @@ class LADDConfig(AdversaryConfig, FewStepConfig):
     warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises")
 
 
-class LADD(Method):
+class LADD(FewStepMethod):
     """See the module's text."""
 
     name = "ladd"
     Config = LADDConfig
+    config: LADDConfig
 
     def __init__(self, config: LADDConfig, setup: Setup) -> None:
-        self.config, self.setup = config, setup
-        self._student = setup.new_student()
+        super().__init__(config, setup)
         self.adversary = LatentAdversary(config, setup)
         self.pairs: TeacherPairs | None = None
 
@@ -82,10 +80,6 @@ class LADD(Method):
         if config.pictures == "data":
             return "pictures 'data' is what the student has to pass for; 'teacher' trains on prompts alone"
         return None
-
-    @property
-    def student(self) -> TextToImage:
-        return self._student
 
     def trained(self) -> dict[str, Trained]:
         config = self.config
@@ -102,9 +96,6 @@ class LADD(Method):
         if (iteration + 1) % self.config.student_every == 0:
             return [Turn(name="student", trains=("student",)), critic]
         return [critic]
-
-    def schedules(self) -> dict[int, StepSchedule]:
-        return dict(self.config.schedules)
 
     def guidance(self) -> GuidanceConvention:
         guided = self.config.guidance_scale if self.config.pictures == "teacher" else 1.0
@@ -144,8 +135,7 @@ class LADD(Method):
         if self.pairs is not None:
             _, real, cond = self.pairs.draw(step.size, step.local)
             return real, cond
-        assert step.batch.real is not None, "needs_pictures lets no such batch through"
-        return step.batch.real, step.batch.real_cond or step.batch.cond
+        return step.batch.pictures
 
 
 def starting_states(

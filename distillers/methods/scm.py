@@ -49,8 +49,6 @@ from distillers.losses.continuous_consistency import (
 )
 from distillers.methods.base import (
     Betas,
-    FewStepConfig,
-    Method,
     OptimizerSettings,
     Setup,
     Step,
@@ -58,13 +56,12 @@ from distillers.methods.base import (
     Turn,
     TurnLoss,
 )
+from distillers.methods.few_step import LoneStudent, LoneStudentConfig
 from distillers.rollout import draw_lognormal_times, draw_noise
 from distillers.tangents import Differentiation, difference_along, jvp_along
-from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Cond
 from weights.diffusion.conversion import Converted
 from weights.diffusion.schedules import TrigFlow, add_noise
-from weights.families.base import TextToImage
 
 QUARTER_TURN = math.pi / 2
 MARGIN = 1e-4
@@ -73,7 +70,7 @@ FREE_BOUNDARY = 0.1
 """sigma / alpha below which a network that predicts x0 follows the teacher's own estimate."""
 
 
-class SCMConfig(FewStepConfig):
+class SCMConfig(LoneStudentConfig):
     """The defaults are the paper's and its public code's, but for the guidance scale, which is one of SANA-Sprint's."""
 
     sigma_data: float = Field(1.0, gt=0, description="TrigFlow's: the latents' standard deviation (the paper's is 0.5)")
@@ -95,11 +92,8 @@ class SCMConfig(FewStepConfig):
     )
     prior_weighting: bool = Field(True, description="weigh the loss by alpha / sigma")
     adaptive_weighting: bool = Field(True, description="learn how large the loss is at each time, and even it out")
-    lr: float = Field(1e-4, gt=0, description="student's learning rate")
     log_variance_lr: float = Field(1e-2, gt=0, description="of the adaptive weighting")
     betas: Betas = Field((0.9, 0.99), description="RAdam's betas")
-    weight_decay: float = Field(0.0, ge=0, description="RAdam's weight decay of the student")
-    warmup: int = Field(0, ge=0, description="updates over which the student's learning rate rises")
 
     def scaled(self, factor: float) -> Self:
         return self.model_copy(update={"tangent_warmup": round(factor * self.tangent_warmup)})
@@ -122,16 +116,16 @@ class LogVariance(nn.Module):
         return (terms.float() @ self.series.weight.float().T).squeeze(1)
 
 
-class SCM(Method):
+class SCM(LoneStudent):
     """See the module's text."""
 
     name = "scm"
     Config = SCMConfig
+    config: SCMConfig
+    optimizer = "radam"
 
     def __init__(self, config: SCMConfig, setup: Setup) -> None:
-        self.config, self.setup = config, setup
-        self._student = setup.new_student()
-        self.teacher = setup.teacher
+        super().__init__(config, setup)
         self.trig = TrigFlow(config.sigma_data)
         free = getattr(self.student.denoiser, "prediction", None) == "x0"
         given = config.boundary
@@ -142,18 +136,12 @@ class SCM(Method):
     def needs_pictures(cls, config: SCMConfig) -> str | None:
         return "continuous-time consistency distillation follows the teacher from noised real pictures"
 
-    @property
-    def student(self) -> TextToImage:
-        return self._student
-
     def trained(self) -> dict[str, Trained]:
-        config = self.config
-        optimizer = OptimizerSettings(
-            kind="radam", lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
-        )
-        networks = {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
+        config, networks = self.config, super().trained()
         if self.log_variance is not None:
-            settings = OptimizerSettings(kind="radam", lr=config.log_variance_lr, betas=config.betas, weight_decay=0.0)
+            settings = OptimizerSettings(
+                kind=self.optimizer, lr=config.log_variance_lr, betas=config.betas, weight_decay=0.0
+            )
             networks["log_variance"] = Trained(module=self.log_variance, optimizer=settings)
         return networks
 
@@ -161,19 +149,12 @@ class SCM(Method):
         adaptive = self.log_variance is not None
         return [Turn(name="student", trains=("student", "log_variance") if adaptive else ("student",))]
 
-    def schedules(self) -> dict[int, StepSchedule]:
-        return dict(self.config.schedules)
-
-    def guidance(self) -> GuidanceConvention:
-        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
-
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         return self.consistency_loss(step)
 
     def consistency_loss(self, step: Step) -> TurnLoss:
         """The whole loss of a micro-batch; a method that adds another to it (an adversarial one) calls this."""
-        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
-        assert real is not None, "needs_pictures lets no such batch through"
+        real, cond = step.batch.pictures
         angle = self._angles(len(real), step)
         eps = draw_noise(tuple(real.shape), step.local, real.device)
         x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()

@@ -29,8 +29,6 @@ from distillers.losses.adversarial import approximate_r1, discriminator_loss, ge
 from distillers.losses.score import Weighting, denoising_loss, score_weight
 from distillers.methods.base import (
     Betas,
-    FewStepConfig,
-    Method,
     OptimizerSettings,
     Setup,
     Step,
@@ -38,6 +36,7 @@ from distillers.methods.base import (
     Turn,
     TurnLoss,
 )
+from distillers.methods.few_step import FewStepConfig, FewStepMethod
 from distillers.rollout import (
     at_time,
     draw_lognormal_times,
@@ -47,10 +46,8 @@ from distillers.rollout import (
     noised_real,
     simulate,
 )
-from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Cond
 from weights.diffusion.schedules import add_noise
-from weights.families.base import TextToImage
 
 Interval = tuple[float, float]
 
@@ -127,6 +124,18 @@ class ScoreDistillationConfig(FewStepConfig):
         return self
 
 
+class TurnAboutConfig(ScoreDistillationConfig):
+    """Student and fake score step in turn, with neither guidance nor a discriminator, as before DMD2."""
+
+    guidance_scale: float = Field(
+        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
+    )
+    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
+    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
+    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Noised:
     """A student's pictures under noise, as both scores see them."""
@@ -144,19 +153,17 @@ class Noised:
     """The discriminator's, ``(B, heads)``, with a graph to x; of x_t itself where times are shared."""
 
 
-class ScoreDistillation(Method):
+class ScoreDistillation(FewStepMethod):
     """See the module's text. A method of the family says what its loss between the scores is."""
 
+    config: ScoreDistillationConfig
     differentiates_scores: ClassVar[bool] = False
     """Whether the loss's gradient flows through both scores to x_t; it costs their backward passes."""
 
     def __init__(self, config: ScoreDistillationConfig, setup: Setup) -> None:
-        self.config = config
-        self.setup = setup
-        self._student = setup.new_student()
+        super().__init__(config, setup)
         self._fake_score = setup.new_network(config.fake_score_lora)
         self.fake_score = self._fake_score.denoiser
-        self.teacher = setup.teacher
         self.heads: Heads | None = None
         if config.gan_weight > 0:
             self.critic = self.fake_score if config.gan_features == "fake_score" else self.teacher
@@ -178,10 +185,6 @@ class ScoreDistillation(Method):
     @abstractmethod
     def matching(self, seen: Noised) -> Tensor:
         """The loss that moves the student's distribution to the teacher's, a scalar with a graph to the student."""
-
-    @property
-    def student(self) -> TextToImage:
-        return self._student
 
     def trained(self) -> dict[str, Trained]:
         config = self.config
@@ -213,12 +216,6 @@ class ScoreDistillation(Method):
         """The turn of fake score and discriminator."""
         return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
 
-    def schedules(self) -> dict[int, StepSchedule]:
-        return dict(self.config.schedules)
-
-    def guidance(self) -> GuidanceConvention:
-        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
-
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         return self._student_loss(step) if turn.name == "student" else self._critic_loss(step)
 
@@ -231,9 +228,8 @@ class ScoreDistillation(Method):
         if self.config.backward_simulation or len(schedule.timesteps) == 1:
             x_t = simulate(denoiser, noise, schedule, k, cond, step.local)
         else:
-            assert batch.real is not None, "needs_pictures lets no such batch through"
-            cond = batch.real_cond or batch.cond
-            x_t = noised_real(denoiser, batch.real, noise, schedule, k)
+            real, cond = batch.pictures
+            x_t = noised_real(denoiser, real, noise, schedule, k)
         return denoiser(x_t, at_time(schedule.network_times[k], x_t), cond), cond
 
     def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
@@ -328,8 +324,7 @@ class ScoreDistillation(Method):
         self, heads: Heads, fake_logits: Tensor, t: Tensor, step: Step
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss and what to log, given its logits on the student's pictures at times t."""
-        real, cond = step.batch.real, step.batch.real_cond or step.batch.cond
-        assert real is not None, "needs_pictures lets no such batch through"
+        real, cond = step.batch.pictures
         real_t = self._noised(real, t[: len(real)], step)
         logits = heads(self.critic.features(real_t, t[: len(real)], cond))
         loss = discriminator_loss(logits, fake_logits)

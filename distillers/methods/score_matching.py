@@ -21,24 +21,13 @@ from torch import Tensor, no_grad
 
 from distillers.critics import guided_x0
 from distillers.losses.score import Weighting, denoising_loss, score_weight
-from distillers.methods.base import (
-    Betas,
-    FewStepConfig,
-    Method,
-    OptimizerSettings,
-    Setup,
-    Step,
-    Trained,
-    Turn,
-    TurnLoss,
-)
+from distillers.methods.base import Step, Turn, TurnLoss
+from distillers.methods.few_step import LoneStudent, LoneStudentConfig
 from distillers.rollout import draw_noise, draw_times
-from weights.contracts import GuidanceConvention, StepSchedule
 from weights.diffusion.schedules import add_noise
-from weights.families.base import TextToImage
 
 
-class ScoreMatchingConfig(FewStepConfig):
+class ScoreMatchingConfig(LoneStudentConfig):
     """The settings; its schedules are those of the sample sheets, and of the stage that follows."""
 
     guidance_scale: float = Field(
@@ -49,10 +38,8 @@ class ScoreMatchingConfig(FewStepConfig):
     times: tuple[float, float] = Field((0.001, 1.0), description="times of training, uniform between")
     weighting: Weighting = Field("v", description="prediction whose squared error is learned")
     sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
-    lr: float = Field(1e-4, gt=0, description="student's learning rate")
-    betas: Betas = Field((0.9, 0.999), description="the optimizer's betas")
-    weight_decay: float = Field(0.01, ge=0, description="the optimizer's weight decay")
-    warmup: int = Field(500, ge=0, description="updates over which the learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="the optimizer's weight decay of the student")
+    warmup: int = Field(500, ge=0, description="updates over which the student's learning rate rises")
 
     @model_validator(mode="after")
     def _times_lie_inside(self) -> Self:
@@ -61,44 +48,19 @@ class ScoreMatchingConfig(FewStepConfig):
         return self
 
 
-class ScoreMatching(Method):
+class ScoreMatching(LoneStudent):
     """See the module's text."""
 
     name = "score_matching"
     Config = ScoreMatchingConfig
-
-    def __init__(self, config: ScoreMatchingConfig, setup: Setup) -> None:
-        self.config, self.setup = config, setup
-        self._student = setup.new_student()
-        self.teacher = setup.teacher
+    config: ScoreMatchingConfig
 
     @classmethod
     def needs_pictures(cls, config: ScoreMatchingConfig) -> str | None:
         return "the teacher's answers are learned on noised real pictures"
 
-    @property
-    def student(self) -> TextToImage:
-        return self._student
-
-    def trained(self) -> dict[str, Trained]:
-        config = self.config
-        optimizer = OptimizerSettings(
-            lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, warmup=config.warmup
-        )
-        return {"student": Trained(module=self.student.network, optimizer=optimizer, average=True)}
-
-    def turns(self, iteration: int) -> list[Turn]:
-        return [Turn(name="student", trains=("student",))]
-
-    def schedules(self) -> dict[int, StepSchedule]:
-        return dict(self.config.schedules)
-
-    def guidance(self) -> GuidanceConvention:
-        return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
-
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
-        config, real, cond = self.config, step.batch.real, step.batch.real_cond or step.batch.cond
-        assert real is not None, "needs_pictures lets no such batch through"
+        config, (real, cond) = self.config, step.batch.pictures
         schedule = self.teacher.schedule
         t = draw_times(len(real), config.times, step.local, real.device)
         x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)

@@ -17,20 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from distillers.losses.score_identity import score_identity_loss
-from distillers.methods.base import Betas
-from distillers.methods.score_distillation import Noised, ScoreDistillation, ScoreDistillationConfig
+from distillers.methods.score_distillation import Noised, ScoreDistillation, TurnAboutConfig
 
 
-class ScoreIdentityConfig(ScoreDistillationConfig):
+class ScoreIdentityConfig(TurnAboutConfig):
     """The family's settings with the defaults of SiD's paper."""
 
-    guidance_scale: float = Field(
-        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
-    )
-    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
-    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
-    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
-    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
     normalize: bool = Field(True, description="divide each picture's loss by mean|x - F_T|")
 
 

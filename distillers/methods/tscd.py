@@ -233,8 +233,8 @@ class TSCD(Consistency):
     def _land(self, step: Step) -> Landing:
         """Both jumps of a batch; the student's with a graph."""
         config, schedule, steps = self.config, self.teacher.schedule, self.config.solver_steps
-        real, cond = step.batch.real, self._told(step.batch.real_cond or step.batch.cond, step)
-        assert real is not None, "needs_pictures lets no such batch through"
+        real, plain = step.batch.pictures
+        cond = self._told(plain, step)
         index = torch.randint(1, steps + 1, (len(real),), generator=step.local).to(real.device)
         lower, upper = segment_of(index, segment_edges(steps, self.segments(step.iteration)))
         later = torch.maximum(index - config.skip, lower)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from distillers.losses.divergences import Divergence, divergence_weight, weight_elasticity
 from distillers.losses.score_identity import score_identity_loss
-from distillers.methods.base import Setup
-from distillers.methods.score_distillation import Noised, ScoreDistillation
+from distillers.methods.score_distillation import Noised
 from distillers.methods.sid import ScoreIdentityConfig
-from distillers.ratios import RatioConfig, Ratios
+from distillers.ratios import RatioConfig, WithRatios
 
 
 class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
@@ -36,17 +35,13 @@ class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
     ratio_gradient: bool = Field(True, description="differentiate the ratios by the pictures too, as the theory does")
 
 
-class UniInstruct(ScoreDistillation):
+class UniInstruct(WithRatios):
     """See the module's text."""
 
     name = "uni_instruct"
     Config = UniInstructConfig
     config: UniInstructConfig
     differentiates_scores = True
-
-    def __init__(self, config: UniInstructConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        self.ratios = Ratios(config, setup.device)
 
     def matching(self, seen: Noised) -> Tensor:
         config = self.config
@@ -58,9 +53,3 @@ class UniInstruct(ScoreDistillation):
             weight = weight / weight.detach().mean()
         alpha = (1 + weight_elasticity(config.divergence, ratio)) / 2
         return score_identity_loss(seen.x, seen.fake_x0, seen.teacher_x0, alpha, weight, normalize=config.normalize)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.ratios.state()
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.ratios.load_state(tensors)
