@@ -20,16 +20,18 @@ from weights.diffusion.schedules import DiscreteVP, Schedule
 from weights.families.base import TextToImage
 from weights.families.gaussian_mixture import MLP, PRESETS, AnalyticDenoiser, GaussianMixture, fit
 
+QUIET = {"checkpoint_every": 10_000, "sample_every": 10_000}
 VP = DiscreteVP.from_betas("cosine", zero_terminal_snr=True)
 
 
 @lru_cache(maxsize=8)
 def fitted(preset: str, schedule: Schedule, prediction: Prediction) -> GaussianMixture:
     """The preset with an MLP that has learned to denoise: what a copied teacher is elsewhere."""
-    torch.manual_seed(0)
     mixture = PRESETS[preset]()
-    model = GaussianMixture(mixture, schedule, prediction, MLP(mixture.dim, mixture.num_labels, width=64, depth=2))
-    fit(model.denoiser, AnalyticDenoiser(mixture, schedule), iterations=200, batch=256)
+    with torch.random.fork_rng(devices=[]):  # whoever asks first must find the random state as those do who ask later
+        torch.manual_seed(0)
+        model = GaussianMixture(mixture, schedule, prediction, MLP(mixture.dim, mixture.num_labels, width=64, depth=2))
+        fit(model.denoiser, AnalyticDenoiser(mixture, schedule), iterations=200, batch=256)
     return model
 
 
@@ -124,3 +126,24 @@ def distance_to_data(method: Method, schedule: StepSchedule, setup: Setup, count
     assert isinstance(setup.base, GaussianMixture)
     real = setup.base.mixture.sample(torch.full((count,), -1), torch.Generator().manual_seed(8)).flatten(1)
     return wasserstein(student_samples(method, schedule, count), real)
+
+
+def distances(
+    method: Method,
+    setup: Setup,
+    folder: Path,
+    iterations: int,
+    schedules: list[StepSchedule] | None = None,
+    **train: Any,
+) -> tuple[float, float]:
+    """The student's `distance_to_data` before and after training: the largest of these schedules, or its one-step one's."""
+    chosen = schedules or [method.schedules()[1]]
+
+    def distance() -> float:
+        return max(distance_to_data(method, schedule, setup) for schedule in chosen)
+
+    before = distance()
+    trainer = trainer_of(method, setup, folder, iterations=iterations, **{**QUIET, **train})
+    trainer.run()
+    with trainer.averaged():
+        return before, distance()

@@ -14,7 +14,7 @@ from distillers.critics import guided_x0
 from distillers.methods.base import Setup, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of, trainer_of
 from weights.contracts import GuidanceConvention
 from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.parameterizations import Prediction
@@ -192,12 +192,7 @@ def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -
     """The one-step student's distance to the data before and after training."""
     torch.manual_seed(0)
     method = build(setup, **{"solver_steps": 16, "lr": 2e-3, "huber": 0.03, "target_decay": 0.9, **config})
-    one = method.schedules()[1]
-    before = distance_to_data(method, one, setup)
-    trainer = trainer_of(method, setup, folder, iterations=iterations, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return before, distance_to_data(method, one, setup)
+    return distances(method, setup, folder, iterations)
 
 
 @in_every_convention

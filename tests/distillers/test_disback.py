@@ -13,7 +13,7 @@ from distillers.methods.disback import DisBack, DisBackConfig
 from distillers.methods.dmd2 import DMD2
 from distillers.methods.sid import SiD
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import distances, mixture_setup, step_of, trainer_of
 from weights.contracts import StepSchedule
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import EDM, Schedule
@@ -114,17 +114,13 @@ def test_the_path_is_saved_and_comes_back() -> None:
     assert torch.equal(other.inner.state()["ratio_means"], torch.full((10,), 3.0))
 
 
-def distances(folder: Path, setup: Setup, inner: str = "dmd2", **changed: Any) -> tuple[float, float]:
+def distances_after(folder: Path, setup: Setup, inner: str = "dmd2", **changed: Any) -> tuple[float, float]:
     """The one-step student's distance to the data, before and after."""
     torch.manual_seed(0)
     settings = {**SETTINGS, **({"alpha": 1.0} if inner == "sid" else {}), **changed}
     config = {"degradation_iterations": 40, "path_points": 3, "backtrack_every": 40, "settings": settings}
     method = DisBack(DisBackConfig.model_validate({"method": inner, **config}), setup)
-    before = distance_to_data(method, ONE[1], setup)
-    trainer = trainer_of(method, setup, folder, iterations=240, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return before, distance_to_data(method, ONE[1], setup)
+    return distances(method, setup, folder, 240)
 
 
 @in_every_convention
@@ -134,20 +130,17 @@ def test_the_student_finds_the_teachers_distribution(
     changed = {"score_weighting": "edm"} if isinstance(schedule, EDM) else {}
     if prediction == "eps":  # an error of eps is one of x0 times sigma / alpha, 14 at the first time
         changed = {"student_lr": 1e-4, "fake_score_lr": 5e-4, "score_weighting": "eps"}
-    before, after = distances(tmp_path, mixture_setup("line", schedule, prediction), **changed)
+    before, after = distances_after(tmp_path, mixture_setup("line", schedule, prediction), **changed)
     assert after < 0.7 * before, (before, after)
 
 
 def test_so_it_does_around_another_method(tmp_path: Path) -> None:
-    before, after = distances(tmp_path, mixture_setup(), "sid")
+    before, after = distances_after(tmp_path, mixture_setup(), "sid")
     assert after < 0.6 * before, (before, after)
 
 
 def test_a_target_that_stays_at_the_degraded_end_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DisBack, "point", lambda self, iteration: 49 if iteration >= 150 else 0)
     method = build(degradation_iterations=150, path_points=50)
-    before = distance_to_data(method, ONE[1], method.setup)
-    trainer = trainer_of(method, method.setup, tmp_path, iterations=350, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        assert distance_to_data(method, ONE[1], method.setup) > 0.65 * before
+    before, after = distances(method, method.setup, tmp_path, 350)
+    assert after > 0.65 * before

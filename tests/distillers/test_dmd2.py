@@ -17,7 +17,7 @@ import distillers.methods.score_distillation as family
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.seeds import generator_of, seed_of
-from tests.distillers.mixtures import distance_to_data, fitted, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import distances, fitted, mixture_setup, step_of, trainer_of
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond, Denoiser
 
@@ -461,10 +461,7 @@ def distance_after(iterations: int, folder: Path, **config: Any) -> float:
     torch.manual_seed(0)
     setup = mixture_setup("ring")
     method = DMD2(DMD2Config(**{**QUICK, "gan_weight": 0.0, **config}), setup)
-    trainer = trainer_of(method, setup, folder, iterations=iterations, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return max(distance_to_data(method, schedule, setup) for schedule in method.schedules().values())
+    return distances(method, setup, folder, iterations, list(method.schedules().values()))[1]
 
 
 @pytest.mark.parametrize(

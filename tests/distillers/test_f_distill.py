@@ -15,7 +15,7 @@ from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
 from distillers.methods.score_distillation import Noised
-from tests.distillers.mixtures import distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 
 STUDENT = Turn(name="student", trains=("student",))
@@ -102,10 +102,7 @@ def distance_after(iterations: int, folder: Path, **config: Any) -> float:
     setup = mixture_setup("ring")
     torch.manual_seed(0)
     method = FDistill(FDistillConfig(**{**QUICK, **config}), setup)
-    trainer = trainer_of(method, setup, folder, iterations=iterations, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return distance_to_data(method, ONE[1], setup)
+    return distances(method, setup, folder, iterations)[1]
 
 
 @pytest.mark.parametrize("divergence", sorted(DIVERGENCES))

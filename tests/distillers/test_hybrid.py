@@ -11,7 +11,7 @@ from distillers.methods.base import Turn
 from distillers.methods.hybrid import Hybrid, HybridConfig
 from distillers.methods.scm import SCM, SCMConfig
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import Schedule
 
@@ -62,12 +62,5 @@ def test_the_student_finds_the_teachers_distribution(
         schedule, prediction, lr=1.5e-3, head_lr=1e-3, tangent="finite_difference", tangent_warmup=10,
         prior_weighting=False, adversarial_weight=0.02,
     )  # fmt: skip
-    one = method.schedules()[1]
-    before = distance_to_data(method, one, method.setup)
-    trainer = trainer_of(
-        method, method.setup, tmp_path, batch_size=64, iterations=80, checkpoint_every=10_000, sample_every=10_000
-    )
-    trainer.run()
-    with trainer.averaged():
-        after = distance_to_data(method, one, method.setup)
+    before, after = distances(method, method.setup, tmp_path, 80, batch_size=64)
     assert after < 0.7 * before, (before, after)

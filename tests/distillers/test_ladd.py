@@ -15,7 +15,7 @@ from distillers.methods.base import Setup, Turn, Workspace
 from distillers.methods.ladd import LADD, LADDConfig, starting_states
 from distillers.seeds import generator_of, seed_of
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import EDM, RectifiedFlow, Schedule
@@ -148,31 +148,23 @@ QUICK = {
 }  # fmt: skip
 
 
-def distances(iterations: int, folder: Path, setup: Setup, **config: Any) -> tuple[float, float]:
+def distances_after(iterations: int, folder: Path, setup: Setup, **config: Any) -> tuple[float, float]:
     """The student's distance to the data before and after training, at the step count where it is largest."""
     method = build(setup, **{**QUICK, **config})
-
-    def distance() -> float:
-        return max(distance_to_data(method, schedule, setup) for schedule in method.schedules().values())
-
-    before = distance()
-    trainer = trainer_of(method, setup, folder, batch_size=128, iterations=iterations, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return before, distance()
+    return distances(method, setup, folder, iterations, list(method.schedules().values()), batch_size=128)
 
 
 @in_every_convention
 def test_the_student_finds_the_datas_distribution(schedule: Schedule, prediction: Prediction, tmp_path: Path) -> None:
     # An error of eps is one of x0 times sigma / alpha, 14 at the first time: so much smaller must its steps be.
     rate = 1e-4 if prediction == "eps" else 1e-3
-    before, after = distances(120, tmp_path, mixture_setup("line", schedule, prediction), student_lr=rate)
+    before, after = distances_after(120, tmp_path, mixture_setup("line", schedule, prediction), student_lr=rate)
     assert after < (0.6 if prediction == "eps" else 0.5) * before, (before, after)
 
 
 def test_a_student_of_four_steps_finds_every_mode_of_a_ring(tmp_path: Path) -> None:
     finer = {"critic_noise_mean": -1.0}  # modes are as narrow as the discriminator's usual noise
-    before, after = distances(250, tmp_path, mixture_setup("ring"), schedules=FOUR, student_lr=3e-4, **finer)
+    before, after = distances_after(250, tmp_path, mixture_setup("ring"), schedules=FOUR, student_lr=3e-4, **finer)
     assert after < 0.5 * before, (before, after)
 
 
@@ -188,5 +180,5 @@ def test_with_one_sides_loss_turned_round_it_does_not(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, loss, SWAPPED[loss](getattr(module, loss)))
-    before, after = distances(100, tmp_path, mixture_setup())
+    before, after = distances_after(100, tmp_path, mixture_setup())
     assert after > 0.9 * before, (before, after)

@@ -20,7 +20,7 @@ from distillers.losses.continuous_consistency import (
 from distillers.methods.base import Setup, Turn
 from distillers.methods.scm import MARGIN, SCM, LogVariance, SCMConfig
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.mixture import Mixture
 from weights.diffusion.parameterizations import Prediction
@@ -249,14 +249,7 @@ def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -
     """The one-step student's distance to the data before and after training."""
     torch.manual_seed(0)
     method = build(setup, **{**QUICK, **config})
-    one = method.schedules()[1]
-    before = distance_to_data(method, one, setup)
-    trainer = trainer_of(
-        method, setup, folder, batch_size=64, iterations=iterations, checkpoint_every=10_000, sample_every=10_000
-    )
-    trainer.run()
-    with trainer.averaged():
-        return before, distance_to_data(method, one, setup)
+    return distances(method, setup, folder, iterations, batch_size=64)
 
 
 @in_every_convention

@@ -16,7 +16,7 @@ from distillers.methods import method, methods
 from distillers.methods.base import Turn
 from distillers.methods.score_distillation import ScoreDistillation
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import EDM, Schedule
@@ -45,18 +45,14 @@ def config_of(name: str, schedule: Schedule = VP, prediction: Prediction = "v", 
     return method(name).Config.model_validate({**chosen, **config})
 
 
-def distances(
+def distances_after(
     name: str, folder: Path, iterations: int, schedule: Schedule = VP, prediction: Prediction = "v"
-) -> Tensor:
+) -> tuple[float, float]:
     """The one-step student's distance to the data, before and after."""
     setup = mixture_setup("line", schedule, prediction)
     torch.manual_seed(0)
     built = method(name)(config_of(name, schedule, prediction), setup)
-    before = distance_to_data(built, ONE[1], setup)
-    trainer = trainer_of(built, setup, folder, iterations=iterations, checkpoint_every=10_000, sample_every=10_000)
-    trainer.run()
-    with trainer.averaged():
-        return torch.tensor([before, distance_to_data(built, ONE[1], setup)])
+    return distances(built, setup, folder, iterations)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -64,7 +60,7 @@ def distances(
 def test_the_student_finds_the_teachers_distribution(
     name: str, schedule: Schedule, prediction: Prediction, tmp_path: Path
 ) -> None:
-    before, after = distances(name, tmp_path, 200, schedule, prediction)
+    before, after = distances_after(name, tmp_path, 200, schedule, prediction)
     assert after < 0.7 * before, (before, after)
 
 
@@ -82,7 +78,7 @@ def test_with_the_wrong_sign_it_does_not(
 ) -> None:
     right = getattr(module, loss)
     monkeypatch.setattr(module, loss, lambda *given, **named: -right(*given, **named))
-    before, after = distances(name, tmp_path, 100)
+    before, after = distances_after(name, tmp_path, 100)
     assert after > 0.9 * before
 
 

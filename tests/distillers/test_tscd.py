@@ -19,7 +19,7 @@ from distillers.methods.base import Setup, Step, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from distillers.methods.tscd import TSCD, Landing, TSCDConfig
 from tests.distillers.conventions import CONVENTIONS, in_every_convention
-from tests.distillers.mixtures import VP, distance_to_data, mixture_setup, step_of, trainer_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from tests.distillers.test_consistency import Known
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond
@@ -315,20 +315,7 @@ QUICK: dict[str, Any] = {"solver_steps": 16, "lr": 2e-3, "huber": 0.03, "target_
 
 def trained(method: TSCD, iterations: int, folder: Path) -> tuple[float, float]:
     """The student's distance to the data before and after training."""
-    (schedule,) = method.schedules().values()
-    before = distance_to_data(method, schedule, method.setup)
-    trainer = trainer_of(
-        method,
-        method.setup,
-        folder,
-        batch_size=128,
-        iterations=iterations,
-        checkpoint_every=10_000,
-        sample_every=10_000,
-    )
-    trainer.run()
-    with trainer.averaged():
-        return before, distance_to_data(method, schedule, method.setup)
+    return distances(method, method.setup, folder, iterations, list(method.schedules().values()), batch_size=128)
 
 
 def four_after(iterations: int, folder: Path, setup: Setup | None = None, **config: Any) -> float:
