@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from distillers.evaluation.measure import Quality, Real, Spread
 from distillers.evaluation.metrics import Estimate, ratio
+from distillers.evaluation.subjects import counted
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def bars(real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], ex
         if subject.model.manifest is None or subject.leg != "plain" or subject.steps not in (1, 4):
             continue
         own, its = (q.distances[extractor].kernel_distance for q in (quality, teacher))
-        at = f"{subject.steps} step" + ("s" if subject.steps > 1 else "")
+        at = counted(subject.steps, "step")
         bound = 0.75 if subject.steps == 4 else 1.0
         found += [
             Bar(subject.model.name, f"kernel distance / teacher's, {at}", ratio(own, its), bound, True),

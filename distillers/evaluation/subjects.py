@@ -21,6 +21,11 @@ Leg = Literal["plain", "base first step", "first step skipped"]
 STEPS = (1, 2, 4)
 
 
+def counted(number: int, what: str) -> str:
+    """For people: ``"1 step"``, ``"4 steps"``."""
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
 @dataclass(frozen=True)
 class Model:
     """The base, or one of its students (which then has a manifest)."""
@@ -72,11 +77,9 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """For people: ``"emoji-dmd2, 4 steps + base first step"``."""
-        steps = f"{self.steps} step" + ("s" if self.steps != 1 else "")
-        return f"{self.model.name}, {steps}" + {"plain": "", "base first step": ", base first step"}.get(
-            self.leg, f", {self.leg}"
-        )
+        """For people: ``"emoji-dmd2, 4 steps, base first step"``."""
+        leg = "" if self.leg == "plain" else f", {self.leg}"
+        return f"{self.model.name}, {counted(self.steps, 'step')}{leg}"
 
     @property
     def slug(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from distillers.evaluation.leaderboard.records import Result, Row, Teacher
 from distillers.evaluation.metrics import Estimate, ratio
-from distillers.evaluation.subjects import STEPS
+from distillers.evaluation.subjects import STEPS, counted
 
 BEST = {4: 0.6, 1: 0.9}
 """By number of steps, the share of the full teacher's kernel distance that the best method may have."""
@@ -59,6 +59,7 @@ def beats(share: Estimate) -> bool:
 def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
     """Every bar that the results decide. A method that could not be trained breaks the bars on every method."""
     failed = [result.name for result in results if result.failure]
+    full = counted(teacher.full.steps, "step")
 
     def every(what: str, bound: str, worst: tuple[Estimate, str], holds: bool) -> Bar:
         who = "; ".join([worst[1], *(f"not trained: {name}" for name in failed)])
@@ -68,18 +69,18 @@ def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
     for steps in STEPS:
         worst = _extreme(results, teacher, of_same, max, steps)
         if worst is not None:
-            what = f"every method's kernel distance over the teacher's, both at {_steps(steps)}"
+            what = f"every method's kernel distance over the teacher's, both at {counted(steps, 'step')}"
             found.append(every(what, "below 1", worst, beats(worst[0])))
     for steps, bound in BEST.items():
         best = _extreme(results, teacher, of_full, min, steps)
         if best is not None:
-            what = f"the best kernel distance at {_steps(steps)} over the teacher's at {_steps(teacher.full.steps)}"
+            what = f"the best kernel distance at {counted(steps, 'step')} over the teacher's at {full}"
             found.append(Bar(what, f"at most {bound:g}", *best, best[0].value <= bound))
     shares: dict[str, Share] = {"R-precision": alignment, "diversity": diversity}
     for name, share in shares.items():
         least = _extreme(results, teacher, share, min)
         if least is not None:
-            what = f"every method's {name} over the teacher's at {_steps(teacher.full.steps)}, at any number of steps"
+            what = f"every method's {name} over the teacher's at {full}, at any number of steps"
             found.append(every(what, f"at least {LEAST:g}", least, keeps(least[0])))
     return found
 
@@ -93,13 +94,9 @@ def _extreme(
 ) -> tuple[Estimate, str] | None:
     """The smallest or largest share of all rows (with so many steps), and whose it is."""
     found = [
-        (measured, f"{result.name}, {_steps(row.steps)}")
+        (measured, f"{result.name}, {counted(row.steps, 'step')}")
         for result in results
         for row in result.rows
         if steps in (None, row.steps) and (measured := share(row, teacher)) is not None
     ]
     return choose(found, key=lambda pair: pair[0].value) if found else None
-
-
-def _steps(count: int) -> str:
-    return f"{count} step" + ("s" if count != 1 else "")

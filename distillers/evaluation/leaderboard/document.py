@@ -15,6 +15,7 @@ from distillers.evaluation.leaderboard.bars import (
 from distillers.evaluation.leaderboard.records import OFF, Result, Row, Settings, Teacher
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.protocol import Protocol
+from distillers.evaluation.subjects import counted
 
 FIGURE = "leaderboard.png"
 
@@ -81,9 +82,9 @@ def _introduction(settings: Settings, protocol: Protocol, teacher: Teacher, resu
     told = "of the processor, whatever else the machine did" if settings.by == "processor" else "by the clock"
     parts = [
         f"Every recipe for `{teacher.name}`, each from the teacher's own weights, at one budget: "
-        f"**{settings.minutes:g} minutes of training on {_count(settings.threads, 'thread')}**, seed {settings.seed}; batch "
-        f"size and everything else is the recipe's own. The minutes are {told}. A short timed run before tells what an "
-        "iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the budget "
+        f"**{settings.minutes:g} minutes of training on {counted(settings.threads, 'thread')}**, seed {settings.seed}; "
+        f"batch size and everything else is the recipe's own. The minutes are {told}. A short timed run before tells what "
+        "an iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the budget "
         f"by more than {OFF:.0%} is done once more. A method's preparation counts.",
         f"Measured {when} on {on} by the one protocol (`{settings.protocol[:12]}`): "
         f"{len(protocol.drawings):,} pictures of {len(protocol.held_out)} held-out captions, in EfficientNet-Lite0's "
@@ -195,10 +196,6 @@ def _pm(estimate: Estimate, digits: int = 2) -> str:
 
 def _mark(holds: bool) -> str:
     return "✓" if holds else "✗"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _plain(text: str) -> str:

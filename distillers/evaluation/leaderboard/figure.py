@@ -6,6 +6,7 @@ from typing import Any
 
 from distillers.evaluation.leaderboard.document import ranking
 from distillers.evaluation.leaderboard.records import Result, Row, Settings, Teacher
+from distillers.evaluation.subjects import counted
 
 MARKERS, DASHES = "osD^vPX*<>p", ("-", "--", ":")
 SPREAD, WIDEST = 0.07, 0.6
@@ -42,7 +43,7 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
     floor = teacher.floor_kernel_distance.value
     axes.axhline(floor, linestyle="--", color="grey", linewidth=1, label="other real pictures", zorder=1)
     _scales(axes, teacher, shown)
-    threads = f"{settings.threads} thread" + ("s" if settings.threads > 1 else "")
+    threads = counted(settings.threads, "thread")
     quick = " (a quick sample)" if settings.quick else ""
     axes.set_title(f"quality against cost, {settings.minutes:g} minutes of training on {threads} each{quick}")
     # Beside the axes, in the order of the table: names among the points would lie on each other.
