@@ -21,11 +21,14 @@ class Plan:
     diversity: Diversity | None
     evaluations: int
     """Network evaluations per picture."""
+    embeds_guidance: bool = False
+    """Whether the student is told its guidance scale, and needs no unconditional prompt for it."""
 
     @property
     def needs_uncond(self) -> bool:
         """Whether the unconditional (or negative) prompt is of any use."""
-        return self.guidance_scale != 1 or (self.diversity is not None and self.diversity.base_guidance != 1)
+        guided = self.guidance_scale != 1 and not self.embeds_guidance
+        return guided or (self.diversity is not None and self.diversity.base_guidance != 1)
 
 
 def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
@@ -89,6 +92,7 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
         schedule=schedule,
         diversity=diversity,
         evaluations=evaluations,
+        embeds_guidance=embedded is not None,
     )
 
 
