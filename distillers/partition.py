@@ -8,7 +8,7 @@ Pairs of noise and the teacher's picture for a regression are not cut but shared
 
 Departures: clusters are of exactly equal size (`distillers.clustering`). The paper needs no router for classes; here prompts
 that nobody saw before are to be drawn, so the centroids are kept, and with them the prices of the balanced assignment as
-offsets: without these, 5% of the emoji's captions at K = 4, and 13% at K = 16, would go to a student that never saw them.
+offsets: without these, some captions would go to a student that never saw them (``train_without_offsets`` in the manifest).
 """
 
 import hashlib
