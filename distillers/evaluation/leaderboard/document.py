@@ -84,8 +84,8 @@ def _introduction(settings: Settings, protocol: Protocol, teacher: Teacher, resu
         f"Every recipe for `{teacher.name}`, each from the teacher's own weights, at one budget: "
         f"**{settings.minutes:g} minutes of training on {counted(settings.threads, 'thread')}**, seed {settings.seed}; "
         f"batch size and everything else is the recipe's own. The minutes are {told}. A short timed run before tells what "
-        "an iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the budget "
-        f"by more than {OFF:.0%} is done once more. A method's preparation counts.",
+        "an iteration costs, and so how many fit, since learning rates fall by iterations; a training that misses the "
+        f"budget by more than {OFF:.0%} is done once more. A method's preparation counts.",
         f"Measured {when} on {on} by the one protocol (`{settings.protocol[:12]}`): "
         f"{len(protocol.drawings):,} pictures of {len(protocol.held_out)} held-out captions, in EfficientNet-Lite0's "
         f"features; diversity over {len(protocol.coarse)} coarse prompts, {len(protocol.coarse_seeds)} seeds each; ± is a "
