@@ -6,9 +6,8 @@ Control in Diffusion Models", Gandikota & Bau, arXiv 2503.10637, section 4): the
 t = 1 down to t*, the time of the student's step ``skip``; the student takes the latent over there and finishes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,21 +15,19 @@ from torch import Tensor
 from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.guidance import EmbeddedGuidance, Guided
-from weights.diffusion.samplers import (
-    ImageNoise,
-    OnStep,
-    ddim_step,
-    few_step,
-    initial_state,
-    needs_noise,
-    sample_ode,
-    trailing_times,
-)
+from weights.diffusion.samplers import ImageNoise, OnStep
 from weights.families.base import TextToImage
+from weights.trajectory import (
+    CannotDraw,
+    Leg,
+    Trajectory,
+    advance,
+    base_trajectory,
+    evaluations_per_call,
+    student_trajectory,
+)
 
-
-class CannotDraw(ValueError):
-    """These settings cannot be drawn with this student; the message says why and what can."""
+__all__ = ["CannotDraw", "Drawing", "draw", "draw_base", "guided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,27 +38,6 @@ class Drawing:
     """``(B, C, h, w)`` float32, clean and of unit variance: ready for `TextToImage.decode`."""
     evaluations: int
     """Network evaluations per picture, the base leg's included; a guided step counts two."""
-
-
-def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
-    """The base leg's falling times: 1 first, the student's time at step ``skip`` last, ``base_steps`` steps between.
-
-    Raises:
-        CannotDraw: the student has no step ``skip``.
-    """
-    steps = len(schedule.timesteps)
-    if diversity.skip >= steps:
-        raise CannotDraw(
-            f"the base's first step replaces the student's first {diversity.skip} of {steps} step(s), which leaves "
-            f"it none: draw with at least {diversity.skip + 1} steps, or turn diversity off"
-        )
-    target = schedule.timesteps[diversity.skip]
-    return [1 + (target - 1) * step / diversity.base_steps for step in range(diversity.base_steps)] + [target]
-
-
-def evaluations_per_call(guidance_scale: float) -> int:
-    """Network evaluations of one guided call: one at 1.0 (off) and 0.0 (the unconditional estimate alone), else two."""
-    return 1 if guidance_scale in (0, 1) else 2
 
 
 def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> tuple[Denoiser, int]:
@@ -100,12 +76,9 @@ def draw_base(
         guidance_scale: 1.0 is off.
         on_step: called after each step with its index and the x_0 that the model sees there.
     """
-    denoiser, cost = guided(base.denoiser, uncond, guidance_scale)
-    times = trailing_times(steps)
-    noise = ImageNoise(seeds, base.latent_shape(), _device(cond))
-    x_t = initial_state(noise(), base.denoiser.schedule, times[0])
-    latents = sample_ode(denoiser, x_t, times, cond, solver="ddim", on_step=on_step)
-    return Drawing(latents=latents, evaluations=steps * cost)
+    denoiser = base.denoiser
+    trajectory = base_trajectory(denoiser.schedule, steps, guidance_scale, tells_guidance=denoiser.embeds_guidance)
+    return _follow(trajectory, {"base": denoiser}, base.latent_shape(), cond, uncond, seeds, on_step)
 
 
 def draw(
@@ -139,50 +112,42 @@ def draw(
     Raises:
         CannotDraw: ``diversity`` leaves the student no step of its own, or has no base.
     """
-    denoiser, cost = guided(student.denoiser, uncond, guidance_scale)
-    noise = ImageNoise(seeds, student.latent_shape(), _device(cond))
-    if diversity is None:
-        x_t = initial_state(noise(), denoiser.schedule, schedule.timesteps[0])
-        latents = few_step(denoiser, x_t, schedule, cond, noise, on_step=on_step)
-        return Drawing(latents=latents, evaluations=len(schedule.timesteps) * cost)
-
-    times = base_leg_times(schedule, diversity)
-    evaluations = (len(schedule.timesteps) - diversity.skip) * cost
-    first = 0
-    if skip_only:
-        x_t = initial_state(noise(), denoiser.schedule, times[-1])
-    elif base is None:
+    if diversity is not None and base is None and not skip_only:
         raise CannotDraw("diversity runs the base model's first step, but no base was given")
-    else:
-        leg, leg_cost = guided(base.denoiser, uncond, diversity.base_guidance)
-        x_t = _base_leg(leg, initial_state(noise(), leg.schedule, times[0]), times, cond, on_step)
-        first = diversity.base_steps
-        evaluations += first * leg_cost
-    for step in range(diversity.skip):
-        if needs_noise(schedule, step):
-            noise()  # the skipped step's draw, so that the steps that are left get the noise they always get
-    latents = few_step(
-        denoiser, x_t, schedule, cond, noise, diversity.skip, _numbered_from(on_step, first - diversity.skip)
+    denoisers: dict[Leg, Denoiser] = {"student": student.denoiser}
+    if base is not None:
+        denoisers["base"] = base.denoiser
+    trajectory = student_trajectory(
+        student.denoiser.schedule,
+        schedule,
+        guidance_scale,
+        tells_guidance=student.denoiser.embeds_guidance,
+        diversity=diversity,
+        skip_only=skip_only,
+        base_tells_guidance=base is not None and base.denoiser.embeds_guidance,
     )
-    return Drawing(latents=latents, evaluations=evaluations)
+    return _follow(trajectory, denoisers, student.latent_shape(), cond, uncond, seeds, on_step)
 
 
-def _device(cond: Cond) -> torch.device:
-    return next(iter(cond.values())).device
-
-
-def _base_leg(denoiser: Denoiser, x_t: Tensor, times: list[float], cond: Cond, on_step: OnStep | None) -> Tensor:
-    """The latent ``(B, ...)`` at the last of ``times``, which is above 0, by DDIM from the first."""
-    for step, (t, s) in enumerate(pairwise(times)):
-        now, then = (torch.full((len(x_t),), time, dtype=torch.float64, device=x_t.device) for time in (t, s))
-        x0 = denoiser(x_t, now.float(), cond)
-        x_t = ddim_step(x_t, x0, now, then, denoiser.schedule)
+def _follow(
+    trajectory: Trajectory,
+    denoisers: Mapping[Leg, Denoiser],
+    shape: tuple[int, ...],
+    cond: Cond,
+    uncond: Cond | None,
+    seeds: Sequence[int],
+    on_step: OnStep | None,
+) -> Drawing:
+    """All pictures along one trajectory, from their seeds' noise to clean latents."""
+    device = next(iter(cond.values())).device
+    noise = ImageNoise(seeds, shape, device)
+    x = (trajectory.start * noise().double()).float()
+    for _ in range(trajectory.skipped_draws):
+        noise()
+    for index, step in enumerate(trajectory.steps):
+        denoiser, _ = guided(denoisers[step.leg], uncond, step.guidance_scale)
+        x0 = denoiser(x, torch.full((len(x),), step.t, device=device), cond)
+        x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
         if on_step is not None:
-            on_step(step, x0)
-    return x_t
-
-
-def _numbered_from(on_step: OnStep | None, offset: int) -> OnStep | None:
-    if on_step is None:
-        return None
-    return lambda step, x0: on_step(step + offset, x0)
+            on_step(index, x0)
+    return Drawing(latents=x, evaluations=trajectory.evaluations)

@@ -1,6 +1,6 @@
 """What the routes may ask of an engine, whatever draws inside: nothing here knows of torch or HTTP."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,28 @@ class DrawRequest:
     """Width and height in pixels."""
     deterministic: bool = False
     """A picture is the same, bit for bit, whatever else is drawn with it: each is drawn in a batch of its own."""
+    client: str = ""
+    """Whose request it is: the line is fair between clients."""
+    seconds: float | None = None
+    """How long the client waits at most; the engine's own limit when left out, or where that is shorter."""
+    previews: int = 0
+    """How many states of each picture to show before it is done, evenly spread over its steps; at most all but the last."""
+    exact_previews: bool = False
+    """Previews by the real decoder, not by a cheap approximation of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What the model sees in a picture after one of its steps: its x_0, decoded."""
+
+    image: Image
+    index: int
+    """Which of the request's pictures."""
+    seed: int
+    step: int
+    """From 1."""
+    steps: int
+    """Of the picture in all, the base leg's included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +75,20 @@ class Drawn:
     """Time of the whole request's drawing, without its wait."""
     student: str | None = None
     """Which of a routed student's students drew it; None where the model drew it itself."""
+    index: int = 0
+    """Which of the request's pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What an engine has to do, and holds."""
+
+    pictures: int
+    """Admitted and not done."""
+    seconds: float
+    """Predicted, until all of them are done."""
+    resident: Mapping[str, int]
+    """Bytes of each model in memory, shared components counted with the base alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +174,30 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Begin loading; returns at once."""
 
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests from now on, and return when all that were admitted are done, or after so long."""
+
     async def stop(self) -> None:
-        """Finish the picture at hand, refuse what waits, and give the memory back."""
+        """Refuse all that is not done, and give the memory back."""
+
+    def load(self) -> Load:
+        """What there is to do now, and what is in memory."""
 
     def models(self) -> list[ModelInfo]:
         """All models that can be drawn with now, the bases first. Reads the disk."""
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
-        """One picture per seed, in order. Cancelling the call drops the request, also from the queue.
+        """One picture per seed, in order. Cancelling the call drops the request by the next tick.
 
         Raises:
             EngineError: one of its subclasses.
+        """
+
+    def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
+        """The same, as things happen: previews where they are asked for, each picture as soon as it is done.
+
+        The pictures come in any order, each after its own previews. Closing the iterator drops the request.
+
+        Raises:
+            EngineError: one of its subclasses, in iteration.
         """

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from service.engine.base import BadRequest, DrawRequest, ModelInfo
 from weights.contracts import Diversity, StepSchedule, StudentManifest
-from weights.drawing import CannotDraw, base_leg_times, evaluations_per_call
+from weights.trajectory import CannotDraw, base_leg_times, evaluations_per_call
 
 MAX_BASE_STEPS = 100
 

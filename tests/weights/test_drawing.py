@@ -11,7 +11,8 @@ from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise
 from weights.diffusion.schedules import EDM, DiscreteVP, Schedule
-from weights.drawing import CannotDraw, base_leg_times, draw, draw_base, evaluations_per_call, guided
+from weights.drawing import CannotDraw, draw, draw_base, guided
+from weights.trajectory import base_leg_times, evaluations_per_call
 
 SHAPE = (2, 3, 3)
 FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])

@@ -1,0 +1,22 @@
+"""A backend turns a loaded model into one that runs faster: the same `TextToImage`, with other parts inside."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from weights.families import TextToImage
+
+
+class Backend(Protocol):
+    """Built once, from the settings; used on the engine's thread alone."""
+
+    name: str
+    batches: Sequence[int]
+    """Batch sizes that it is made for, rising from 1; a batch of another size is padded to the next by the caller."""
+
+    def prepare(self, model: TextToImage, base: TextToImage | None = None) -> TextToImage:
+        """The model, ready to draw in any of the batches.
+
+        Args:
+            model: as its family loaded it.
+            base: the prepared base of a student, whose text encoder and decoder it shares.
+        """

@@ -1,0 +1,111 @@
+"""Trajectories against the samplers that they write down, and the independence of a batch's rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weights.contracts import Diversity, StepSchedule
+from weights.denoiser import Cond, Denoiser
+from weights.diffusion.samplers import ImageNoise, few_step, initial_state, sample_ode, trailing_times
+from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
+from weights.trajectory import Trajectory, TrajectoryStep, advance, base_trajectory, student_trajectory
+
+SHAPE = (2, 3, 3)
+SCHEDULES: list[Schedule] = [
+    DiscreteVP.from_betas(zero_terminal_snr=True),
+    DiscreteVP.from_betas(),
+    EDM(),
+    RectifiedFlow(),
+    TrigFlow(),
+]
+
+
+class Bent(Denoiser):
+    """A network that is not linear, and sees the time."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return torch.tanh(x_t + t.reshape(-1, 1, 1, 1)) - 0.1
+
+
+def follow(trajectory: Trajectory, denoiser: Denoiser, noise: ImageNoise) -> Tensor:
+    x = (trajectory.start * noise().double()).float()
+    for _ in range(trajectory.skipped_draws):
+        noise()
+    for step in trajectory.steps:
+        x0 = denoiser(x, torch.full((len(x),), step.t), {})
+        x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
+    return x
+
+
+def falling(count: int) -> st.SearchStrategy[list[float]]:
+    times = st.lists(st.floats(0.02, 0.98), min_size=count - 1, max_size=count - 1, unique=True)
+    return times.map(lambda later: [1.0, *sorted(later, reverse=True)])
+
+
+@pytest.mark.parametrize("diffusion", SCHEDULES, ids=lambda each: type(each).__name__)
+@settings(max_examples=20, deadline=None)
+@given(times=st.integers(1, 5).flatmap(falling), way=st.sampled_from([("consistency", 0), ("ddim", 0), ("ddim", 0.7)]))
+def test_a_students_trajectory_is_its_sampler(diffusion: Schedule, times: list[float], way: tuple[str, float]) -> None:
+    schedule = StepSchedule(timesteps=times, sampler=way[0], eta=way[1])  # type: ignore[arg-type]
+    denoiser = Bent(diffusion)
+    noise = ImageNoise([3, 4], SHAPE)
+    expected = few_step(denoiser, initial_state(noise(), diffusion, times[0]), schedule, {}, noise)
+    drawn = follow(student_trajectory(diffusion, schedule), denoiser, ImageNoise([3, 4], SHAPE))
+    torch.testing.assert_close(drawn, expected)
+
+
+@pytest.mark.parametrize("diffusion", SCHEDULES, ids=lambda each: type(each).__name__)
+def test_a_bases_trajectory_is_ddim(diffusion: Schedule) -> None:
+    denoiser, noise = Bent(diffusion), ImageNoise([3], SHAPE)
+    expected = sample_ode(denoiser, initial_state(noise(), diffusion), trailing_times(7), {})
+    trajectory = base_trajectory(diffusion, 7, 1.0)
+    torch.testing.assert_close(follow(trajectory, denoiser, ImageNoise([3], SHAPE)), expected)
+    assert not any(step.fresh for step in trajectory.steps)
+
+
+def test_what_a_picture_costs_is_told_before_it_is_drawn() -> None:
+    diffusion, four = SCHEDULES[0], StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
+    assert base_trajectory(diffusion, 5, 3.0).evaluations == 10
+    assert base_trajectory(diffusion, 5, 3.0, tells_guidance=True).evaluations == 5
+    assert student_trajectory(diffusion, four).evaluations == 4
+    assert student_trajectory(diffusion, four, 2.0, diversity=Diversity(base_steps=2)).evaluations == 8
+    guided = Diversity(base_steps=2, base_guidance=3.0)
+    assert student_trajectory(diffusion, four, diversity=guided).evaluations == 2 * 2 + 3
+    assert student_trajectory(diffusion, four, diversity=guided, skip_only=True).evaluations == 3
+
+
+def step(keep: float, estimate: float, fresh: float) -> TrajectoryStep:
+    return TrajectoryStep(
+        leg="student", t=0.5, guidance_scale=1.0, tells_guidance=False, keep=keep, estimate=estimate, fresh=fresh
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    weights=st.lists(st.tuples(*[st.floats(-2, 2)] * 3), min_size=1, max_size=9),
+    seed=st.integers(0, 1000),
+)
+def test_a_row_is_the_same_bits_in_every_batch(weights: list[tuple[float, float, float]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, x0, noise = torch.randn(3, len(weights), *SHAPE, generator=generator).unbind()
+    steps = [step(*each) for each in weights]
+    together = advance(x, x0, steps, noise)
+    for row, own in enumerate(steps):
+        alone = advance(x[row : row + 1], x0[row : row + 1], [own], noise[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+        keep, estimate, fresh = weights[row]
+        expected = keep * x[row].double() + estimate * x0[row].double() + fresh * noise[row].double()
+        torch.testing.assert_close(alone[0], expected.float())
+
+
+def test_noise_is_asked_for_where_it_is_needed() -> None:
+    x = torch.zeros(1, *SHAPE)
+    assert advance(x, x + 1, [step(0.5, 0.25, 0.0)]).eq(0.25).all()
+    with pytest.raises(AssertionError):
+        advance(x, x, [step(0.5, 0.25, 0.1)])
