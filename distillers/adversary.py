@@ -156,25 +156,26 @@ class LatentAdversary:
         t = self._times(len(x), generator)
         return _over_heads(hinge_generator_loss, self._logits((self._noised(x, t, generator), t, cond)))
 
-    def critic_loss(self, x: Tensor, real: Tensor, cond: Cond, generator: torch.Generator) -> TurnLoss:
+    def critic_loss(self, x: Tensor, cond: Cond, real: Tensor, real_cond: Cond, generator: torch.Generator) -> TurnLoss:
         """The heads' loss on as many real pictures as the student's, at the same times.
 
         Args:
             x: the student's pictures ``(B, ...)``, without a graph.
+            cond: what they were asked to show.
             real: pictures ``(B, ...)``.
-            cond: of both, row by row.
+            real_cond: what these show.
             generator: on the CPU; draws times and noise.
         """
         config, t = self.config, self._times(len(x), generator)
         real_t = self._noised(real, t, generator)
-        shown: dict[str, Look] = {"fake": (self._noised(x, t, generator), t, cond), "real": (real_t, t, cond)}
-        rows = mismatched_rows(cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
+        shown: dict[str, Look] = {"fake": (self._noised(x, t, generator), t, cond), "real": (real_t, t, real_cond)}
+        rows = mismatched_rows(real_cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
         if len(rows) > 0:
             others = self._noised(real.roll(1, 0)[rows], t[rows], generator)
-            shown["mismatched"] = (others, t[rows], cond_rows(cond, rows))
+            shown["mismatched"] = (others, t[rows], cond_rows(real_cond, rows))
         if config.r1_weight > 0:
             noise = draw_noise(tuple(real.shape), generator, real.device)
-            shown["disturbed"] = (real_t + config.r1_noise * noise, t, cond)
+            shown["disturbed"] = (real_t + config.r1_noise * noise, t, real_cond)
         logits = self._all_logits(shown)
         loss = _over_heads(hinge_discriminator_loss, logits["real"], logits["fake"])
         if "mismatched" in logits:

@@ -6,8 +6,11 @@ beyond +-1 be (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.0595
 one random direction instead of a second backward pass.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SMALLEST_GRADIENT = 1e-12
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -33,3 +36,21 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 def approximate_r1(logits: Tensor, disturbed_logits: Tensor) -> Tensor:
     """``mean (D(x) - D(x + s eps))^2`` at real x, about ``s^2 |dD/dx|^2``; the caller chooses s (0.1) and disturbs x."""
     return (logits.float() - disturbed_logits.float()).square().mean()
+
+
+def relative_weight(reference: Tensor, loss: Tensor, x: Tensor) -> Tensor:
+    """``|d reference / dx| / |d loss / dx|``: what to weigh a loss with so that it pulls at x as hard as another.
+
+    VQGAN's adaptive weight (https://arxiv.org/abs/2012.09841, eq. 7), taken at the pictures instead of the last layer.
+
+    Args:
+        reference: scalar, with a graph to x.
+        loss: scalar, with a graph to x.
+        x: of any shape.
+
+    Returns:
+        A scalar without a graph; both graphs can still be gone through.
+    """
+    wanted, own = (torch.autograd.grad(each, x, retain_graph=True)[0].float().norm() for each in (reference, loss))
+    weight: Tensor = wanted / own.clamp_min(SMALLEST_GRADIENT)
+    return weight

@@ -59,7 +59,7 @@ class Hybrid(SCM):
             if "samples" not in step.scratch:
                 with torch.no_grad():
                     step.scratch["samples"] = self._sample(real, cond, step)
-            return self.adversary.critic_loss(step.scratch["samples"], real, cond, step.local)
+            return self.adversary.critic_loss(step.scratch["samples"], cond, real, cond, step.local)
         followed = self.consistency_loss(step)
         x = self._sample(real, cond, step)
         step.scratch["samples"] = x.detach()

@@ -119,7 +119,7 @@ class LADD(FewStepMethod):
             with torch.no_grad():
                 step.scratch["samples"] = self._sample(step)
         x, real, cond = step.scratch["samples"]
-        return self.adversary.critic_loss(x, real, cond, step.local)
+        return self.adversary.critic_loss(x, cond, real, cond, step.local)
 
     def _sample(self, step: Step) -> tuple[Tensor, Tensor, Cond]:
         """The student's pictures, the real ones that it started from, and the conditions of both."""

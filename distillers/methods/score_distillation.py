@@ -10,9 +10,11 @@ picture x and ``x_t = alpha_t x + sigma_t eps``:
     fake score  w_t ||F_S(x_t) - x||^2                                        denoising score matching
                 + discriminator_weight * (softplus(D(x_t)) + softplus(-D(real_t)))
 
-D is a small head on the fake score's bottleneck. A student of several steps is trained on the states it makes itself
-(backward simulation, DMD2, section 4.5); here one student serves several step counts: each iteration draws a count and a
-step.
+D is a small head on the fake score's bottleneck. With ``adversary`` a second discriminator, LADD's, judges the student's
+pictures too, on several blocks of the frozen teacher (`distillers.adversary`); it steps once for every step of the student,
+and its gradient by the pictures is scaled to ``adversary_weight`` times the matching loss's. A student of several steps is
+trained on the states it makes itself (backward simulation, DMD2, section 4.5); here one student serves several step counts:
+each iteration draws a count and a step.
 """
 
 from abc import abstractmethod
@@ -24,8 +26,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from distillers.adversary import AdversaryConfig, LatentAdversary
 from distillers.critics import Heads, guided_x0
-from distillers.losses.adversarial import approximate_r1, discriminator_loss, generator_loss
+from distillers.losses.adversarial import approximate_r1, discriminator_loss, generator_loss, relative_weight
 from distillers.losses.score import Weighting, denoising_loss, score_weight
 from distillers.methods.base import (
     Betas,
@@ -90,6 +93,12 @@ class ScoreDistillationConfig(FewStepConfig):
     )
     r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
     r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    adversary: AdversaryConfig | None = Field(
+        None, description="a second discriminator, on the frozen teacher's blocks; none when left out"
+    )
+    adversary_weight: float = Field(
+        1.0, gt=0, description="its gradient's norm by the student's pictures, relative to the matching loss's"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="of every network; muon steps matrices along their orthogonalised momentum"
     )
@@ -168,11 +177,14 @@ class ScoreDistillation(FewStepMethod):
         if config.gan_weight > 0:
             self.critic = self.fake_score if config.gan_features == "fake_score" else self.teacher
             self.heads = Heads(self.critic, setup.latent_shape, setup.uncond, setup.device)
+        self.adversary = None if config.adversary is None else LatentAdversary(config.adversary, setup)
 
     @classmethod
     def needs_pictures(cls, config: ScoreDistillationConfig) -> str | None:
         if config.gan_weight > 0:
             return f"gan_weight {config.gan_weight} compares with real pictures; set it to 0 to train on prompts alone"
+        if config.adversary is not None:
+            return "adversary compares with real pictures; leave it out to train on prompts alone"
         if not config.backward_simulation and max(config.schedules) > 1:
             return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
         return None
@@ -205,18 +217,25 @@ class ScoreDistillation(FewStepMethod):
         if self.heads is not None:
             lr = config.head_lr or config.fake_score_lr
             networks["heads"] = Trained(module=self.heads, optimizer=settings(lr, config.critic_betas))
+        if self.adversary is not None:
+            networks["adversary"] = self.adversary.trained(config.weight_decay, config.warmup)
         return networks
 
     def turns(self, iteration: int) -> list[Turn]:
+        turns = [self.critic_turn()]
         if (iteration + 1) % self.config.student_every == 0:
-            return [Turn(name="student", trains=("student",)), self.critic_turn()]
-        return [self.critic_turn()]
+            turns.insert(0, Turn(name="student", trains=("student",)))
+            if self.adversary is not None:
+                turns.append(Turn(name="adversary", trains=("adversary",)))
+        return turns
 
     def critic_turn(self) -> Turn:
         """The turn of fake score and discriminator."""
         return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        if turn.name == "adversary":
+            return self._adversary_loss(step)
         return self._student_loss(step) if turn.name == "student" else self._critic_loss(step)
 
     def _sample(self, step: Step) -> tuple[Tensor, Cond]:
@@ -287,11 +306,27 @@ class ScoreDistillation(FewStepMethod):
             "student/mean": x.mean(),
             "student/std": x.std(),
         }
+        if self.adversary is not None:
+            judged = self.adversary.student_loss(x, cond, step.local)
+            loss = loss + self.config.adversary_weight * relative_weight(matching, judged, x) * judged
+            step.scratch["judged"] = (x.detach(), cond)
+            metrics["student/judged"] = judged
         if seen.logits is not None:
             adversarial = generator_loss(seen.logits)
             loss = loss + self.config.gan_weight * adversarial
             metrics["student/adversarial"] = adversarial
         return TurnLoss(loss=loss, metrics=detached(metrics))
+
+    def _adversary_loss(self, step: Step) -> TurnLoss:
+        assert self.adversary is not None, "its turn is there where it is"
+        if "judged" not in step.scratch:
+            with torch.no_grad():
+                step.scratch["judged"] = self._sample(step)
+        x, cond = step.scratch["judged"]
+        found = self.adversary.critic_loss(x, cond, *step.batch.pictures, step.local)
+        return TurnLoss(
+            loss=found.loss, metrics={f"adversary/{name.split('/')[1]}": value for name, value in found.metrics.items()}
+        )
 
     def _critic_loss(self, step: Step) -> TurnLoss:
         config = self.config

@@ -96,7 +96,7 @@ def test_hinge_losses_are_their_formulas_and_let_settled_logits_be() -> None:
 def test_the_heads_loss_is_the_hinge_with_a_share_of_mismatched_pairs(share: float) -> None:
     adversary, mirror = mirrored(**CLEAN, mismatched_share=share)
     real, fake = points(0.5, 0.25, 0.75), points(-0.5, -0.5, 0.5)
-    found = adversary.critic_loss(fake, real, labels(0, 1, 1), generator_of("look"))
+    found = adversary.critic_loss(fake, labels(0, 1, 1), real, labels(0, 1, 1), generator_of("look"))
     # The second picture's neighbour has label 0 and the first's has 1; the third's has its own.
     wrong = torch.tensor([0.75 + 0, 0.5 + 1])
     true, false = torch.tensor([0.5, 1.25, 1.75]), torch.tensor([-0.5, 0.5, 1.5])
@@ -130,7 +130,7 @@ def test_the_students_loss_is_the_mean_logit_over_positions_then_heads() -> None
 def test_pictures_are_shown_at_log_normal_times_with_fresh_noise() -> None:
     adversary, mirror = mirrored(critic_noise_mean=0.7, critic_noise_std=0.5, mismatched_share=0.0)
     real, cond = torch.zeros(2000, 1, 1, 1), {"label": torch.zeros(2000, dtype=torch.int64)}
-    adversary.critic_loss(real, real, cond, generator_of("look"))
+    adversary.critic_loss(real, cond, real, cond, generator_of("look"))
     x_t, t, _ = mirror.asked[0]
     assert torch.equal(t[:2000], t[2000:])
     level = -VP.log_snr(t[:2000].double())
@@ -147,7 +147,7 @@ def test_r1_is_added_by_its_weight() -> None:
         torch.manual_seed(0)
         x = points(*[0.1] * 4000)
         cond = {"label": torch.zeros(4000, dtype=torch.int64)}
-        losses[weight] = adversary.critic_loss(x, x, cond, generator_of("look"))
+        losses[weight] = adversary.critic_loss(x, cond, x, cond, generator_of("look"))
     assert "critic/r1" not in losses[0.0].metrics
     assert float(losses[2.0].metrics["critic/r1"]) == pytest.approx(0.25, rel=0.1)  # |dD/dx| = 1
     gained = float(losses[2.0].loss - losses[0.0].loss)
@@ -196,7 +196,7 @@ def test_heads_keep_no_state_but_their_weights() -> None:
     assert not list(adversary.heads.buffers())
     x, cond = shown(2)
     before = {name: value.clone() for name, value in adversary.heads.state_dict().items()}
-    adversary.critic_loss(x, x, cond, generator_of("look"))
+    adversary.critic_loss(x, cond, x, cond, generator_of("look"))
     assert all(torch.equal(before[name], value) for name, value in adversary.heads.state_dict().items())
 
 
@@ -221,7 +221,7 @@ def test_the_heads_loss_reaches_only_the_heads() -> None:
     adversary = LatentAdversary(AdversaryConfig(r1_weight=1.0), setup)
     x, cond = shown(3)
     x.requires_grad_(True)
-    adversary.critic_loss(x, x.detach(), cond, generator_of("look")).loss.backward()
+    adversary.critic_loss(x, cond, x.detach(), cond, generator_of("look")).loss.backward()
     assert x.grad is None
     assert all(weight.grad is not None for weight in adversary.heads.parameters())
 
@@ -286,7 +286,7 @@ def prompt_gap(share: float) -> float:
         cond = {"label": torch.randint(8, (64,), generator=generator)}
         fake, real = (mixture.sample(cond["label"], generator).float() for _ in range(2))
         optimizer.zero_grad()
-        adversary.critic_loss(fake, real, cond, generator_of("look", iteration)).loss.backward()
+        adversary.critic_loss(fake, cond, real, cond, generator_of("look", iteration)).loss.backward()
         optimizer.step()
     cond = {"label": torch.randint(8, (512,), generator=generator)}
     x, t = mixture.sample(cond["label"], generator).float(), torch.full((512,), 0.1)

@@ -100,10 +100,67 @@ def test_the_gradient_reaches_the_student_through_the_scores_only_where_the_meth
     assert noised == [built.differentiates_scores]
 
 
+JUDGED: dict[str, Any] = {"adversary": {"head_lr": 1e-3, "mismatched_share": 0.0}, "adversary_weight": 0.5}
+
+
+def test_with_a_second_discriminator_it_finds_the_teachers_distribution_too(tmp_path: Path) -> None:
+    setup = mixture_setup("line")
+    torch.manual_seed(0)
+    before, after = distances(method("dmd2")(config_of("dmd2", **JUDGED), setup), setup, tmp_path, 200)
+    assert after < before / 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_second_discriminator_steps_with_the_student_and_only_on_its_own_loss(shared: bool) -> None:
+    setup = mixture_setup()
+    built = method("dmd2")(config_of("dmd2", share_samples=shared, **JUDGED), setup)
+    assert isinstance(built, ScoreDistillation) and built.adversary is not None
+    assert [turn.name for turn in built.turns(0)] == ["critic"]
+    assert [turn.name for turn in built.turns(1)] == ["student", "critic", "adversary"]
+    step = step_of(setup, 8)
+    heads, student = built.adversary.heads, built.student.network
+    heads.requires_grad_(False)  # as the trainer does in the student's turn
+    built.loss(STUDENT, step).loss.backward()
+    assert any(weight.grad is not None for weight in student.parameters())
+    assert ("samples" in step.scratch) == shared
+    student.zero_grad(set_to_none=True)
+    heads.requires_grad_(True)
+    built.loss(Turn(name="adversary", trains=("adversary",)), step).loss.backward()
+    assert all(weight.grad is not None for weight in heads.parameters())
+    assert not any(weight.grad is not None for weight in student.parameters())
+
+
+def test_the_second_discriminator_pulls_as_hard_as_it_is_told_to() -> None:
+    """At the pictures: the whole gradient less the matching's is ``adversary_weight`` times as long as the matching's."""
+    setup = mixture_setup()
+    pulls: dict[float | None, Tensor] = {}
+    for weight in (None, 0.25, 3.0):
+        torch.manual_seed(0)
+        judged = {} if weight is None else {**JUDGED, "adversary_weight": weight}
+        built = method("dmd2")(config_of("dmd2", **judged), setup)
+        assert isinstance(built, ScoreDistillation)
+        x = torch.randn(16, 1, 1, 1, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        built._sample = lambda step, x=x: (x, step.batch.cond)  # type: ignore[method-assign]
+        built.loss(STUDENT, step_of(setup, 16)).loss.backward()
+        assert x.grad is not None
+        pulls[weight] = x.grad
+    alone = pulls[None]
+    for weight in (0.25, 3.0):
+        torch.testing.assert_close((pulls[weight] - alone).norm(), weight * alone.norm(), rtol=1e-4, atol=0)
+
+
+def test_a_second_discriminator_needs_pictures() -> None:
+    config = config_of("dmd2", **JUDGED)
+    assert "adversary" in (method("dmd2").needs_pictures(config) or "")
+    assert method("dmd2").needs_pictures(config_of("dmd2")) is None
+
+
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
         ("diff_instruct", "dm_levels", (0.0, 0.0)),
+        ("dmd2", "adversary_weight", 0.0),
+        ("dmd2", "adversary", {"head_kernel": 2}),
         ("sid", "alpha", 3.0),
         ("sim", "huber", 0.0),
         ("uni_instruct", "gan_weight", 0.0),
