@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import cast
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import keys
@@ -32,11 +30,6 @@ ANONYMOUS = Caller(id="anonymous", scopes=SCOPES)
 """Everybody, where the server has no keys."""
 
 
-def caller_of(request: Request) -> Caller:
-    """Who the request comes from."""
-    return cast(Caller, request.state.caller)
-
-
 def needed_scope(path: str) -> keys.Scope | None:
     """The scope that a path needs; None where it is open."""
     if any(_is_below(path, prefix) for prefix in OPEN):
@@ -49,7 +42,7 @@ def _is_below(path: str, prefix: str) -> bool:
 
 
 class Access:
-    """ASGI middleware: authenticates, checks the scope and the rate of requests, and puts the caller into the state.
+    """ASGI middleware: authenticates, checks the scope and the rate of requests, and puts the caller's id into ``state.client``.
 
     Args:
         app: what is asked when all is well.
@@ -67,13 +60,14 @@ class Access:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state["caller"] = ANONYMOUS
+        state["client"] = ANONYMOUS.id
         needed = needed_scope(scope["path"].removeprefix(scope.get("root_path", "")))
         if needed is None:
             await self.app(scope, receive, send)
             return
         try:
-            caller = state["caller"] = self._authenticate(scope)
+            caller = self._authenticate(scope)
+            state["client"] = caller.id
             _check_scope(caller, needed)
         except ApiError as error:
             await _refuse(error)(scope, receive, send)

@@ -20,7 +20,7 @@ from service.rates import Limits, Rates
 from service.routes import health, images, metrics, models
 from service.safety import load_checker
 from service.settings import Settings
-from service.tracing import Spans
+from service.spans import Spans
 from service.tracking import HEADER, Tracking
 
 EXPOSED = (

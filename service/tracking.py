@@ -5,24 +5,20 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
 from service.access import ANONYMOUS
 from service.errors import CLIENT_CLOSED_REQUEST, SHOWN, bug
 from service.metrics import Metrics
-from service.tracing import End, Spans
+from service.spans import End, Spans
 
 log = logging.getLogger("service.access")
 HEADER = "X-Request-ID"
+PICTURES = "/v1/images/files/"
+"""All that is logged of such a path: a picture's id opens it, and is no more for the log than a key."""
 QUIET = ("/health", "/metrics")
 """What machines ask for all day is logged at the level debug."""
-
-
-def request_id_of(request: Request) -> str:
-    """The request's id."""
-    return str(request.state.request_id)
 
 
 class Tracking:
@@ -74,13 +70,12 @@ class Tracking:
         return nullcontext() if self.spans is None else self.spans.request(scope, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, end: End | None) -> None:
-        method, route = scope["method"], getattr(scope.get("route"), "path", None)
-        client = scope["state"].get("caller", ANONYMOUS).id
+        method, route = scope["method"], getattr(scope.get("route"), "path_format", None)
+        client = scope["state"].get("client", ANONYMOUS.id)
         self.metrics.answered(method, route, status, seconds)
         if end is not None:
             end(route, client, status)
-        # A picture's id opens it, and is no more for the log than a key.
-        path = str(route if "picture_id" in scope.get("path_params", {}) else scope["path"])
+        path = PICTURES if scope["path"].startswith(PICTURES) else scope["path"]
         fields = {
             "method": method,
             "path": path if len(path) <= SHOWN else path[:SHOWN] + "...",

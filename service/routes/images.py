@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.access import caller_of
 from service.engine.base import DiversityWish, Drawn, DrawRequest
 from service.errors import CLIENT_CLOSED_REQUEST, ApiError
 from service.pictures import encode, facts_of
-from service.routes import ERRORS, engine_of, pictures_of, settings_of
+from service.routes import ERRORS, client_of, engine_of, pictures_of, settings_of
 from service.schemas import MAX_SEED, DiversityUsed, DrawingInfo, ImageRequest, ImageResponse, Picture
 from service.settings import Settings
 
@@ -29,7 +28,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse:
     for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
         _check_length(name, text, settings)
     created = int(time.time())
-    drawn = await _unless_gone(request, engine_of(request).generate(_draw_request(body, caller_of(request).id)))
+    drawn = await _unless_gone(request, engine_of(request).generate(_draw_request(body, client_of(request))))
     files = await asyncio.to_thread(_encode, body, drawn, settings.picture_metadata)
     data = [_picture(request, body, item, file) for item, file in zip(drawn, files, strict=True)]
     first = drawn[0]
