@@ -42,7 +42,7 @@ def _is_below(path: str, prefix: str) -> bool:
 
 
 class Access:
-    """ASGI middleware: authenticates, checks the scope and the rate of requests, and puts the caller's id into ``state.client``.
+    """ASGI middleware: authenticates, checks the scope and the rate of requests, and notes the caller as ``state.client``.
 
     Args:
         app: what is asked when all is well.

@@ -166,7 +166,7 @@ async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
 async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineError)
     answer = from_engine(error)
-    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, NotReady):
         log.error("%s", answer.detail, exc_info=error.__cause__)
     return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code, headers=answer.headers)
 

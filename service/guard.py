@@ -49,6 +49,7 @@ class GuardedEngine:
         self._checker = checker
         self._flagged = flagged
         self._drains = False
+        self._stopped = False
 
     @property
     def ready(self) -> bool:
@@ -70,8 +71,10 @@ class GuardedEngine:
         await self._engine.drain(seconds)
 
     async def stop(self) -> None:
-        """See `Engine.stop`."""
-        await self._engine.stop()
+        """See `Engine.stop`; once is enough, by the server behind a drain or by the app."""
+        if not self._stopped:
+            self._stopped = True
+            await self._engine.stop()
 
     def load(self) -> Load:
         """See `Engine.load`."""

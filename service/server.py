@@ -105,9 +105,10 @@ class DrainingServer(uvicorn.Server):
     async def _drained(self) -> None:
         seconds, notice = self._settings.drain_seconds, self._settings.drain_notice_seconds
         try:
-            async with asyncio.timeout(max(seconds, notice) + 1):  # an engine that hangs must not keep the process
-                await asyncio.gather(self._engine.drain(seconds), asyncio.sleep(notice))
-            log.info("drained")
+            await asyncio.gather(self._engine.drain(seconds), asyncio.sleep(notice))
+            left = self._engine.load().pictures
+            log.info("drained, with %d pictures left that are given up", left)
+            await self._engine.stop()  # whoever still waits for these is told so, and does not keep the process
         except Exception:
             log.exception("the engine could not be drained")
         finally:

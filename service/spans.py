@@ -49,7 +49,10 @@ class Spans:
         method = scope["method"]
         attributes = {"http.request.method": method, "fewstep.request_id": request_id}
         parent = propagate.extract(dict(Headers(scope=scope)))
-        with self._tracer.start_as_current_span(method, parent, SpanKind.SERVER, attributes) as span:
+        # An exception is for the log alone: nobody knows what its message holds.
+        with self._tracer.start_as_current_span(
+            method, parent, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+        ) as span:
 
             def end(route: str | None, client: str, status: int) -> None:
                 if route is not None:

@@ -14,9 +14,9 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from httpx2 import Response
 from hypothesis import given
 from hypothesis import strategies as st
-from httpx2 import Response
 from typer.testing import CliRunner
 
 from service.access import needed_scope
@@ -161,11 +161,11 @@ def test_what_cannot_be_written(file: Path, tmp_path: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(KeyFileError, match="is named 'ann' already"):
         create_key(file, "ann", ["jobs"])
-    with pytest.raises(KeyFileError, match="name: String should match pattern.*'a b'"):
+    with pytest.raises(KeyFileError, match=r"name: String should match pattern.*'a b'"):
         create_key(file, "a b", ["jobs"])
     with pytest.raises(KeyFileError, match="scopes"):
         create_key(file, "bob", [])
-    with pytest.raises(KeyFileError, match="no key of .* has the id or name 'bob'; there are: ann"):
+    with pytest.raises(KeyFileError, match=r"no key of .* has the id or name 'bob'; there are: ann"):
         revoke_key(file, "bob")
     assert file.read_bytes() == before
     (tmp_path / "a-file").touch()

@@ -94,7 +94,9 @@ def test_lines_of_the_engine_have_the_id(client: TestClient, engine: FakeEngine,
 
     engine.hold = hold
     client.post(DRAW, json={"prompt": "x"}, headers={"X-Request-ID": "mine"})
-    assert [(line["message"], line["request_id"]) for line in lines(written, "some.engine")] == [("deep inside", "mine")]
+    assert [(line["message"], line["request_id"]) for line in lines(written, "some.engine")] == [
+        ("deep inside", "mine")
+    ]
     logging.getLogger("some.engine").warning("outside")
     assert lines(written, "some.engine")[-1]["request_id"] is None
 

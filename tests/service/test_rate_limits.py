@@ -96,8 +96,8 @@ def test_a_request_larger_than_the_bucket_is_not_impossible() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0s"), (0.0001, "1ms"), (0.25, "250ms"), (1, "1s"), (1.5, "1.5s"), (59.9999, "1m0s"), (360, "6m0s"), (61.25, "1m1.25s")],
-)  # fmt: skip
+    [(0, "0s"), (0.0001, "1ms"), (0.25, "250ms"), (1.5, "1.5s"), (59.9999, "1m0s"), (360, "6m0s"), (61.25, "1m1.25s")],
+)
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
 
