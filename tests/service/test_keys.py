@@ -187,6 +187,15 @@ def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.Monk
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who gives a file to another user")
+def test_the_file_keeps_its_owner(file: Path) -> None:
+    """Root makes keys for a server that runs as another user."""
+    create_key(file, "ann", ["generate"])
+    os.chown(file, 10001, 10002)
+    create_key(file, "bob", ["generate"])
+    assert (file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) == (10001, 10002, 0o600)
+
+
 def test_keys_made_at_once_are_all_there(file: Path) -> None:
     with ThreadPool(8) as pool:
         pool.map(lambda number: create_key(file, f"key-{number}", ["generate"]), range(24))
