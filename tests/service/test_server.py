@@ -22,7 +22,6 @@ from tests.service.conftest import TinyBase
 from weights.contracts import DataSpec, DistillJob, Router
 from weights.store import Store
 
-
 JOB = DistillJob(student="tiny", method="dmd2", data=DataSpec(source="/some/folder"))
 
 
