@@ -5,14 +5,40 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from service import errors
+from service.access import Access
 from service.engine.base import Engine
+from service.guard import GuardedEngine
 from service.jobs.base import Jobs
+from service.keys import KeyRing
 from service.limits import BodyLimit
+from service.metrics import Metrics
 from service.pictures import PictureStore
-from service.routes import health, images, models
+from service.rates import Limits, Rates
+from service.routes import health, images, metrics, models
+from service.safety import load_checker
 from service.settings import Settings
+from service.spans import Spans
+from service.tracking import HEADER, Tracking
+
+EXPOSED = (
+    HEADER,
+    "Retry-After",
+    *(f"x-ratelimit-{a}-{b}" for a in ("limit", "remaining", "reset") for b in ("requests", "images")),
+)
+"""Headers of answers that a web page of another origin may read."""
+
+
+def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
+    """A client's limits: its key's own, and the settings' where the key has none."""
+    key = ring.get(client) if ring is not None else None
+    requests, pictures = (key.requests_per_minute, key.pictures_per_minute) if key is not None else (None, None)
+    return Limits(
+        requests_per_minute=requests or settings.requests_per_minute,
+        pictures_per_minute=pictures or settings.pictures_per_minute,
+    )
 
 
 def code_version() -> str:
@@ -23,14 +49,27 @@ def code_version() -> str:
         return "source"
 
 
-def create_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, engine: Engine, jobs: Jobs | None = None, *, counts: Metrics | None = None
+) -> FastAPI:
     """The app. It starts the engine and the jobs with itself, and stops them in the opposite order.
 
     Args:
         settings: see `service.settings`.
         engine: draws.
         jobs: distils; without it there is nothing at /v1/distillation.
+        counts: what /metrics shows; give the engine the same as its observer.
+
+    Raises:
+        BadSettings: the safety checker or OpenTelemetry is not to be had.
+        KeyFileError: the keys file is not there, or cannot be used.
     """
+    ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
+    rates = Rates(lambda client: _limits(settings, ring, client))
+    checker = load_checker(settings.safety_checker) if settings.safety_checker is not None else None
+    engine = GuardedEngine(engine, rates, checker, settings.safety_flagged)
+    counts = counts or Metrics()
+    counts.watch(engine)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -52,10 +91,22 @@ def create_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> 
     app.state.settings = settings
     app.state.engine = engine
     app.state.jobs = jobs
+    app.state.metrics = counts
     app.state.pictures = PictureStore(settings.picture_bytes, settings.picture_seconds)
-    app.add_middleware(BodyLimit, largest=settings.max_body_bytes)
+    # The last one added is asked first: an answer of any of them has a request id, and a refusal can be read by web pages.
+    app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)
+    app.add_middleware(Access, ring=ring, rates=rates)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],  # harmless: what counts is the key, and no browser sends that by itself
+            expose_headers=EXPOSED,
+        )
+    app.add_middleware(Tracking, metrics=counts, spans=Spans() if settings.otel else None)
     errors.install(app)
-    for module in (health, models, images):
+    for module in (health, models, images, metrics):
         app.include_router(module.router)
     if jobs is not None:
         from service.routes import jobs as job_routes  # its dependencies are for servers that have jobs

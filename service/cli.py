@@ -4,7 +4,6 @@ Heavy libraries are imported by the commands that need them, so that the help ap
 """
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts
+from service.cli_jobs import settings as _settings
+from service.cli_keys import keys_app
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,15 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(jobs_app, name="jobs")
-
-
-def _settings(**overrides: Any) -> "Settings":
-    from service.settings import BadSettings, read_settings
-
-    try:
-        return read_settings(**overrides)
-    except BadSettings as error:
-        fail(error, 2)
+app.add_typer(keys_app, name="keys")
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:
@@ -62,24 +55,25 @@ def serve(
 ) -> None:
     """Serve the API. Everything else is set by FEWSTEP_... variables: see docs/settings.md."""
     settings = _settings(host=host, port=port, log_level=log_level)
-    import uvicorn
-
+    from service import server
     from service.app import create_app
     from service.engine.torch_engine import TorchEngine
     from service.jobs.service import TableJobs
 
-    _log_at(settings.log_level)
+    _log_as(settings)
     try:
+        server.check_address(settings)
         jobs = TableJobs(settings.job_settings()) if settings.jobs else None
         api = create_app(settings, TorchEngine.from_settings(settings), jobs)
     except ValueError as error:
         fail(error, 2)
-    uvicorn.run(api, host=settings.host, port=settings.port, log_level=settings.log_level, timeout_graceful_shutdown=10)
+    server.run(api, settings)
 
 
-def _log_at(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+def _log_as(settings: "Settings") -> None:
+    from service import logs
+
+    logs.configure(settings.log_level, settings.log_format)
 
 
 @app.command()
@@ -90,7 +84,7 @@ def worker() -> None:
     from service.jobs.supervisor import work_forever
     from service.jobs.table import JobTable
 
-    _log_at(settings.log_level)
+    _log_as(settings)
     try:
         job_settings = settings.job_settings()
         table = JobTable(job_settings.url)

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from service.client import Client
+    from service.settings import Settings
 
 SERVER = "http://127.0.0.1:8000"
 JOBS = "/v1/distillation/jobs"
@@ -28,13 +29,24 @@ def fail(message: object, status: int = 1) -> NoReturn:
     raise typer.Exit(status)
 
 
-@contextmanager
-def client_of(server: str) -> Iterator["Client"]:
-    """A client for the block; the server's refusal ends the command."""
-    from service.client import Client, ServerError
+def settings(**overrides: Any) -> "Settings":
+    """The settings of the environment; bad ones end the command."""
+    from service.settings import BadSettings, read_settings
 
     try:
-        with Client(server) as client:
+        return read_settings(**overrides)
+    except BadSettings as error:
+        fail(error, 2)
+
+
+@contextmanager
+def client_of(server: str) -> Iterator["Client"]:
+    """A client for the block, with FEWSTEP_API_KEY where that is set; the server's refusal ends the command."""
+    from service.client import Client, ServerError
+
+    key = settings().api_key
+    try:
+        with Client(server, key=key.get_secret_value() if key is not None else None) as client:
             yield client
     except ServerError as error:
         fail(error)

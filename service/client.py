@@ -37,11 +37,13 @@ class Client:
     Args:
         server: its address, such as ``http://127.0.0.1:8000``.
         seconds: how long one answer may take.
+        key: API key, for a server that wants one.
     """
 
-    def __init__(self, server: str, seconds: float = 300.0) -> None:
+    def __init__(self, server: str, seconds: float = 300.0, key: str | None = None) -> None:
         self._server = server.rstrip("/")
-        self._http = httpx.Client(base_url=self._server, timeout=seconds)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._http = httpx.Client(base_url=self._server, timeout=seconds, headers=headers)
 
     def __enter__(self) -> Self:
         return self

@@ -84,7 +84,8 @@ def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[s
         "FEWSTEP_JOBS": "true",
         "FEWSTEP_JOB_WORK": "true",
     }
-    inherited = {name: value for name, value in os.environ.items() if name != "FEWSTEP_DATABASE_URL"}
+    own = ("FEWSTEP_DATABASE_URL", "FEWSTEP_KEYS_FILE")  # of another server; the demo's listens on loopback alone
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],

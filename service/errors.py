@@ -10,11 +10,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service.engine.base import BadRequest, EngineError, ModelBroken, NotReady, Overloaded, TimedOut, UnknownModel
+from service.engine.base import (
+    BadRequest,
+    EngineError,
+    Flagged,
+    ModelBroken,
+    NotReady,
+    Overloaded,
+    TimedOut,
+    UnknownModel,
+)
+from service.rates import RateLimited
 
 log = logging.getLogger(__name__)
 SHOWN = 80
 """Characters of a client's own value that a message repeats."""
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for it: nobody reads the answer, but the access log does."""
 
 TAGS = {"switch", "options"}
 """Names of union branches in schemas.py, which pydantic puts into an error's location."""
@@ -71,12 +84,17 @@ def from_engine(error: EngineError) -> ApiError:
     """The answer for an error of the engine."""
     message = str(error)
     match error:
+        case Flagged():
+            return ApiError(400, message, param=error.param, code="content_policy_violation")
         case BadRequest():
             return ApiError(400, message, param=error.param, code="invalid_value")
         case UnknownModel():
             return ApiError(404, message, param="model", code="model_not_found")
         case Overloaded():
             return ApiError(429, message, code="queue_full", headers={"Retry-After": str(error.retry_after)})
+        case RateLimited():
+            headers = {"Retry-After": str(error.retry_after)}
+            return ApiError(429, message, code="rate_limit_exceeded", headers=headers)
         case NotReady():
             return ApiError(503, message, code="not_ready", headers={"Retry-After": "5"})
         case TimedOut():
@@ -148,19 +166,19 @@ async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
 async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineError)
     answer = from_engine(error)
-    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, NotReady):
         log.error("%s", answer.detail, exc_info=error.__cause__)
     return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code, headers=answer.headers)
 
 
-async def _on_bug(_request: Request, _error: Exception) -> JSONResponse:
-    """The trace goes to the log (the server logs what a handler let through), never to the client."""
-    return respond(500, "the server failed on this request; its log says why", code="internal_error")
+def bug(request_id: str) -> JSONResponse:
+    """The trace goes to the log (the server logs what the app let through), never to the client."""
+    message = f"the server failed on this request; its log says why, under {request_id}"
+    return respond(500, message, code="internal_error")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of this app in the one shape."""
+    """Answer every error of this app in the one shape; for bugs `service.tracking` does it, outside of everything else."""
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(EngineError, _on_engine)
-    app.add_exception_handler(Exception, _on_bug)

@@ -1,4 +1,6 @@
-"""The limit on request bodies, before anything reads them."""
+"""The limits on request bodies, their size and their time, before anything reads them."""
+
+import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -6,11 +8,15 @@ from service.errors import ApiError, respond
 
 
 class BodyLimit:
-    """ASGI middleware: a body over ``largest`` bytes is answered 413, whether it gives its length first or not."""
+    """ASGI middleware: a body over ``largest`` bytes is answered 413, whether it gives its length first or not.
 
-    def __init__(self, app: ASGIApp, largest: int) -> None:
+    One that is not there in whole after so many seconds is answered 408.
+    """
+
+    def __init__(self, app: ASGIApp, largest: int, seconds: float) -> None:
         self.app = app
         self.largest = largest
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -18,21 +24,34 @@ class BodyLimit:
             return
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.largest:
-            answer = self._error()
+            answer = self._too_large()
             await respond(413, answer.detail, code=answer.code, headers=answer.headers)(scope, receive, send)
             return
         seen = 0
+        complete = False
+        deadline = asyncio.get_running_loop().time() + self.seconds
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+        async def limited() -> Message:
+            nonlocal seen, complete
+            if complete:  # what comes now is the client's leaving, however long that takes
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
             seen += len(message.get("body", b""))
             if seen > self.largest:
-                raise self._error()
+                raise self._too_large()
+            complete = not message.get("more_body", False)
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, limited, send)
 
-    def _error(self) -> ApiError:
+    def _too_slow(self) -> ApiError:
+        message = f"the body was not there after {self.seconds:g} s"
+        return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
+
+    def _too_large(self) -> ApiError:
         message = f"the body is larger than {self.largest} bytes"
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

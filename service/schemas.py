@@ -130,6 +130,7 @@ class Picture(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     seed: int = Field(description="draws this picture again, with all else the same")
+    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
 
 
 class DiversityUsed(BaseModel):

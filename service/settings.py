@@ -5,15 +5,17 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.jobs.base import JobSettings
 
 PREFIX = "FEWSTEP_"
+ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
 HOME = Path("~/.local/share/fewstep")
 
 
@@ -29,10 +31,51 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or JSON lines.")
+    otel: bool = Field(False, description="Make OpenTelemetry spans; needs the extra otel.")
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s?#]+$",
         description="Address that clients reach the server at, for picture urls; the request's own when unset.",
+    )
+
+    keys_file: Path | None = Field(
+        None,
+        description="File of the API keys (`fewstep keys`); without it everybody who reaches the server may use it.",
+    )
+    allow_open: bool = Field(
+        False, description="Listen on other addresses than loopback ones without a keys file: a proxy keeps others out."
+    )
+    api_key: SecretStr | None = Field(None, description="Key that this command line sends to a server.")
+    requests_per_minute: int | None = Field(
+        None, ge=1, le=1_000_000, description="Requests of one key in a minute; no limit when unset."
+    )
+    pictures_per_minute: int | None = Field(
+        None, ge=1, le=1_000_000, description="Pictures of one key in a minute; no limit when unset."
+    )
+    cors_origins: list[str] = Field(
+        [], description='Origins of web pages that may use the API from a browser, as ["https://a.example"], or ["*"].'
+    )
+    read_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=3_600,
+        description="Seconds that a client may take to send a request's headers, and then its body.",
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, le=3_600, description="Seconds for admitted drawings at SIGTERM; new ones are answered 503."
+    )
+    drain_notice_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=3_600,
+        description="Least time between SIGTERM and the last answer, for a load balancer to see /health/ready fail.",
+    )
+    safety_checker: str | None = Field(
+        None, min_length=1, description="Entry point of the group fewstep.safety that checks every picture."
+    )
+    safety_flagged: Literal["refused", "blanked"] = Field(
+        "refused", description="What becomes of pictures that it flags: the request is refused, or they are black."
     )
 
     store: Path = Field(HOME / "students", description="Folder of the published students.")
@@ -106,10 +149,18 @@ class Settings(BaseSettings):
             grace_seconds=self.job_grace_seconds,
         )
 
-    @field_validator("store", "jobs_dir")
+    @field_validator("store", "jobs_dir", "keys_file")
     @classmethod
-    def _expanded(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _expanded(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin: write '*', or scheme and host, as in https://a.example")
+        return origins
 
     @field_validator("store", "jobs_dir")
     @classmethod

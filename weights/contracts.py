@@ -4,6 +4,8 @@ These models are the only things that the service and the distillers share. They
 error), frozen, and say in their error what was given and what is allowed.
 """
 
+import hashlib
+import json
 import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
@@ -147,6 +149,11 @@ class DistillJob(Contract):
             )
             for part in range(self.partition.students)
         ]
+
+    @property
+    def sha256(self) -> str:
+        """Of the job as canonical JSON: names it without telling what folders it reads."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     @property
     def publishes(self) -> list[str]:

@@ -75,6 +75,12 @@ class Drawn:
     """Time of the whole request's drawing, without its wait."""
     student: str | None = None
     """Which of a routed student's students drew it; None where the model drew it itself."""
+    base: str | None = None
+    """The model that the student was made from; None where the base itself drew."""
+    job: str | None = None
+    """SHA-256 of the job that made the student (`DistillJob.sha256`), where its manifest tells."""
+    flagged: bool = False
+    """The safety checker flagged it, and the image is black."""
     index: int = 0
     """Which of the request's pictures."""
 
@@ -130,6 +136,10 @@ class BadRequest(EngineError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class Flagged(BadRequest):
+    """The safety checker refuses a picture of this prompt."""
 
 
 class UnknownModel(EngineError):

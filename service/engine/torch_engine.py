@@ -210,6 +210,8 @@ class TorchEngine:
                 evaluations = drawing.evaluations
         seconds = time.perf_counter() - started
         self._line.measured(seconds, evaluations * len(request.seeds))
+        manifest = resident.manifest
+        job = manifest.job.sha256 if manifest is not None and manifest.job is not None else None
         return [
             Drawn(
                 image=image,
@@ -221,6 +223,8 @@ class TorchEngine:
                 evaluations=evaluations,
                 seconds=seconds,
                 student=resident.member,
+                base=manifest.base.id if manifest is not None else None,
+                job=job,
             )
             for image, seed in zip(images, request.seeds, strict=True)
         ]

@@ -20,6 +20,11 @@ def engine_of(request: Request) -> Engine:
     return cast(Engine, request.app.state.engine)
 
 
+def client_of(request: Request) -> str:
+    """Whose request it is: its key's id."""
+    return cast(str, request.state.client)
+
+
 def settings_of(request: Request) -> Settings:
     """The settings of the request's app."""
     return cast(Settings, request.app.state.settings)

@@ -20,12 +20,17 @@ async def live(request: Request) -> Health:
 
 @router.get("/ready")
 async def ready(request: Request) -> Health:
-    """200 once the models are loaded and a first picture was drawn; 503 before, and after a failure."""
+    """200 once the models are loaded and a first picture was drawn; 503 before, after a failure, and once it stops."""
     engine = engine_of(request)
     if engine.failure is not None:
         raise ApiError(503, f"the engine has failed: {engine.failure}", code="engine_failed")
     if not engine.ready:
-        raise ApiError(503, "the models are being loaded", code="not_ready", headers={"Retry-After": "5"})
+        raise ApiError(
+            503,
+            "the models are being loaded, or the server is stopping",
+            code="not_ready",
+            headers={"Retry-After": "5"},
+        )
     return Health(status="ready")
 
 

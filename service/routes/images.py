@@ -10,16 +10,14 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 
 from service.engine.base import DiversityWish, Drawn, DrawRequest
-from service.errors import ApiError
+from service.errors import CLIENT_CLOSED_REQUEST, ApiError
 from service.pictures import encode, facts_of
-from service.routes import ERRORS, engine_of, pictures_of, settings_of
+from service.routes import ERRORS, client_of, engine_of, pictures_of, settings_of
 from service.schemas import MAX_SEED, DiversityUsed, DrawingInfo, ImageRequest, ImageResponse, Picture
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for it: nobody reads the answer, but the access log does."""
 T = TypeVar("T")
 
 
@@ -30,9 +28,9 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse:
     for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
         _check_length(name, text, settings)
     created = int(time.time())
-    drawn = await _unless_gone(request, engine_of(request).generate(_draw_request(body)))
+    drawn = await _unless_gone(request, engine_of(request).generate(_draw_request(body, client_of(request))))
     files = await asyncio.to_thread(_encode, body, drawn, settings.picture_metadata)
-    data = [_picture(request, body, item.seed, file) for item, file in zip(drawn, files, strict=True)]
+    data = [_picture(request, body, item, file) for item, file in zip(drawn, files, strict=True)]
     first = drawn[0]
     return ImageResponse(
         created=created,
@@ -67,7 +65,7 @@ def _check_length(name: str, text: str, settings: Settings) -> None:
         raise ApiError(400, message, param=name, code="string_above_max_length")
 
 
-def _draw_request(body: ImageRequest) -> DrawRequest:
+def _draw_request(body: ImageRequest, client: str) -> DrawRequest:
     wish: DiversityWish | None = None
     if not isinstance(body.diversity, bool):
         wish = DiversityWish(base_steps=body.diversity.base_steps, base_guidance=body.diversity.base_guidance)
@@ -84,6 +82,7 @@ def _draw_request(body: ImageRequest) -> DrawRequest:
         diversity=wish,
         size=None if width is None or height is None else (width, height),
         deterministic=body.deterministic,
+        client=client,
     )
 
 
@@ -109,13 +108,14 @@ def _encode(body: ImageRequest, drawn: list[Drawn], metadata: bool) -> list[byte
     ]
 
 
-def _picture(request: Request, body: ImageRequest, seed: int, file: bytes) -> Picture:
+def _picture(request: Request, body: ImageRequest, drawn: Drawn, file: bytes) -> Picture:
+    flagged = True if drawn.flagged else None
     if body.response_format == "b64_json":
-        return Picture(b64_json=base64.b64encode(file).decode("ascii"), seed=seed)
+        return Picture(b64_json=base64.b64encode(file).decode("ascii"), seed=drawn.seed, flagged=flagged)
     picture_id = pictures_of(request).put(file, body.output_format)
     path = request.app.url_path_for("get_picture", picture_id=picture_id)
     start = settings_of(request).public_url or str(request.base_url)
-    return Picture(url=start.rstrip("/") + path, seed=seed)
+    return Picture(url=start.rstrip("/") + path, seed=drawn.seed, flagged=flagged)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

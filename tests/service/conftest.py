@@ -1,7 +1,9 @@
 """An engine that paints without a model, the app around it, and a tiny real base with a student."""
 
+import asyncio
+import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from service.app import create_app
-from service.engine.base import Drawn, DrawRequest, ModelInfo
+from service.engine.base import Drawn, DrawRequest, Load, ModelInfo, Preview
 from service.settings import Settings
 from weights.contracts import Diversity, StepSchedule, StudentManifest
 from weights.families import TextToImage, load
@@ -62,8 +64,27 @@ class FakeEngine:
     """An async function to wait for before drawing."""
     dropped: threading.Event = field(default_factory=threading.Event)
 
+    drawing: int = 0
+    """Pictures admitted and not done."""
+
     async def start(self) -> None:
         self.life.append("engine started")
+
+    async def drain(self, seconds: float) -> None:
+        self.life.append("engine drained")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.drawing:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+
+    def load(self) -> Load:
+        return Load(pictures=self.drawing, seconds=0.5 * self.drawing, resident={"org/base": 1000, "student": 200})
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
+        for drawn in await self.generate(request):
+            for step in range(1, request.previews + 1):
+                yield Preview(image=drawn.image, index=drawn.index, seed=drawn.seed, step=step, steps=drawn.steps)
+            yield drawn
 
     async def stop(self) -> None:
         self.life.append("engine stopped")
@@ -76,11 +97,14 @@ class FakeEngine:
         if self.error is not None:
             raise self.error
         if self.hold is not None:
+            self.drawing += len(request.seeds)
             try:
                 await self.hold()
             except BaseException:
                 self.dropped.set()
                 raise
+            finally:
+                self.drawing -= len(request.seeds)
         return [
             Drawn(
                 image=Image.new("RGB", (32, 32), (seed % 256, 40, 200)),
@@ -91,8 +115,9 @@ class FakeEngine:
                 diversity=Diversity() if request.diversity else None,
                 evaluations=4,
                 seconds=0.01,
+                index=index,
             )
-            for seed in request.seeds
+            for index, seed in enumerate(request.seeds)
         ]
 
 

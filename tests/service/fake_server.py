@@ -4,13 +4,14 @@
 """
 
 import argparse
+from collections.abc import AsyncIterator
 
 import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
 from service.app import create_app
-from service.engine.base import Drawn, DrawRequest, Kind, ModelInfo, UnknownModel
+from service.engine.base import Drawn, DrawRequest, Kind, Load, ModelInfo, Preview, UnknownModel
 from service.jobs.service import TableJobs
 from service.settings import Settings, read_settings
 from tests.service.jobs_help import job_settings
@@ -29,8 +30,18 @@ class PaintingEngine:
     async def start(self) -> None:
         """There is nothing to load."""
 
+    async def drain(self, seconds: float) -> None:
+        """Nothing is ever under way."""
+
     async def stop(self) -> None:
         """There is nothing to give back."""
+
+    def load(self) -> Load:
+        return Load(pictures=0, seconds=0.0, resident={"emoji-base": 1000})
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
+        for drawn in await self.generate(request):
+            yield drawn
 
     def models(self) -> list[ModelInfo]:
         students = sorted(path.stem for path in self._store.glob("*.drawable"))

@@ -1,7 +1,9 @@
 """A real server on a real port, drawing with a real (tiny) student: through httpx, and through OpenAI's own client."""
 
 import base64
+import hashlib
 import io
+import json
 import socket
 import threading
 import time
@@ -17,8 +19,10 @@ from service.app import create_app
 from service.engine.torch_engine import TorchEngine
 from service.settings import Settings
 from tests.service.conftest import TinyBase
-from weights.contracts import Router
+from weights.contracts import DataSpec, DistillJob, Router
 from weights.store import Store
+
+JOB = DistillJob(student="tiny", method="dmd2", data=DataSpec(source="/some/folder"))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def address(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> It
         store=folder / "store", jobs_dir=folder / "jobs", bases=[tiny_base.id], default_model="tiny", device="cpu"
     )
     store = Store(settings.store)
-    tiny_base.publish(store, folder / "work")
+    tiny_base.publish(store, folder / "work", job=JOB)
     tiny_base.publish(store, folder / "other", "other", change=0.9)
     centroids = tiny_base.model.embed_prompts(["red apple", "blue dog"]).tolist()
     router = Router(centroids=centroids, students=["tiny", "other"])
@@ -88,6 +92,24 @@ def test_a_routed_student_over_http(address: str) -> None:
 
 def picture(answer: dict[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+
+
+def test_a_png_names_what_drew_it(address: str, tiny_base: TinyBase) -> None:
+    """Student, base and the job that made it, by its hash: a picture must not tell the folders of the server."""
+    facts = {}
+    for name in ("tiny", tiny_base.id):
+        fields = {"model": name, "prompt": "red apple", "seed": 3, "steps": 1}
+        image = picture(httpx.post(f"{address}/v1/images/generations", json=fields, timeout=60).json())
+        facts[name] = json.loads(image.info["fewstep"])
+        assert (facts[name]["model"], facts[name]["seed"], facts[name]["steps"]) == (name, 3, 1)
+        assert "/some/folder" not in image.info["fewstep"]
+    job = json.dumps(JOB.model_dump(mode="json"), sort_keys=True)
+    assert [facts["tiny"][what] for what in ("student", "base", "job")] == [
+        "tiny",
+        tiny_base.id,
+        hashlib.sha256(job.encode()).hexdigest(),
+    ]
+    assert [facts[tiny_base.id][what] for what in ("student", "base", "job")] == [None, None, None]
 
 
 def test_refusals_over_http(address: str) -> None:

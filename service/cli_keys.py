@@ -1,0 +1,86 @@
+"""``fewstep keys ...``: the API keys in FEWSTEP_KEYS_FILE. A running server takes every change up by itself."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli_jobs import fail, settings, show_table
+
+keys_app = typer.Typer(help="API keys of the server (FEWSTEP_KEYS_FILE).", no_args_is_help=True)
+
+
+def _file() -> Path:
+    path = settings().keys_file
+    if path is None:
+        fail("FEWSTEP_KEYS_FILE is not set: name the file of the keys, for this command and for the server", 2)
+    return path
+
+
+@keys_app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Whose key it is; letters, digits and . _ @ -")],
+    scope: Annotated[list[str], typer.Option(help="generate, jobs or admin; give it again for more.")],
+    days: Annotated[float | None, typer.Option(min=0, help="Days that it works; for ever when left out.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Requests in a minute, in place of the server's setting.")
+    ] = None,
+    pictures_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Pictures in a minute, in place of the server's setting.")
+    ] = None,
+) -> None:
+    """Make a key and print it, this once: the file keeps its hash alone."""
+    from service.keys import SCOPES, KeyFileError, create_key
+
+    wrong = [item for item in scope if item not in SCOPES]
+    if wrong:
+        fail(f"--scope {wrong[0]}: there are {', '.join(SCOPES)}", 2)
+    path = _file()
+    try:
+        key, record = create_key(
+            path,
+            name,
+            [item for item in SCOPES if item in scope],
+            expires_at=None if days is None else datetime.now(UTC) + timedelta(days=days),
+            requests_per_minute=requests_per_minute,
+            pictures_per_minute=pictures_per_minute,
+        )
+    except (KeyFileError, OverflowError) as error:
+        fail(error)
+    typer.echo(key)
+    typer.echo(f"key {record.id} of {name} is in {path}; it is shown this once", err=True)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """All keys, without what would let anybody in."""
+    from service.keys import KeyFileError, read_keys
+
+    try:
+        keys = read_keys(_file())
+    except KeyFileError as error:
+        fail(error)
+    now = datetime.now(UTC)
+    rows = []
+    for key in keys:
+        expiry = None if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
+        if key.is_expired(now):
+            expiry = f"{expiry}, over"
+        limits = (key.requests_per_minute, key.pictures_per_minute)
+        rows.append(
+            [key.id, key.name, f"...{key.last4}", ", ".join(key.scopes), f"{key.created_at:%Y-%m-%d}", expiry, *limits]
+        )
+    show_table(["id", "name", "key", "scopes", "created", "expires (UTC)", "requests/min", "pictures/min"], rows)
+
+
+@keys_app.command()
+def revoke(key: Annotated[str, typer.Argument(help="Its id, or its name.")]) -> None:
+    """Take a key out of the file; it works no more from the next request on."""
+    from service.keys import KeyFileError, revoke_key
+
+    try:
+        record = revoke_key(_file(), key)
+    except KeyFileError as error:
+        fail(error)
+    typer.echo(f"{record.id} ({record.name}) is revoked")

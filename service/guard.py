@@ -1,0 +1,136 @@
+"""What stands between the routes and the engine: the stop at a drain, picture limits, and the safety checker."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from typing import Literal, cast
+
+from PIL.Image import Image, new
+
+from service.engine.base import (
+    BadRequest,
+    Drawn,
+    DrawRequest,
+    Engine,
+    Flagged,
+    Load,
+    ModelBroken,
+    ModelInfo,
+    NotReady,
+    Overloaded,
+    Preview,
+    UnknownModel,
+)
+from service.rates import Rates
+from service.safety import Checker
+
+FlaggedAre = Literal["refused", "blanked"]
+
+UNDRAWN = (BadRequest, UnknownModel, Overloaded, NotReady, ModelBroken)
+"""Refusals that come before anything is drawn: they cost the client no pictures."""
+
+
+class GuardedEngine:
+    """An `Engine` around another. Whichever route draws, and in whatever way, it passes here.
+
+    Args:
+        engine: draws.
+        rates: counts the pictures of `DrawRequest.client`.
+        checker: says which pictures must not be shown; None shows all.
+        flagged: what becomes of these: the request is refused, or the picture is black.
+    """
+
+    def __init__(
+        self, engine: Engine, rates: Rates, checker: Checker | None = None, flagged: FlaggedAre = "refused"
+    ) -> None:
+        self._engine = engine
+        self._rates = rates
+        self._checker = checker
+        self._flagged = flagged
+        self._drains = False
+        self._stopped = False
+
+    @property
+    def ready(self) -> bool:
+        """See `Engine.ready`; False as soon as the engine drains."""
+        return self._engine.ready and not self._drains
+
+    @property
+    def failure(self) -> str | None:
+        """See `Engine.failure`."""
+        return self._engine.failure
+
+    async def start(self) -> None:
+        """See `Engine.start`."""
+        await self._engine.start()
+
+    async def drain(self, seconds: float) -> None:
+        """See `Engine.drain`."""
+        self._drains = True
+        await self._engine.drain(seconds)
+
+    async def stop(self) -> None:
+        """See `Engine.stop`; once is enough, by the server behind a drain or by the app."""
+        if not self._stopped:
+            self._stopped = True
+            await self._engine.stop()
+
+    def load(self) -> Load:
+        """See `Engine.load`."""
+        return self._engine.load()
+
+    def models(self) -> list[ModelInfo]:
+        """See `Engine.models`."""
+        return self._engine.models()
+
+    async def generate(self, request: DrawRequest) -> list[Drawn]:
+        """See `Engine.generate`.
+
+        Raises:
+            RateLimited: the client has had its pictures for now.
+            Flagged: the safety checker refuses a picture.
+        """
+        with self._admitted(request):
+            drawn = await self._engine.generate(request)
+        return [
+            replace(item, image=_black(item.image), flagged=True) if await self._hides(item.image, request) else item
+            for item in drawn
+        ]
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
+        """See `Engine.stream` and `generate`."""
+        with self._admitted(request):
+            async with aclosing(cast(AsyncGenerator[Preview | Drawn], self._engine.stream(request))) as items:
+                async for item in items:
+                    if not await self._hides(item.image, request):
+                        yield item
+                    elif isinstance(item, Drawn):
+                        yield replace(item, image=_black(item.image), flagged=True)
+                    else:
+                        yield replace(item, image=_black(item.image))
+
+    @contextmanager
+    def _admitted(self, request: DrawRequest) -> Iterator[None]:
+        if self._drains:
+            raise NotReady("the server is stopping; another one, or this one in a while, can draw")
+        self._rates.take_pictures(request.client, len(request.seeds))
+        try:
+            yield
+        except Flagged:
+            raise
+        except UNDRAWN:
+            self._rates.give_pictures(request.client, len(request.seeds))
+            raise
+
+    async def _hides(self, image: Image, request: DrawRequest) -> bool:
+        """Whether the picture is to be black. Raises: Flagged, EngineError."""
+        if self._checker is None or not await asyncio.to_thread(self._checker.flags, image, request.prompt):
+            return False
+        if self._flagged == "refused":
+            raise Flagged(f"the safety checker {self._checker.name!r} refuses a picture of this prompt", "prompt")
+        return True
+
+
+def _black(image: Image) -> Image:
+    return new("RGB", image.size)

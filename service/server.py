@@ -1,0 +1,169 @@
+"""The process that serves: it drains at a signal, and lets no slow client hold a connection for nothing."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.engine.base import Engine
+from service.settings import BadSettings, Settings
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ANSWER_SECONDS = 10
+"""For answers that are still being sent when all is drawn; a job's event stream may have no end."""
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes a connection whose client takes too long to send a request's headers, which uvicorn would wait for forever.
+
+    (Bodies are the app's to limit: see `service.limits`.)
+    """
+
+    seconds = 30.0
+    """Set by `protocol_for`."""
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The client has connected: its first request is due."""
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """Something came: all the headers, so that the app answers now, or a part of them."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._relax()
+        else:
+            self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+        self._relax()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.seconds, self._give_up)
+
+    def _relax(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+def protocol_for(seconds: float) -> type[ImpatientProtocol]:
+    """The protocol with so much patience."""
+    return type("Protocol", (ImpatientProtocol,), {"seconds": seconds})
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on listening while the engine drains, so that a load balancer sees ``/health/ready`` fail and sends no more.
+
+    The first SIGTERM or SIGINT: new drawings are refused, those admitted are finished, then the answers, then the process
+    ends with status 0. The second one ends it at once, as if nobody had caught it.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._settings = settings
+        self._drain: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while the block runs; uvicorn's own handling closes the listeners at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._begin_to_drain, number)
+        try:
+            yield
+        finally:
+            _leave_to_the_system()
+
+    def _begin_to_drain(self, number: int) -> None:
+        _leave_to_the_system()
+        name = signal.Signals(number).name
+        log.info("%s: draining for at most %g s; once more ends the server at once", name, self._settings.drain_seconds)
+        self._drain = asyncio.create_task(self._drained())
+
+    async def _drained(self) -> None:
+        seconds, notice = self._settings.drain_seconds, self._settings.drain_notice_seconds
+        try:
+            await asyncio.gather(self._engine.drain(seconds), asyncio.sleep(notice))
+            left = self._engine.load().pictures
+            log.info("drained, with %d pictures left that are given up", left)
+            await self._engine.stop()  # whoever still waits for these is told so, and does not keep the process
+        except Exception:
+            log.exception("the engine could not be drained")
+        finally:
+            self.should_exit = True
+
+
+def _leave_to_the_system() -> None:
+    """No handlers of ours any more: the next signal ends the process."""
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+def check_address(settings: Settings) -> None:
+    """Whether the server may listen where it is told to.
+
+    Raises:
+        BadSettings: others could reach it, and it has no keys.
+    """
+    if settings.keys_file is not None or settings.allow_open or _is_loopback(settings.host):
+        return
+    raise BadSettings(
+        f"FEWSTEP_HOST: {settings.host} can be reached from other machines, and without keys anybody there could draw and "
+        "run jobs: set FEWSTEP_KEYS_FILE (and make a key: fewstep keys create), or FEWSTEP_ALLOW_OPEN=true where "
+        "something else keeps others out, or listen on 127.0.0.1"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name, which may lead anywhere
+
+
+def run(app: FastAPI, settings: Settings) -> None:
+    """Serve the app until a signal ends it.
+
+    Raises:
+        SystemExit: it could not start, say because the port is taken.
+    """
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol_for(settings.read_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,  # service.logs has configured it
+        access_log=False,  # service.tracking writes it
+        server_header=False,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
+    )
+    server = DrainingServer(config, app.state.engine, settings)
+    server.run()
+    if not server.started:
+        sys.exit(3)
