@@ -60,7 +60,21 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
     max_batch: int = Field(8, ge=1, le=256, description="Most pictures of a request to draw in one network call.")
     max_resident: int = Field(4, ge=1, le=256, description="Students kept in memory; the least recently used one goes.")
-    queue_size: int = Field(32, ge=1, le=10_000, description="Requests that may wait; the next one is answered 429.")
+    # A minute is what proxies and impatient clients commonly wait: work beyond it would be drawn for nobody.
+    queue_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="Predicted seconds of work that may be admitted at a time; a request beyond that is answered 429.",
+    )
+    # New requests join between calls. A picture takes about six (prompt, four steps, decoder), so that this much for each
+    # keeps the first one's wait and drawing below two seconds on any machine, and most batches gain nothing beyond it.
+    tick_seconds: float = Field(
+        0.25,
+        gt=0,
+        le=60,
+        description="Seconds that one call of a model may take: batches are as large as is fastest within it.",
+    )
     request_timeout: float = Field(
         300.0, gt=0, le=86_400, description="Seconds that a request may take, its wait included."
     )

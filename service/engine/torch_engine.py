@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_PROMPT = "red apple"
+MOST_WAITING = 32
+"""Requests that may wait."""
 
 
 class _Abandoned(Exception):
@@ -54,7 +56,7 @@ class TorchEngine:
             store, settings.bases, settings.family, self._device, _dtype(settings, self._device), settings.max_resident
         )
         self._bundled = Store(bundled).names() if bundled is not None else []
-        self._line = WaitingLine(settings.queue_size)
+        self._line = WaitingLine(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._ready = False
         self._failure: str | None = None

@@ -408,7 +408,11 @@ async def occupy(engine: TorchEngine, gate: Gate) -> asyncio.Task[list[Drawn]]:
     return task
 
 
-def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+def test_a_full_line_is_refused(
+    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
+
     async def scenario(engine: TorchEngine) -> None:
         busy = await occupy(engine, gate)
         waiting = asyncio.create_task(engine.generate(request(model=None)))
@@ -421,10 +425,14 @@ def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path, gate: Gate)
         gate.open.set()
         assert len(await busy) == len(await waiting) == 1
 
-    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+    Harness(tiny_base, tmp_path).run(scenario)
 
 
-def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+def test_a_dropped_request_gives_its_place_back(
+    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
+
     async def scenario(engine: TorchEngine) -> None:
         busy = await occupy(engine, gate)
         waiting = asyncio.create_task(engine.generate(request(model=None)))
@@ -434,7 +442,7 @@ def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: P
         gate.open.set()
         assert len(await busy) == 1
 
-    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+    Harness(tiny_base, tmp_path).run(scenario)
 
 
 def test_a_dropped_request_is_stopped_while_it_is_drawn(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
