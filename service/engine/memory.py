@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +55,6 @@ class Held(Generic[V]):
     value: V
     models: tuple[TextToImage, ...]
     """All that it keeps in memory, each once."""
-    version: Any = None
-    """Another version under the same key is another entry, and takes this one's place."""
     needs: Key | None = None
     """The entry that it shares components with, which does not go before it."""
     storages: dict[int, int] = field(init=False, repr=False)
@@ -80,6 +78,7 @@ class Shelf(Generic[V]):
         self.budget = budget
         self._stays = stays
         self._entries: OrderedDict[Key, Held[V]] = OrderedDict()
+        self._versions: dict[Key, Any] = {}
         self._making: dict[tuple[Key, Any], Future[Held[V]]] = {}
         self._lock = threading.RLock()
 
@@ -87,7 +86,7 @@ class Shelf(Generic[V]):
         """The entry of that version, which is then the last to go; None where there is none."""
         with self._lock:
             held = self._entries.get(key)
-            if held is None or held.version != version:
+            if held is None or self._versions[key] != version:
                 return None
             for used in (held.needs, key):
                 if used in self._entries:
@@ -111,7 +110,7 @@ class Shelf(Generic[V]):
             return others.result()
         try:
             held = make()
-            self.put(key, held)
+            self.put(key, held, version)
             mine.set_result(held)
         except BaseException as error:
             mine.set_exception(error)
@@ -121,29 +120,34 @@ class Shelf(Generic[V]):
                 del self._making[key, version]
         return held
 
-    def put(self, key: Key, held: Held[V]) -> None:
-        """Add an entry, in the place of one with the same key, and drop others until all are within the budget.
+    def put(self, key: Key, held: Held[V], version: Any = None) -> None:
+        """Add an entry, in the place of another version of it, and drop others until all are within the budget.
 
         Raises:
             TooLarge: it does not fit beside those that stay; it is not added, and no other one is dropped.
         """
         with self._lock:
-            self._entries.pop(key, None)
-            self._entries[key] = held
-            try:
-                self._drop_until(0, {key, held.needs}, held.label)
-            except TooLarge:
-                del self._entries[key]
-                raise
+            for kept in (self._entries, self._versions):
+                kept.pop(key, None)
+            victims = self._victims({**self._entries, key: held}, 0, {key, held.needs}, held.label)
+            self._drop(victims)
+            self._entries[key], self._versions[key] = held, version
 
-    def make_room(self, needed: int, label: str, keep: Collection[Key] = ()) -> None:
-        """Drop entries until ``needed`` more bytes fit, those of ``keep`` excepted.
+    def make_room(self, key: Key, needed: int, label: str, keep: Collection[Key] = ()) -> None:
+        """Drop entries until ``needed`` bytes fit in the place of what lies under the key.
+
+        Args:
+            key: of what is about to be added.
+            needed: bytes.
+            label: of the same.
+            keep: keys that must not be dropped for it.
 
         Raises:
             TooLarge: they do not fit beside those that stay; nothing is dropped then.
         """
         with self._lock:
-            self._drop_until(needed, set(keep), label)
+            others = OrderedDict((k, held) for k, held in self._entries.items() if k != key)
+            self._drop(self._victims(others, needed, set(keep), label))
 
     def bytes_by_label(self) -> dict[str, int]:
         """Memory of every entry; what it shares with the one that it needs is counted there alone."""
@@ -154,9 +158,13 @@ class Shelf(Generic[V]):
         """Drop everything."""
         with self._lock:
             self._entries.clear()
+            self._versions.clear()
 
-    def _drop_until(self, needed: int, keep: Collection[Key | None], label: str) -> None:
-        left = self._entries.copy()
+    def _victims(
+        self, entries: Mapping[Key, Held[V]], needed: int, keep: Collection[Key | None], label: str
+    ) -> list[Key]:
+        """Which of the entries must go, so that the others and ``needed`` bytes more are within the budget."""
+        left, victims = dict(entries), []
         while (used := sum(_sizes(left).values())) + needed > self.budget:
             bases = {held.needs for held in left.values()}
             victim = next((k for k in left if k not in keep and k not in bases and not self._stays(k)), None)
@@ -166,8 +174,13 @@ class Shelf(Generic[V]):
                     f"and FEWSTEP_MEMORY_BYTES allows {_text(self.budget)}"
                 )
             del left[victim]
-        for key in self._entries.keys() - left.keys():
+            victims.append(victim)
+        return victims
+
+    def _drop(self, victims: Iterable[Key]) -> None:
+        for key in victims:
             log.info("%r leaves memory", self._entries.pop(key).label)
+            del self._versions[key]
 
 
 def _sizes(entries: Mapping[Key, Held[Any]]) -> dict[Key, int]:

@@ -105,7 +105,8 @@ class Residency:
             ModelBroken: its files, or its base's, cannot be loaded; or (`TooLarge`) it does not fit into memory.
             BadRequest: one of the LoRAs does not exist, is none, or is of another base.
         """
-        name, loras = self._aliases.get(name, name), tuple(sorted(loras))
+        name = self._aliases.get(name, name)
+        loras = tuple(sorted((self._aliases.get(lora, lora), scale) for lora, scale in loras))
         if name in self._listed:
             family = self._listed[name]
             return self._merged_base(name, family, loras) if loras else self._base(name, family)
@@ -209,7 +210,7 @@ class Residency:
             check_base(folder, base_reference(manifest.base.id).sha256)
             base = self._base(manifest.base.id, manifest.family)
             needs = Key(manifest.base.id, manifest.family)
-            self._shelf.make_room(network_bytes(folder, base.raw_base), key.label, [needs])
+            self._shelf.make_room(key, network_bytes(folder, base.raw_base), key.label, [needs])
             raw = load_student(folder, base.raw_base)
             return _held(key, self._derived(raw, base, manifest, key, adapters), needs)
 
