@@ -182,6 +182,24 @@ class Store:
                 self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
         return published
 
+    def amend(self, manifest: StudentManifest) -> StudentManifest:
+        """Publish a student again with another manifest, such as a new calibration, and the same files.
+
+        Raises:
+            NotFound: no student has that name.
+            Forbidden: the student is bundled.
+            StoreError: its files are no longer those that the manifest lists; or as in `publish`.
+        """
+        name = manifest.name
+        folder = self.open(name)
+        if not os.path.lexists(self.root / name):
+            raise Forbidden(
+                f"student {name!r} is bundled with the code and read-only: publish one under this name first"
+            )
+        if folder.manifest.files != manifest.files:
+            raise StoreError(f"student {name!r} was published anew in the meantime: read its manifest again")
+        return self.publish(manifest, folder.path, replace=True)
+
     def delete(self, name: str) -> None:
         """Remove a student; a bundled one that it hid shows again.
 
