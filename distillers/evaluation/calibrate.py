@@ -204,17 +204,14 @@ def check_writable(store: Store, options: argparse.Namespace) -> None:
 
     Raises:
         ValueError: the protocol is too small to write down what it finds.
-        NotFound: no student has that name.
-        Forbidden: the student is bundled.
+        StoreError: there is no such student, or it cannot be written to: see `Store.check_amendable`.
     """
     if options.quick:
         raise ValueError("--quick is a look at a small sample: leave it out to --write")
-    folder = store.open(options.name)
-    if folder.path.parent == STUDENTS.resolve():
-        raise Forbidden(
-            f"student {options.name!r} is bundled with the code and read-only: leave --write out and give base_steps and "
-            "base_guidance with each request, or publish a student of your own and calibrate that"
-        )
+    try:
+        store.check_amendable(options.name)
+    except Forbidden as error:
+        raise Forbidden(f"{error}; without --write the choice is shown, and requests can name it") from error
 
 
 def measure(base: Model, student: Model, limits: Limits, options: argparse.Namespace, console: Console) -> Calibration:
@@ -271,7 +268,7 @@ def table(result: Calibration, student: Model) -> Table:
         "evaluations",
         "ms",
         "R-precision / alone",
-        "kernel distance / alone",
+        "kernel distance",
         "",
     ):
         made.add_column(name, justify="right")

@@ -15,10 +15,9 @@ from distillers.evaluation.measure import Distances, Quality, Spread
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.subjects import Model, Subject
 from tests.distillers.evaluation.test_evaluation_run import Colours, base_folder, manifest, store, tiny_protocol
-from weights.bundled import STUDENTS
 from weights.contracts import Diversity, StepSchedule
 from weights.families import load
-from weights.store import Store, StoreError
+from weights.store import Store
 
 __all__ = ["base_folder", "store"]  # fixtures
 
@@ -179,8 +178,8 @@ def test_what_could_not_be_written_is_refused_before_it_is_measured(
 ) -> None:
     monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
     for given, says in [
-        (["emoji-dmd2", "--store", str(tmp_path), "--write"], "bundled with the code and read-only: leave --write out"),
-        (["emoji-dmd2", "--write"], "read-only"),
+        (["emoji-dmd2", "--store", str(tmp_path), "--write"], "bundled with the code and read-only"),
+        (["emoji-dmd2", "--write"], "without --write the choice is shown"),
         (arguments(store, tmp_path, "--write", "--quick"), "--quick is a look"),
         (["nobody", "--store", str(store)], "no student is named 'nobody'"),
         (arguments(store, tmp_path, "--batch", "0"), "at least 1 picture"),
@@ -215,19 +214,3 @@ def test_a_trial_compares_with_the_student_alone(base_folder: Path) -> None:
     assert not trial.keeps_quality(LIMITS)
     assert trial.keeps_quality(dataclasses.replace(LIMITS, alignment=0.11))
     assert not trial.keeps_quality(dataclasses.replace(LIMITS, alignment=0.11, distance=0.04))
-
-
-def test_a_student_published_anew_keeps_what_it_is(store: Path, tmp_path: Path) -> None:
-    """Its measured manifest does not go over other weights."""
-    own = Store(tmp_path / "own")
-    folder = Store(store).open("tiny-student")
-    own.publish(folder.manifest, folder.path)
-    stale = own.manifest("tiny-student")
-    changed = tmp_path / "changed"
-    load("stable_diffusion", folder.manifest.base.id).save_network(changed)
-    own.publish(stale, changed, replace=True)
-    with pytest.raises(StoreError, match="published anew in the meantime"):
-        own.amend(stale.model_copy(update={"diversity": Diversity()}))
-    bundled = Store(tmp_path / "none", STUDENTS)
-    with pytest.raises(StoreError, match="bundled with the code"):
-        bundled.amend(bundled.manifest("emoji-dmd2"))
