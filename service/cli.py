@@ -113,6 +113,12 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def calibrate(context: typer.Context) -> None:
+    """Find which of the base's first steps make a student's pictures most different (see calibrate --help)."""
+    _become("distillers.evaluation.calibrate", _with_store(context.args))
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def distill(context: typer.Context) -> None:
     """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
     asks = context.args[:1] in (["check"], ["methods"])

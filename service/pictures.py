@@ -52,6 +52,7 @@ def facts_of(drawn: Drawn, prompt: str, negative_prompt: str) -> dict[str, Any]:
         "seed": drawn.seed,
         "steps": drawn.steps,
         "guidance_scale": drawn.guidance_scale,
+        "loras": [{"name": name, "scale": scale} for name, scale in drawn.loras],
         "diversity": drawn.diversity.model_dump() if drawn.diversity else None,
     }
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MAX_PICTURES = 10
+MAX_NAME = 512
+"""Characters of a model's name."""
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps exactly."""
 SIZE = re.compile(r"[1-9]\d{0,3}x[1-9]\d{0,3}")
@@ -47,11 +49,18 @@ class DiversityOptions(Body):
     base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
 
 
+class LoraOption(Body):
+    """Adapters to merge into the model."""
+
+    name: str = Field(min_length=1, max_length=MAX_NAME, description="a LoRA student of the model's base")
+    scale: float = Field(1.0, ge=-4, le=4, allow_inf_nan=False, description="1.0 is as it was trained")
+
+
 class ImageRequest(Body):
     """``POST /v1/images/generations``."""
 
     prompt: str = Field(min_length=1, description="what to draw")
-    model: str | None = Field(None, min_length=1, max_length=512, description="a name from /v1/models")
+    model: str | None = Field(None, min_length=1, max_length=MAX_NAME, description="a name from /v1/models")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="number of pictures")
     size: str = Field("auto", description="'auto', or WIDTHxHEIGHT as the model allows, such as '64x64'")
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="pictures in the answer, or links")
@@ -82,6 +91,9 @@ class ImageRequest(Body):
         ),
     ] = Field(False, description="the base model draws the first step, as the student's manifest says or as given here")
     guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False, description="1.0 is off")
+    loras: list[LoraOption] = Field(
+        [], max_length=4, description="LoRA students of the model's base to merge into a copy of it"
+    )
     negative_prompt: str = Field("", description="what to keep away from; takes effect under guidance")
     deterministic: bool = Field(
         False, description="draw each picture on its own, so that a seed gives the same bits in every request"
@@ -114,6 +126,14 @@ class ImageRequest(Body):
         if value:
             raise ValueError("this server answers with whole pictures only: leave stream and partial_images out")
         return value
+
+    @field_validator("loras")
+    @classmethod
+    def _are_different(cls, loras: list[LoraOption]) -> list[LoraOption]:
+        names = [lora.name for lora in loras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{names} names a LoRA twice: give each once, at the scale wanted")
+        return loras
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -149,6 +169,9 @@ class DrawingInfo(BaseModel):
     diversity: DiversityUsed | None = None
     network_evaluations: int = Field(description="per picture, the base leg's included; a guided step counts two")
     seconds: float = Field(description="of drawing, for the whole request, without its wait")
+    loras: list[LoraOption] | None = Field(
+        None, description="what was merged into the model; left out where nothing was"
+    )
     student: str | None = Field(
         None, description="which of a routed student's students drew; null where there is but one"
     )
@@ -184,6 +207,7 @@ class Model(BaseModel):
     size: str | None = Field(description="null until the student's base is loaded")
     diversity: DiversityUsed | None = Field(description="calibration of the base's first step")
     students: list[str] = Field(description="the students that a routed one picks from by the prompt; else empty")
+    alias_of: str | None = Field(None, description="the model that this is another name of")
     licence: str
     metrics: dict[str, Any]
 

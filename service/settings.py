@@ -13,6 +13,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.jobs.base import JobSettings
+from service.schemas import MAX_NAME
 
 PREFIX = "FEWSTEP_"
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
@@ -102,8 +103,35 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
     max_batch: int = Field(8, ge=1, le=256, description="Most pictures of a request to draw in one network call.")
-    max_resident: int = Field(4, ge=1, le=256, description="Students kept in memory; the least recently used one goes.")
-    queue_size: int = Field(32, ge=1, le=10_000, description="Requests that may wait; the next one is answered 429.")
+    memory_bytes: int | None = Field(
+        None,
+        ge=2**20,
+        description="Memory for models, what they share counted once; the least recently used one goes. When unset, 80% "
+        "of the GPU's memory, or half of the machine's (or its container's).",
+    )
+    pinned: list[str] = Field(
+        [],
+        description="Students that are loaded at the start and stay in memory, as the bases and the default model do.",
+    )
+    aliases: dict[str, str] = Field(
+        {},
+        description='Other names of models, such as `{"gpt-image-1": "emoji-dmd2"}` for clients that send one of their own.',
+    )
+    # A minute is what proxies and impatient clients commonly wait: work beyond it would be drawn for nobody.
+    queue_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="Predicted seconds of work that may be admitted at a time; a request beyond that is answered 429.",
+    )
+    # New requests join between calls. A picture takes about six (prompt, four steps, decoder), so that this much for each
+    # keeps the first one's wait and drawing below two seconds on any machine, and most batches gain nothing beyond it.
+    tick_seconds: float = Field(
+        0.25,
+        gt=0,
+        le=60,
+        description="Seconds that one call of a model may take: batches are as large as is fastest within it.",
+    )
     request_timeout: float = Field(
         300.0, gt=0, le=86_400, description="Seconds that a request may take, its wait included."
     )
@@ -169,6 +197,14 @@ class Settings(BaseSettings):
             raise ValueError(f"{path} is a file; name a folder (it is made when it does not exist)")
         return path
 
+    @field_validator("aliases")
+    @classmethod
+    def _names_can_be_sent(cls, aliases: dict[str, str]) -> dict[str, str]:
+        for alias in aliases:
+            if not 1 <= len(alias) <= MAX_NAME:
+                raise ValueError(f"{alias[:40]!r}... has {len(alias)} characters; want 1 to {MAX_NAME}")
+        return aliases
+
     @model_validator(mode="after")
     def _cpu_draws_in_float(self) -> Self:
         if self.dtype == "float16" and self.device == "cpu":
@@ -188,7 +224,9 @@ def read_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         raise BadSettings("\n".join(_describe(problem) for problem in error.errors())) from None
     except ValueError as error:  # pydantic-settings: a list that is no JSON
-        raise BadSettings(f'{error}: {error.__cause__}; lists are written as JSON, as in ["emoji-base"]') from None
+        raise BadSettings(
+            f'{error}: {error.__cause__}; lists are written as JSON, as in ["emoji-base"], and so are objects'
+        ) from None
 
 
 def _refuse_unknown_variables() -> None:
@@ -214,7 +252,7 @@ def markdown() -> str:
         default = field.default
         if default is None:
             shown = "unset"
-        elif isinstance(default, list):
+        elif isinstance(default, list | dict):
             shown = "`" + str(default).replace("'", '"') + "`"
         else:
             shown = f"`{str(default).lower() if isinstance(default, bool) else default}`"

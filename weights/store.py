@@ -182,6 +182,32 @@ class Store:
                 self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
         return published
 
+    def amend(self, manifest: StudentManifest) -> StudentManifest:
+        """Publish a student again with another manifest, such as a new calibration, and the same files.
+
+        Raises:
+            NotFound, Forbidden: see `check_amendable`.
+            StoreError: its files are no longer those that the manifest lists; or as in `publish`.
+        """
+        self.check_amendable(manifest.name)
+        folder = self.open(manifest.name)
+        if folder.manifest.files != manifest.files:
+            raise StoreError(f"student {manifest.name!r} was published anew in the meantime: read its manifest again")
+        return self.publish(manifest, folder.path, replace=True)
+
+    def check_amendable(self, name: str) -> None:
+        """Refuse what `amend` could not write: for whoever works long before it.
+
+        Raises:
+            NotFound: no student has that name.
+            Forbidden: the student is bundled, or was put into root by hand.
+        """
+        folder, link = self._folder(name), self.root / name
+        if self.bundled is not None and folder.parent == self.bundled.resolve():
+            raise Forbidden(f"student {name!r} is bundled with the code and read-only: publish one of your own instead")
+        if not link.is_symlink():
+            raise Forbidden(f"{link} was put there by hand and cannot be replaced atomically: publish it instead")
+
     def delete(self, name: str) -> None:
         """Remove a student; a bundled one that it hid shows again.
 

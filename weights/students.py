@@ -7,6 +7,7 @@ import torch
 from weights.bundled import resolve_base
 from weights.contracts import BaseReference, Router, StudentManifest
 from weights.families.base import TextToImage
+from weights.modules import storages, stored_numbers
 from weights.router import route
 from weights.store import Store, StudentFolder, digest_folder
 
@@ -17,6 +18,10 @@ class WrongBase(ValueError):
 
 class WrongMember(ValueError):
     """A student that a routed one names is not like it."""
+
+
+class NotALora(ValueError):
+    """A student that is no set of LoRA adapters was to be merged into another model."""
 
 
 class Routed(ValueError):
@@ -66,6 +71,31 @@ def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
             f"student {folder.manifest.name!r} is of family {folder.manifest.family}, its base of {base.family}"
         )
     return base.load_network(folder.path)
+
+
+def check_lora(folder: StudentFolder, base: BaseReference) -> None:
+    """Makes sure that a student's adapters can be merged into another model of that base.
+
+    Raises:
+        NotALora: the student has weights of its own, or none.
+        WrongBase: it was made from another base.
+    """
+    manifest = folder.manifest
+    if manifest.adapter != "lora" or manifest.router is not None:
+        raise NotALora(f"student {manifest.name!r} is no LoRA: its weights are its own and cannot be added to others'")
+    if manifest.base.sha256 != base.sha256:
+        raise WrongBase(
+            f"student {manifest.name!r} has adapters for base {manifest.base.id!r} with digest "
+            f"{manifest.base.sha256[:12]}, not for {base.id!r} with {base.sha256[:12]}"
+        )
+
+
+def network_bytes(folder: StudentFolder, base: TextToImage) -> int:
+    """Memory that a student will take beside its base, known before it is loaded."""
+    if folder.manifest.adapter == "lora":
+        return sum(storages([base.network]).values())
+    files = [folder.path / path for path in folder.manifest.files if path.endswith(".safetensors")]
+    return stored_numbers(files) * base.dtype.itemsize
 
 
 def route_prompts(router: Router, base: TextToImage, prompts: list[str]) -> list[int]:

@@ -9,24 +9,23 @@ use. The base is measured in any case. An evaluation that was stopped goes on wh
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from distillers.evaluation import bars as bars_
 from distillers.evaluation import protocol as protocol_
 from distillers.evaluation import report
-from distillers.evaluation.cache import Cache, default_root
+from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import EXTRACTORS, EfficientNetLite0, Unavailable, extractor
 from distillers.evaluation.measure import Distances, Evaluation
 from distillers.evaluation.models import load_models
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
+from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.store import StoreError
 
 
@@ -35,9 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
-        console.width = 160
+    console, errors = make_console(), Console(stderr=True)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:  # better now than after the last measurement
         errors.print(
@@ -67,16 +64,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "names", nargs="*", metavar="NAMES", help="students (all of the store and the bundled ones if none)"
     )
-    made.add_argument("--store", type=Path, help="the model store's folder; only bundled students when left out")
+    add_options(made)
     made.add_argument("--out", type=Path, required=True, help="folder for the report, also what a restart resumes from")
     made.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
     made.add_argument("--quick", action="store_true", help="a small sample, for a look: no bar can be held against it")
-    made.add_argument(
-        "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
-    )
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--threads", type=int, help="CPU threads; torch's choice when left out")
-    made.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (%(default)s)")
     made.add_argument(
         "--extractors",
         nargs="+",
@@ -89,24 +80,13 @@ def parser() -> argparse.ArgumentParser:
 
 def evaluate(base: Model, students: list[Model], options: argparse.Namespace, console: Console) -> report.Results:
     """All measurements, the teacher first."""
-    if options.batch < 1:
-        raise ValueError(f"--batch {options.batch}: want at least 1 picture at a time")
+    check_batch(options.batch)
     protocol = protocol_.load()
     if options.quick:
         protocol = protocol.quick()
     names = dict.fromkeys([EfficientNetLite0.name, *options.extractors])
     extractors = [extractor(name, options.device) for name in names]
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-
-        def track(title: str, total: int) -> Callable[[int], None]:
-            if not console.is_terminal:  # a log file: a line a stage
-                console.print(f"{title}: {total}", markup=False, highlight=False)
-            for done in progress.task_ids:  # one line at a time: there are dozens of stages
-                progress.remove_task(done)
-            task = progress.add_task(title, total=total)
-            return lambda count: progress.update(task, advance=count)
-
+    with tracking(console) as track:
         shared, own = Cache(options.cache), Cache(options.out / "cache")
         evaluation = Evaluation(protocol, base, extractors, shared, own, track, options.batch)
         real = evaluation.real()

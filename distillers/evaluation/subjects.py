@@ -68,6 +68,8 @@ class Subject:
     base: Model
     steps: int
     leg: Leg = "plain"
+    calibration: Diversity | None = None
+    """Of the base leg, in place of the manifest's own."""
     guidance: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,10 +90,10 @@ class Subject:
 
     @property
     def diversity(self) -> Diversity | None:
-        """The base leg's calibration: the manifest's own, or one base step without guidance."""
+        """The base leg's calibration: the one given, or the manifest's own, or one base step without guidance."""
         if self.leg == "plain" or self.model.manifest is None:
             return None
-        return self.model.manifest.diversity or Diversity()
+        return self.calibration or self.model.manifest.diversity or Diversity()
 
     @property
     def key(self) -> dict[str, Any]:

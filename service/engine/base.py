@@ -32,6 +32,8 @@ class DrawRequest:
     diversity: DiversityWish | None = None
     size: tuple[int, int] | None = None
     """Width and height in pixels."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """LoRA students of the model's base to merge into a copy of it, and the scale of each."""
     deterministic: bool = False
     """A picture is the same, bit for bit, whatever else is drawn with it: each is drawn in a batch of its own."""
     client: str = ""
@@ -83,6 +85,8 @@ class Drawn:
     """The safety checker flagged it, and the image is black."""
     index: int = 0
     """Which of the request's pictures."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """What was merged into the model for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,8 @@ class ModelInfo:
     diversity: Diversity | None = None
     students: tuple[str, ...] = ()
     """The students that a routed one picks from; none where the model draws itself."""
+    alias_of: str | None = None
+    """The model that ``id`` is another name of; None where it is its own."""
     licence: str = "unspecified"
     metrics: Mapping[str, Any] = field(default_factory=dict)
 

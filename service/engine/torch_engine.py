@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from service.engine.base import Drawn, DrawRequest, EngineError, ModelInfo, NotReady, TimedOut
+from service.engine.memory import default_budget
+from service.engine.names import check_names
 from service.engine.plan import Plan, check_size, plan_base, plan_student
 from service.engine.residency import Residency, Resident
 from service.engine.waiting import Ticket, WaitingLine
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_PROMPT = "red apple"
+MOST_WAITING = 32
+"""Requests that may wait."""
 
 
 class _Abandoned(Exception):
@@ -51,10 +55,17 @@ class TorchEngine:
         self._settings = settings
         self._device = _device(settings)
         self._residency = Residency(
-            store, settings.bases, settings.family, self._device, _dtype(settings, self._device), settings.max_resident
+            store,
+            settings.bases,
+            settings.family,
+            self._device,
+            _dtype(settings, self._device),
+            settings.memory_bytes or default_budget(self._device),
+            pinned=settings.pinned,
+            aliases=settings.aliases,
         )
         self._bundled = Store(bundled).names() if bundled is not None else []
-        self._line = WaitingLine(settings.queue_size)
+        self._line = WaitingLine(MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._ready = False
         self._failure: str | None = None
@@ -76,11 +87,7 @@ class TorchEngine:
                 except FileNotFoundError as error:
                     raise BadSettings(f"FEWSTEP_BASES: {error}") from None
         store = Store(settings.store, STUDENTS)
-        known = [*settings.bases, *store.names()]
-        if settings.default_model is not None and settings.default_model not in known:
-            raise BadSettings(
-                f"FEWSTEP_DEFAULT_MODEL: no model is named {settings.default_model!r}; there are: {', '.join(known)}"
-            )
+        check_names(settings, store)
         return cls(settings, store, STUDENTS)
 
     @property
@@ -145,6 +152,7 @@ class TorchEngine:
         """What would be drawn, from the disk's manifest alone: refuses a wrong request before it waits."""
         name = request.model if request.model is not None else self._default_model()
         info = self._residency.info(name)
+        self._residency.check_loras(name, request.loras)
         if isinstance(info, StudentManifest):
             check_size(request, name, self._residency.size_of(info.base, info.family))
             return plan_student(request, info)
@@ -184,6 +192,7 @@ class TorchEngine:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._residency.load_bases()
         name = self._default_model()
+        self._residency.pin(name)
         try:
             self._draw(Ticket(request=DrawRequest(model=name, prompt=WARM_PROMPT, seeds=(0,)), cost=1))
         except EngineError:
@@ -196,7 +205,7 @@ class TorchEngine:
         request = ticket.request
         started = time.perf_counter()
         name = request.model if request.model is not None else self._default_model()
-        resident = self._residency.get(name, request.prompt)
+        resident = self._residency.get(name, request.prompt, request.loras)
         plan = self._plan_resident(request, resident)
         per_batch = 1 if request.deterministic else self._settings.max_batch
         images: list[Image.Image] = []
@@ -225,6 +234,7 @@ class TorchEngine:
                 student=resident.member,
                 base=manifest.base.id if manifest is not None else None,
                 job=job,
+                loras=resident.loras,
             )
             for image, seed in zip(images, request.seeds, strict=True)
         ]

@@ -13,7 +13,7 @@ from service.engine.base import DiversityWish, Drawn, DrawRequest
 from service.errors import CLIENT_CLOSED_REQUEST, ApiError
 from service.pictures import encode, facts_of
 from service.routes import ERRORS, client_of, engine_of, pictures_of, settings_of
-from service.schemas import MAX_SEED, DiversityUsed, DrawingInfo, ImageRequest, ImageResponse, Picture
+from service.schemas import MAX_SEED, DiversityUsed, DrawingInfo, ImageRequest, ImageResponse, LoraOption, Picture
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
@@ -45,6 +45,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse:
             network_evaluations=first.evaluations,
             seconds=round(first.seconds, 4),
             student=first.student,
+            loras=[LoraOption(name=name, scale=scale) for name, scale in first.loras] or None,
         ),
     )
 
@@ -83,6 +84,7 @@ def _draw_request(body: ImageRequest, client: str) -> DrawRequest:
         size=None if width is None or height is None else (width, height),
         deterministic=body.deterministic,
         client=client,
+        loras=tuple((lora.name, lora.scale) for lora in body.loras),
     )
 
 

@@ -45,6 +45,7 @@ def _model(info: ModelInfo) -> Model:
         size=f"{info.size}x{info.size}" if info.size else None,
         diversity=diversity,
         students=list(info.students),
+        alias_of=info.alias_of,
         licence=info.licence,
         metrics=dict(info.metrics),
     )

@@ -75,7 +75,19 @@ def test_the_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     shown = fewstep("--help").output
-    for command in ("serve", "worker", "evaluate", "distill", "jobs", "keys", "models", "draw", "export", "demo"):
+    for command in (
+        "serve",
+        "worker",
+        "evaluate",
+        "calibrate",
+        "distill",
+        "jobs",
+        "keys",
+        "models",
+        "draw",
+        "export",
+        "demo",
+    ):
         assert re.search(rf"\b{command}\b", shown), command
 
 
@@ -127,6 +139,7 @@ def test_a_server_that_could_not_work_does_not_start(
             "distillers.evaluation",
             ["a", "b", "--quick", "--store", "STORE", "--out", "runs/evaluation"],
         ),
+        (["calibrate", "a", "--write"], "distillers.evaluation.calibrate", ["a", "--write", "--store", "STORE"]),
         (["evaluate", "--store=x", "--out=y"], "distillers.evaluation", ["--store=x", "--out=y"]),
     ],
 )

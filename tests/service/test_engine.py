@@ -91,7 +91,7 @@ class Harness:
 
 @pytest.fixture
 def harness(tiny_base: TinyBase, tmp_path: Path) -> Harness:
-    harness = Harness(tiny_base, tmp_path, max_batch=2, max_resident=2)
+    harness = Harness(tiny_base, tmp_path, max_batch=2)
     harness.publish()
     return harness
 
@@ -112,7 +112,7 @@ def test_a_students_pictures_are_those_of_the_library(harness: Harness) -> None:
 
 
 def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harness) -> None:
-    base = harness.base.model
+    base, base_id = harness.base.model, harness.base.id
     prompts = ["red apple", "blue dog"]
     router = Router(centroids=base.embed_prompts(prompts).tolist(), students=["msd-0", "msd-1"])
     for name, change in zip(router.students, (1.05, 0.9), strict=True):
@@ -129,7 +129,7 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
             (own,) = await engine.generate(request(model=student, prompt=prompt))
             assert (drawn.model, drawn.student, own.model, own.student) == ("msd", student, student, None)
             assert drawn.image.tobytes() == own.image.tobytes()
-        assert set(engine._residency.resident_students()) == {"msd-0", "msd-1"}, "it keeps nothing of its own"
+        assert set(engine._residency.bytes_by_model()) == {base_id, "msd-0", "msd-1"}, "it keeps nothing of its own"
         with pytest.raises(BadRequest, match="'msd' was made to draw in"):
             await engine.generate(request(model="msd", steps=3))
         # One of them is published anew: its new weights draw, but no other kind of student.
@@ -272,17 +272,6 @@ def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
     harness.run(scenario)
 
 
-def test_the_least_recently_used_student_leaves_memory(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> None:
-        for name in ("a", "b", "a", "c"):
-            await engine.generate(request(model=name))
-        assert engine._residency.resident_students() == ["a", "c"]
-
-    for name in ("a", "b", "c"):
-        harness.publish(name)
-    harness.run(scenario)
-
-
 def test_a_broken_student_breaks_nothing_else(harness: Harness) -> None:
     async def scenario(engine: TorchEngine) -> None:
         weights = next(harness.store.open("tiny").path.rglob("*.safetensors"))
@@ -408,7 +397,11 @@ async def occupy(engine: TorchEngine, gate: Gate) -> asyncio.Task[list[Drawn]]:
     return task
 
 
-def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+def test_a_full_line_is_refused(
+    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
+
     async def scenario(engine: TorchEngine) -> None:
         busy = await occupy(engine, gate)
         waiting = asyncio.create_task(engine.generate(request(model=None)))
@@ -421,10 +414,14 @@ def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path, gate: Gate)
         gate.open.set()
         assert len(await busy) == len(await waiting) == 1
 
-    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+    Harness(tiny_base, tmp_path).run(scenario)
 
 
-def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
+def test_a_dropped_request_gives_its_place_back(
+    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
+
     async def scenario(engine: TorchEngine) -> None:
         busy = await occupy(engine, gate)
         waiting = asyncio.create_task(engine.generate(request(model=None)))
@@ -434,7 +431,7 @@ def test_a_dropped_request_gives_its_place_back(tiny_base: TinyBase, tmp_path: P
         gate.open.set()
         assert len(await busy) == 1
 
-    Harness(tiny_base, tmp_path, queue_size=1).run(scenario)
+    Harness(tiny_base, tmp_path).run(scenario)
 
 
 def test_a_dropped_request_is_stopped_while_it_is_drawn(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from weights import student_files
-from weights.contracts import StepSchedule, StudentManifest
+from weights.contracts import Diversity, StepSchedule, StudentManifest
 from weights.store import (
     LEFTOVER_SECONDS,
     AlreadyExists,
@@ -124,6 +124,28 @@ def test_a_taken_name_is_refused_unless_it_is_to_be_replaced(published: Store, t
 def test_replacing_needs_nothing_to_replace(store: Store, tmp_path: Path) -> None:
     store.publish(manifest(), student(tmp_path / "new", 3.0), replace=True)
     assert value(store) == 3
+
+
+def test_a_manifest_is_amended_beside_the_same_files(published: Store, tmp_path: Path) -> None:
+    reader = published.open("fast-cat")
+    changed = reader.manifest.model_copy(update={"diversity": Diversity(base_steps=2)})
+    assert published.amend(changed) == changed == published.open("fast-cat").manifest
+    assert value(published) == 1
+    assert reader.path.is_dir(), "whoever reads the old version goes on"
+    published.publish(changed, student(tmp_path / "second", 2.0), replace=True)
+    with pytest.raises(StoreError, match="published anew in the meantime"):
+        published.amend(reader.manifest)
+    assert (value(published), published.manifest("fast-cat").diversity) == (2, Diversity(base_steps=2))
+    with pytest.raises(NotFound):
+        published.amend(manifest("nobody"))
+
+
+def test_what_cannot_be_amended(bundled: Path, tmp_path: Path) -> None:
+    for store in (Store(tmp_path / "store", bundled), Store(bundled, bundled)):
+        with pytest.raises(Forbidden, match="bundled with the code and read-only"):
+            store.amend(store.manifest("fast-cat"))
+    with pytest.raises(Forbidden, match="put there by hand"):
+        Store(bundled).check_amendable("fast-cat")
 
 
 def test_delete(published: Store) -> None:

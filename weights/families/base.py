@@ -5,7 +5,7 @@ found by being there (see `weights.families.families`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +34,8 @@ class TextToImage(ABC):
     """Guidance scale of the undistilled model at which its quality is quoted (1.0 is off)."""
     licence: str = "unspecified"
     """Of the undistilled model's weights, as an SPDX expression where its folder tells one."""
+    extra_bytes: int = 0
+    """Memory that its parts hold beside their parameters and buffers: a compiled copy of them, for instance."""
 
     @classmethod
     @abstractmethod
@@ -107,6 +109,18 @@ class TextToImage(ABC):
     @abstractmethod
     def load_network(self, folder: Path) -> Self:
         """This model with the network that `save_network` wrote, or with the LoRA adapters in the folder merged in."""
+
+    def with_loras(self, loras: Sequence[tuple[Path, float]]) -> Self:
+        """This model with a copy of the network into which LoRA adapters are merged, one after another.
+
+        Args:
+            loras: folders that each hold adapters for such a network, as `save_network` of a LoRA student wrote them, and
+                the scale to merge them at: 1.0 is as they were trained.
+
+        Raises:
+            TypeError: the family's networks take no adapters.
+        """
+        raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
 
     @abstractmethod
     def export(self, folder: Path, timesteps: list[int]) -> None:

@@ -312,19 +312,23 @@ class StableDiffusion(TextToImage):
     @_quiet()
     def load_network(self, folder: Path) -> Self:
         if (folder / LORA_FILE).is_file():
-            network: Any = copy.deepcopy(self.network)
+            return self.with_loras([(folder, 1.0)])
+        network: Any = UNet2DConditionModel.from_pretrained(
+            folder / self.network_name, dtype=self.dtype, use_safetensors=True
+        )
+        return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
+
+    @_quiet()
+    def with_loras(self, loras: Sequence[tuple[Path, float]]) -> Self:
+        network: Any = copy.deepcopy(self.network)
+        for folder, scale in loras:
             state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
                 folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
             )
             StableDiffusionPipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
-            network.fuse_lora()
+            network.fuse_lora(scale)
             network.unload_lora()
-        else:
-            network = UNet2DConditionModel.from_pretrained(
-                folder / self.network_name, dtype=self.dtype, use_safetensors=True
-            )
-        network = network.to(self.device, self.dtype).eval().requires_grad_(False)
-        return self.with_network(network)
+        return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
     @_quiet()
     def export(self, folder: Path, timesteps: list[int]) -> None:

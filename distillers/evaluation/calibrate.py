@@ -1,0 +1,301 @@
+"""Calibrates a student's diversity: which first steps by its base make its pictures most different, at what price.
+
+    python -m distillers.evaluation.calibrate emoji-dmd2 --store STORE [--quick] [--write]
+
+Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default) draws the coarse prompts in place of
+the student's first step, at each of the student's step counts. Chosen is the one that gains the most diversity over the
+student alone, on average over the step counts, for at most one more network evaluation a picture, if prompt alignment and
+the distance to real pictures stay within a tolerance of the student's own at every step count. With --write the choice goes
+into the student's manifest, and is what `diversity: true` draws with from then on.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distillers.evaluation import protocol as protocol_
+from distillers.evaluation.cache import Cache
+from distillers.evaluation.features import EfficientNetLite0, Unavailable, extractor
+from distillers.evaluation.measure import Evaluation, Quality, Spread
+from distillers.evaluation.metrics import Estimate, ratio
+from distillers.evaluation.models import load_models
+from distillers.evaluation.subjects import Model, Subject
+from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
+from weights.bundled import STUDENTS
+from weights.contracts import Diversity
+from weights.store import Forbidden, Store, StoreError
+
+BASE_STEPS = (1, 2, 4)
+SKIP = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a calibration may cost."""
+
+    evaluations: int
+    """More network evaluations a picture than the student alone takes."""
+    alignment: float
+    """Share of the student's own R-precision that may be lost."""
+    distance: float
+    """Share of the student's own kernel distance that may come on top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One calibration at one step count, beside the student alone at the same."""
+
+    steps: int
+    diversity: Diversity
+    spread: Spread
+    plain: Spread
+    quality: Quality | None = None
+    """Measured only where the choice depends on it."""
+    plain_quality: Quality | None = None
+
+    @property
+    def gain(self) -> Estimate:
+        """Diversity over the student's own."""
+        return ratio(self.spread.distance, self.plain.distance)
+
+    @property
+    def extra(self) -> int:
+        """Network evaluations a picture beyond the student's own."""
+        return self.spread.evaluations - self.plain.evaluations
+
+    @property
+    def alignment(self) -> float | None:
+        """R-precision over the student's own."""
+        if self.quality is None or self.plain_quality is None:
+            return None
+        return ratio(self.quality.r_precision, self.plain_quality.r_precision).value
+
+    @property
+    def distance(self) -> float | None:
+        """By which share of it the kernel distance to real pictures is above the student's own; below where negative."""
+        if self.quality is None or self.plain_quality is None:
+            return None
+        own, plain = (q.distances[EfficientNetLite0.name].kernel_distance for q in (self.quality, self.plain_quality))
+        # The estimate is unbiased, and for a perfect student's pictures about 0, on either side.
+        return (own.value - plain.value) / max(abs(plain.value), 1e-12)
+
+    def keeps_quality(self, limits: Limits) -> bool:
+        """Whether what was measured is within the limits."""
+        alignment, distance = self.alignment, self.distance
+        assert alignment is not None and distance is not None, "not measured"
+        return alignment >= 1 - limits.alignment and distance <= limits.distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """All that was tried, and the choice; None where nothing within the limits gains anything."""
+
+    trials: Sequence[Trial]
+    chosen: Diversity | None
+
+
+def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibration:
+    """Try all candidates; see the module.
+
+    Raises:
+        ValueError: the student has no step count at which its base could take the first step.
+    """
+    counts = step_counts(student)
+    base = evaluation.base
+    guidances = dict.fromkeys((0.0, 1.0, base.pipeline.default_guidance))
+    candidates = [
+        Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
+    ]
+    plain = {steps: Subject(student, base, steps) for steps in counts}
+    alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
+    tried = {
+        candidate: [
+            Trial(
+                steps=steps,
+                diversity=candidate,
+                spread=evaluation.spread(Subject(student, base, steps, "base first step", candidate)),
+                plain=alone[steps],
+            )
+            for steps in counts
+        ]
+        for candidate in candidates
+    }
+    gains = {candidate: fmean(trial.gain.value for trial in trials) for candidate, trials in tried.items()}
+    chosen = None
+    for candidate in sorted(gains, key=lambda each: gains[each], reverse=True):
+        if gains[candidate] <= 1 or any(trial.extra > limits.evaluations for trial in tried[candidate]):
+            continue
+        tried[candidate] = [_with_quality(evaluation, trial, plain[trial.steps]) for trial in tried[candidate]]
+        if all(trial.keeps_quality(limits) for trial in tried[candidate]):
+            chosen = candidate
+            break
+    return Calibration(trials=[trial for trials in tried.values() for trial in trials], chosen=chosen)
+
+
+def step_counts(student: Model) -> list[int]:
+    """The student's step counts at which its base can take the first step.
+
+    Raises:
+        ValueError: there is none.
+    """
+    assert student.manifest is not None, "a student"
+    schedules = student.manifest.schedules
+    counts = [n for n in student.steps if n > SKIP and schedules[n].timesteps[SKIP] < 1]
+    if not counts:
+        has = ", ".join(map(str, sorted(schedules)))
+        raise ValueError(f"student {student.name!r} draws in {has} step(s): it has none to hand over to its base")
+    return counts
+
+
+def _with_quality(evaluation: Evaluation, trial: Trial, plain: Subject) -> Trial:
+    return Trial(
+        steps=trial.steps,
+        diversity=trial.diversity,
+        spread=trial.spread,
+        plain=trial.plain,
+        quality=evaluation.quality(trial.spread.subject),
+        plain_quality=evaluation.quality(plain),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status: 0 when a calibration was found, 1 when none is worth it, 2 on an error."""
+    options = parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console, errors = make_console(), Console(stderr=True)
+    limits = Limits(
+        evaluations=options.extra_evaluations, alignment=options.tolerance, distance=options.distance_tolerance
+    )
+    try:
+        check_batch(options.batch)
+        store = Store(options.store if options.store is not None else STUDENTS, STUDENTS)
+        if options.write:
+            check_writable(store, options)
+        base, students = load_models([options.name], options.store, None, options.device)
+        if not students:
+            raise ValueError(f"{options.name!r} is a base; name a student")
+        result = measure(base, students[0], limits, options, errors)
+        console.print(table(result, students[0]))
+        if result.chosen is None:
+            console.print("no calibration within these limits makes the pictures more different: nothing is chosen")
+            return 1
+        console.print(f"chosen: {described(result.chosen)}")
+        if options.write:
+            assert students[0].manifest is not None, "a student"
+            store.amend(students[0].manifest.model_copy(update={"diversity": result.chosen}))
+            console.print(Text(f"written to the manifest of {options.name!r}"))
+    except (Unavailable, StoreError, ValueError, OSError) as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        return 2
+    return 0
+
+
+def check_writable(store: Store, options: argparse.Namespace) -> None:
+    """Refuse, before hours of measuring, what could not be written after them.
+
+    Raises:
+        ValueError: the protocol is too small to write down what it finds.
+        StoreError: there is no such student, or it cannot be written to: see `Store.check_amendable`.
+    """
+    if options.quick:
+        raise ValueError("--quick is a look at a small sample: leave it out to --write")
+    try:
+        store.check_amendable(options.name)
+    except Forbidden as error:
+        raise Forbidden(f"{error}; without --write the choice is shown, and requests can name it") from error
+
+
+def measure(base: Model, student: Model, limits: Limits, options: argparse.Namespace, console: Console) -> Calibration:
+    """`calibrate` under the committed protocol, with progress."""
+    protocol = protocol_.load()
+    if options.quick:
+        protocol = protocol.quick()
+    cache = Cache(options.cache)
+    with tracking(console) as track:
+        features = [extractor(EfficientNetLite0.name, options.device)]
+        evaluation = Evaluation(protocol, base, features, cache, cache, track, options.batch)
+        return calibrate(evaluation, student, limits)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m distillers.evaluation.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("name", metavar="NAME", help="a student of the store, or a bundled one")
+    made.add_argument("--write", action="store_true", help="put the choice into the student's manifest")
+    made.add_argument("--quick", action="store_true", help="a small sample, for a look; it cannot be written")
+    made.add_argument(
+        "--extra-evaluations", type=int, default=1, metavar="N", help="most that it may cost a picture (%(default)s)"
+    )
+    made.add_argument(
+        "--tolerance", type=float, default=0.05, metavar="SHARE", help="of R-precision that may be lost (%(default)s)"
+    )
+    made.add_argument(
+        "--distance-tolerance",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="by which the kernel distance to real pictures may grow (%(default)s)",
+    )
+    add_options(made)
+    return made
+
+
+def described(diversity: Diversity) -> str:
+    """For people."""
+    return f"base_steps {diversity.base_steps}, base_guidance {diversity.base_guidance:g}, skip {diversity.skip}"
+
+
+def table(result: Calibration, student: Model) -> Table:
+    """What the terminal shows."""
+    made = Table("steps", "base steps", "guidance", title=f"{student.name}: the base's first steps")
+    for name in (
+        "diversity",
+        "/ alone",
+        "95%",
+        "evaluations",
+        "ms",
+        "R-precision / alone",
+        "kernel distance",
+        "",
+    ):
+        made.add_column(name, justify="right")
+    shown: set[int] = set()
+    for trial in sorted(result.trials, key=lambda trial: trial.steps):
+        if trial.steps not in shown:
+            shown.add(trial.steps)
+            plain = trial.plain
+            cost = (str(plain.evaluations), f"{plain.milliseconds:.1f}")
+            made.add_row(str(trial.steps), "-", "-", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone")
+        gain = trial.gain
+        made.add_row(
+            str(trial.steps),
+            str(trial.diversity.base_steps),
+            f"{trial.diversity.base_guidance:g}",
+            f"{trial.spread.distance.value:.2f}",
+            f"{gain.value:.3f}",
+            f"{gain.low:.3f} to {gain.high:.3f}",
+            f"{trial.spread.evaluations} ({trial.extra:+d})",
+            f"{trial.spread.milliseconds:.1f}",
+            "" if trial.alignment is None else f"{trial.alignment:.3f}",
+            "" if trial.distance is None else f"{trial.distance:+.1%}",
+            "chosen" if trial.diversity == result.chosen else "",
+        )
+    return made
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

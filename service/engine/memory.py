@@ -1,0 +1,203 @@
+"""Models in memory under a budget of bytes: what two share is counted once, and the least recently used one goes first."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from service.engine.base import ModelBroken
+from weights.families import TextToImage
+from weights.modules import storages
+
+log = logging.getLogger(__name__)
+
+GPU_SHARE = 0.8
+"""Of a GPU's memory, for models; the rest is for what the calls compute in."""
+RAM_SHARE = 0.5
+"""Of the machine's memory, which other programs use too."""
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+V = TypeVar("V")
+Key = Hashable
+
+
+class TooLarge(ModelBroken):
+    """A model does not fit into the budget, even alone with what must stay."""
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for models on this device where the settings name none."""
+    if device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return int(GPU_SHARE * torch.mps.recommended_max_memory())
+    total = psutil.virtual_memory().total
+    try:
+        total = min(total, int(CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return int(RAM_SHARE * total)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held(Generic[V]):
+    """One entry of a `Shelf`."""
+
+    label: str
+    """For people."""
+    value: V
+    models: tuple[TextToImage, ...]
+    """All that it keeps in memory, each once."""
+    needs: Key | None = None
+    """The entry that it shares components with, which does not go before it."""
+    storages: dict[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        modules = [module for model in self.models for module in model.components().values()]
+        object.__setattr__(self, "storages", storages(modules))
+
+
+class Shelf(Generic[V]):
+    """Entries by key, the least recently used first. Any thread may call any method.
+
+    What leaves the shelf stays valid for whoever still draws with it, and only then gives its memory back.
+
+    Args:
+        budget: bytes for all entries together.
+        stays: whether a key's entry may never be dropped for another's sake.
+    """
+
+    def __init__(self, budget: int, stays: Callable[[Any], bool]) -> None:
+        self.budget = budget
+        self._stays = stays
+        self._entries: OrderedDict[Key, Held[V]] = OrderedDict()
+        self._versions: dict[Key, Any] = {}
+        self._making: dict[tuple[Key, Any], Future[Held[V]]] = {}
+        self._lock = threading.RLock()
+
+    def get(self, key: Key, version: Any = None) -> Held[V] | None:
+        """The entry of that version, which is then the last to go; None where there is none."""
+        with self._lock:
+            held = self._entries.get(key)
+            if held is None or self._versions[key] != version:
+                return None
+            for used in (held.needs, key):
+                if used in self._entries:
+                    self._entries.move_to_end(used)
+            return held
+
+    def once(self, key: Key, version: Any, make: Callable[[], Held[V]]) -> Held[V]:
+        """The entry of that version, made and added where there is none: by one thread, for which others that ask wait.
+
+        Raises:
+            TooLarge: see `put`.
+        """
+        with self._lock:
+            held = self.get(key, version)
+            if held is not None:
+                return held
+            others = self._making.get((key, version))
+            if others is None:
+                mine = self._making[key, version] = Future[Held[V]]()
+        if others is not None:
+            return others.result()
+        try:
+            held = make()
+            self.put(key, held, version)
+            mine.set_result(held)
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._making[key, version]
+        return held
+
+    def put(self, key: Key, held: Held[V], version: Any = None) -> None:
+        """Add an entry, in the place of another version of it, and drop others until all are within the budget.
+
+        Raises:
+            TooLarge: it does not fit beside those that stay; it is not added, and no other one is dropped.
+        """
+        with self._lock:
+            for kept in (self._entries, self._versions):
+                kept.pop(key, None)
+            victims = self._victims({**self._entries, key: held}, 0, {key, held.needs}, held.label)
+            self._drop(victims)
+            self._entries[key], self._versions[key] = held, version
+
+    def make_room(self, key: Key, needed: int, label: str, keep: Collection[Key] = ()) -> None:
+        """Drop entries until ``needed`` bytes fit in the place of what lies under the key.
+
+        Args:
+            key: of what is about to be added.
+            needed: bytes.
+            label: of the same.
+            keep: keys that must not be dropped for it.
+
+        Raises:
+            TooLarge: they do not fit beside those that stay; nothing is dropped then.
+        """
+        with self._lock:
+            others = OrderedDict((k, held) for k, held in self._entries.items() if k != key)
+            self._drop(self._victims(others, needed, set(keep), label))
+
+    def bytes_by_label(self) -> dict[str, int]:
+        """Memory of every entry; what it shares with the one that it needs is counted there alone."""
+        with self._lock:
+            return {self._entries[key].label: size for key, size in _sizes(self._entries).items()}
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._entries.clear()
+            self._versions.clear()
+
+    def _victims(
+        self, entries: Mapping[Key, Held[V]], needed: int, keep: Collection[Key | None], label: str
+    ) -> list[Key]:
+        """Which of the entries must go, so that the others and ``needed`` bytes more are within the budget."""
+        left, victims = dict(entries), []
+        while (used := sum(_sizes(left).values())) + needed > self.budget:
+            bases = {held.needs for held in left.values()}
+            victim = next((k for k in left if k not in keep and k not in bases and not self._stays(k)), None)
+            if victim is None:
+                raise TooLarge(
+                    f"{label!r} does not fit into memory: {_text(used + needed)} are needed with what must stay beside it, "
+                    f"and FEWSTEP_MEMORY_BYTES allows {_text(self.budget)}"
+                )
+            del left[victim]
+            victims.append(victim)
+        return victims
+
+    def _drop(self, victims: Iterable[Key]) -> None:
+        for key in victims:
+            log.info("%r leaves memory", self._entries.pop(key).label)
+            del self._versions[key]
+
+
+def _sizes(entries: Mapping[Key, Held[Any]]) -> dict[Key, int]:
+    """Bytes of each, in order, but bases first: what others share with them is theirs."""
+    counted: set[int] = set()
+    sizes = {}
+    for key, held in sorted(entries.items(), key=lambda item: item[1].needs is not None):  # stable
+        own = held.storages.keys() - counted
+        new = [model for model in held.models if id(model) not in counted]
+        counted |= own | {id(model) for model in new}
+        sizes[key] = sum(held.storages[address] for address in own) + sum(model.extra_bytes for model in new)
+    return sizes
+
+
+def _text(size: int) -> str:
+    """Bytes for people: ``"1.2 GB"``."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1000:.0f} kB"
