@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +39,8 @@ class Cache:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            self._passing = tempfile.TemporaryDirectory(prefix="fewstep-", ignore_cleanup_errors=True)
-            self.folder = Path(self._passing.name)
+            self.folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
             log.warning("FEWSTEP_CACHE: nothing will outlast this process: %s", error)
         for left in self.folder.glob(f"{ASIDE}*"):
             with contextlib.suppress(OSError):  # another process may delete it as well
