@@ -99,8 +99,9 @@ def test_the_bundled_student_draws_the_same(bundled: Pair, backend: OpenVinoBack
     for name in ("decoder", "text_encoder"):
         assert prepared.programs[name] is bundled.prepared.programs[name], "shared with the base"
     assert prepared.programs["network"] is not bundled.prepared.programs["network"]
-    held = [each.numel() for each in prepared.network.parameters()]
-    assert sum(held) == 0, "the weights that its program has packed are not kept a second time"
+    own, kept = (dict(each.network.named_parameters()) for each in (student, prepared))
+    assert {n: (p.shape, p.dtype) for n, p in own.items()} == {n: (p.shape, p.dtype) for n, p in kept.items()}
+    assert {p.device.type for p in kept.values()} == {"meta"}, "its program has packed the weights: not kept twice"
     assert (prepared.device, prepared.dtype, prepared.size) == (student.device, student.dtype, student.size)
     assert 0 < prepared.extra_bytes < bundled.prepared.extra_bytes
     for steps in (1, 4):

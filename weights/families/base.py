@@ -150,8 +150,8 @@ class TextToImage(ABC):
 
         Args:
             programs: by part. Parts that are not named are run by the model's own modules.
-            keep_network: whether `network` is still there. Without it the model can only draw, and its weights leave the
-                memory with the last other model that holds them.
+            keep_network: whether `network` still has weights. Without them the model can only draw; its parameters have
+                names, shapes and dtypes, but lie on torch's meta device.
 
         Raises:
             ValueError: the model has no such part, or its network would be lost.

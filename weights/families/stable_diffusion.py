@@ -76,13 +76,10 @@ class _TextEncoder(nn.Module):
         return cast(Tensor, self.text_encoder(ids, mask)[0])
 
 
-class _Husk(nn.Module):
-    """What is left of a network that is not kept: its configuration, and a parameter that tells its device and dtype."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.config = cast(Any, network).config
-        self.marker = nn.Parameter(next(network.parameters()).detach().new_empty(0), requires_grad=False)
+def _weightless(network: nn.Module) -> nn.Module:
+    """A network like this one whose weights take no memory: all that can be asked of it is what it looks like."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
+    return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
@@ -135,8 +132,8 @@ class StableDiffusion(TextToImage):
         self._decode = self._programs.get("decoder", _Decoder(self.vae))
         self._encode_tokens = self._programs.get("text_encoder", _TextEncoder(self.text_encoder))
         for part in (self.vae, network or pipeline.unet):
-            if not isinstance(part, _Husk):  # where it was loaded from must not be published: a machine's path
-                cast(Any, part).register_to_config(_name_or_path="")
+            # Where it was loaded from must not be published: a machine's path.
+            cast(Any, part).register_to_config(_name_or_path="")
         self.scale = 2 ** (len(self._vae_widths()) - 1)
         self.size = int(pipeline.unet.config.sample_size) * self.scale
         self.default_steps = int(self.card.get("default_steps", 50))
@@ -167,6 +164,10 @@ class StableDiffusion(TextToImage):
     @property
     def network(self) -> nn.Module:
         return self.denoiser.unet
+
+    @property
+    def device(self) -> torch.device:
+        return next(cast(nn.Module, self.vae).parameters()).device  # the network's weights may be gone
 
     def components(self) -> dict[str, nn.Module]:
         return {"unet": self.network, "vae": self.vae, "text_encoder": self.text_encoder}
@@ -242,7 +243,7 @@ class StableDiffusion(TextToImage):
             raise ValueError(
                 f"programs for {sorted(programs)}: want some of {self.part_names}, and the network's to drop it"
             )
-        network = self.network if keep_network else _Husk(self.network)
+        network = self.network if keep_network else _weightless(self.network)
         return type(self)(self.pipeline, network, self.card, dict(programs))
 
     def parts(self) -> dict[PartName, Part]:

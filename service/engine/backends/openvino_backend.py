@@ -20,8 +20,7 @@ class OpenVinoBackend:
     """Programs of fixed shapes, one for each batch size: compiled for a single row when a model is prepared, for the other
     sizes when they are first drawn in.
 
-    torch is left with the little in between, on one thread: its threads spin while they wait, on cores that OpenVINO's
-    want.
+    torch is left with the little in between. One thread does that as fast as several, and takes no core from OpenVINO's.
 
     Args:
         batches: sizes to draw in, rising from 1.
