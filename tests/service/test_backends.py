@@ -1,6 +1,7 @@
 """Backends draw the same pictures, keep what they made, and refuse what cannot be."""
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from service.engine.backends.cache import Cache
 from service.engine.backends.compiler import Compiler, Program
 from service.engine.backends.openvino_backend import OpenVinoBackend
 from service.engine.backends.torch_backend import TorchBackend
-from service.settings import BadSettings, Settings
+from service.settings import BadSettings, Settings, read_settings
 from tests.helpers import tiny_pipeline
 from weights.bundled import STUDENTS
 from weights.drawing import draw, draw_base
@@ -214,6 +215,16 @@ def test_one_row_has_the_same_bits_whenever_it_is_drawn(bundled: Pair, cache: Pa
     assert torch.equal(picture(openvino(cache).prepare(bundled.plain)), first)
 
 
+def test_a_cache_that_is_deleted_meanwhile_is_not_missed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    linear = part(nn.Linear(3, 3))
+    program = Program(Compiler(Cache(tmp_path), "f32", 1), linear, (1, 2))
+    with torch.inference_mode():
+        program(*linear.example(1))
+        shutil.rmtree(tmp_path)
+        assert torch.allclose(program(*linear.example(2)), linear.module(*linear.example(2)), atol=1e-5)
+
+
 def test_pictures_of_another_size(tiny: Pair) -> None:
     x_t = torch.randn(2, *tiny.plain.latent_shape(64, 32), generator=torch.Generator().manual_seed(0))
 
@@ -362,7 +373,7 @@ class TestChoice:
 
         monkeypatch.setattr(backends.importlib, "import_module", missing)
         assert make_backend(Settings(), CPU, torch.float32).name == "torch"
-        with pytest.raises(BadSettings, match=r"FEWSTEP_BACKEND: openvino cannot be imported here \(no module named"):
+        with pytest.raises(BadSettings, match=r"FEWSTEP_BACKEND: openvino cannot be used here \(no module named"):
             make_backend(Settings(backend="openvino"), CPU, torch.float32)
 
     @pytest.mark.parametrize(
@@ -387,6 +398,20 @@ class TestChoice:
         monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
         with pytest.raises(BadSettings, match=says):
             make_backend(Settings(**fields), torch.device(device), torch.float32)
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "says"),
+        [
+            ("FEWSTEP_BACKEND", "onnx", "Input should be 'auto', 'torch' or 'openvino', got 'onnx'"),
+            ("FEWSTEP_ATTENTION", "flash", "Input should be 'auto', 'sdpa' or 'xformers', got 'flash'"),
+            ("FEWSTEP_COMPILE", "maybe", "Input should be a valid boolean"),
+            ("FEWSTEP_CACHE", __file__, "is a file; name a folder"),
+        ],
+    )
+    def test_values_that_do_not_exist(self, variable: str, value: str, says: str, monkeypatch: Any) -> None:
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(BadSettings, match=f"{variable}: .*{says}"):
+            read_settings()
 
     def test_a_gpu_gets_what_is_installed(self, monkeypatch: Any) -> None:
         for found, expected in ((None, "sdpa"), (object(), "xformers")):

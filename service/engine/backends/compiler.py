@@ -13,6 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,16 @@ class WrongConversion(ValueError):
     """A converted part answers otherwise than the module it was made from."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """A part as OpenVINO knows it, for all shapes. It outlasts its folder, whose weights stay mapped."""
+
+    folder: Path
+    model: Any
+    numbers: int
+    """Of its weights."""
+
+
 class Compiler:
     """Converts parts and compiles programs of them; safe from any thread.
 
@@ -72,8 +83,8 @@ class Compiler:
         if threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = threads
 
-    def converted(self, part: Part) -> Path:
-        """The folder of the converted part, from the cache or made now.
+    def converted(self, part: Part) -> Converted:
+        """The converted part, from the cache or made now.
 
         Raises:
             WrongConversion: it does not compute what the part's module computes.
@@ -83,44 +94,49 @@ class Compiler:
         key = _key(part)
         known = self._cache.get(key)
         if known is not None:
-            return known
+            return self._read(known)
         log.info("converting a %s for OpenVINO", part.config.get("class", type(part.module).__name__))
         module = _in_float32(part.module)
 
         def write(folder: Path) -> None:
             openvino.save_model(_convert(module, _inputs(part, TRACED_ROWS)), folder / MODEL, compress_to_fp16=False)
-            self._check(module, _inputs(part, CHECKED_ROWS), folder)
+            self._check(module, _inputs(part, CHECKED_ROWS), self._read(folder))
 
-        return self._cache.put(key, write)
+        return self._read(self._cache.put(key, write))
 
-    def compile(self, folder: Path, shapes: Shapes) -> Any:
-        """A converted part's program for inputs of these shapes, from the cache or compiled now."""
+    def compile(self, part: Converted, shapes: Shapes) -> Any:
+        """A part's program for inputs of these shapes, from the cache or compiled now."""
         facts = json.dumps([shapes, self._processor, self._properties])
-        path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.blob"
+        path = part.folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.blob"
         blob = self._cache.get_file(path)
         if blob is not None:
             try:
-                properties = {**self._properties, "WEIGHTS_PATH": str(folder / WEIGHTS)}
+                properties = {**self._properties, "WEIGHTS_PATH": str(part.folder / WEIGHTS)}
                 return self._core.import_model(io.BytesIO(blob), DEVICE, properties)
             except RuntimeError as error:
                 log.warning("%s cannot be used and will be made again: %s", path, error)
-        program = self._compile(folder, shapes)
+        program = self._compile(part, shapes)
         exported = io.BytesIO()
         program.export_model(exported)
         self._cache.put_file(path, exported.getvalue())
         return program
 
-    def _compile(self, folder: Path, shapes: Shapes) -> Any:
-        model = self._core.read_model(folder / MODEL)
+    def _read(self, folder: Path) -> Converted:
+        numbers = (folder / WEIGHTS).stat().st_size // 4
+        return Converted(folder=folder, model=self._core.read_model(folder / MODEL), numbers=numbers)
+
+    def _compile(self, part: Converted, shapes: Shapes) -> Any:
+        model = part.model.clone()
         model.reshape(dict(enumerate(map(list, shapes))))
         return self._core.compile_model(model, DEVICE, self._properties)
 
-    def _check(self, module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> None:
-        program = self._compile(folder, tuple(tuple(tensor.shape) for tensor in inputs))
+    def _check(self, module: nn.Module, inputs: tuple[Tensor, ...], converted: Converted) -> None:
+        program = self._compile(converted, tuple(tuple(tensor.shape) for tensor in inputs))
         answer = infer(program.create_infer_request(), inputs)
         with torch.inference_mode():
             expected = module(*inputs)
-        error = float((answer - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+        size = expected.square().mean().sqrt().clamp(min=1e-6)  # an untrained network may answer with nothing but zeros
+        error = float((answer - expected).square().mean().sqrt() / size)
         if not error <= TOLERANCE[self.precision]:
             raise WrongConversion(
                 f"the converted {type(module).__name__} answers {error:.2g} off the module's own answers, relative to them; "
@@ -144,14 +160,13 @@ class Program(nn.Module):
     def __init__(self, compiler: Compiler, part: Part, batches: Sequence[int]) -> None:
         super().__init__()
         self._compiler, self._batches = compiler, batches
-        self._folder = compiler.converted(part)
+        self._part = compiler.converted(part)
         self._requests: dict[Shapes, Any] = {}
 
     @property
     def most_bytes(self) -> int:
         """About what it takes in memory once every batch size was drawn in."""
-        numbers = (self._folder / WEIGHTS).stat().st_size // 4
-        return numbers * (2 if self._compiler.precision == "bf16" else 4) * len(self._batches)
+        return self._part.numbers * (2 if self._compiler.precision == "bf16" else 4) * len(self._batches)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Answers in float32, as many as rows."""
@@ -170,7 +185,7 @@ class Program(nn.Module):
     def _request(self, inputs: tuple[Tensor, ...]) -> Any:
         shapes = tuple(tuple(each.shape) for each in inputs)
         if shapes not in self._requests:
-            self._requests[shapes] = self._compiler.compile(self._folder, shapes).create_infer_request()
+            self._requests[shapes] = self._compiler.compile(self._part, shapes).create_infer_request()
         return self._requests[shapes]
 
 
@@ -190,7 +205,7 @@ def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         # The libraries check shapes with Python's own ifs, whose outcome here is the same for every number of rows.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # OpenVINO's way in, as long as it takes what torch.export gives in twice the time and with traces of its failures.
+        # OpenVINO's usual way in; what torch.export gives it converts as well, but for fixed shapes and in twice the time.
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
         # The tracer looks at every attribute of a module, old names of transformers among them.
         warnings.filterwarnings("ignore", r"`is_gradient_checkpointing`", FutureWarning)
