@@ -56,7 +56,8 @@ def _no_openvino(settings: Settings, device: torch.device) -> str | None:
     if family is not None and not family.part_names:
         return f"has nothing to run in models of family {settings.family!r}"
     try:
-        importlib.import_module("openvino").Core().get_property("CPU", "FULL_DEVICE_NAME")
+        silent = importlib.import_module("service.engine.backends.silent_openvino")
+        silent.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
     except (ImportError, OSError, RuntimeError) as error:  # not there, or not for this system or processor
         return f"cannot be used here ({error}): pip install openvino"
     return None

@@ -18,13 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import openvino
 import torch
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from service.engine.backends.cache import Cache
+from service.engine.backends.silent_openvino import FrontEndManager, TorchScriptPythonDecoder, openvino
 from weights.families.base import Part
 
 log = logging.getLogger(__name__)
@@ -196,11 +194,7 @@ def infer(request: Any, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The module as an OpenVINO model of any shapes.
-
-    `openvino.convert_model` would do it in one call, but it reports its use to its makers over the network, and has no
-    switch against that; this is what it calls itself.
-    """
+    """The module as an OpenVINO model of any shapes: `openvino.convert_model`, without its second trace and its messages."""
     # Not inference mode, whatever the caller is in: tensors made there cannot be traced.
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         # The libraries check shapes with Python's own ifs, whose outcome here is the same for every number of rows.
