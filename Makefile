@@ -96,8 +96,8 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP) ## time the network, the decoder and whole draws; a table, and JSON in runs/bench.json
-	$(BIN)/python tests/benchmarks/bench_network.py --out runs/bench.json $(ARGS)
+bench: $(STAMP) ## time the network, the decoder and whole draws by backend; a table, and JSON in runs/bench.json
+	$(BIN)/python -m tests.benchmarks.bench_network --out runs/bench.json $(ARGS)
 
 .PHONY: bench-train
 bench-train: $(STAMP) ## time training, method by method, beside its bare evaluations; JSON in runs/bench-train.json

@@ -18,6 +18,7 @@ from service.schemas import MAX_NAME
 PREFIX = "FEWSTEP_"
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
 HOME = Path("~/.local/share/fewstep")
+CACHE = Path("~/.cache/fewstep")
 
 
 class BadSettings(ValueError):
@@ -99,7 +100,24 @@ class Settings(BaseSettings):
         description="Where to draw: cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights; auto is float32 on the CPU and float16 on a GPU."
+        "auto",
+        description="Precision of the weights; auto is float16 on a GPU and float32 on the CPU, where OpenVINO then "
+        "computes in bfloat16 if the processor can.",
+    )
+    backend: Literal["auto", "torch", "openvino"] = Field(
+        "auto", description="What runs the models; auto is OpenVINO on the CPU, where it is installed, and else torch."
+    )
+    cache: Path = Field(
+        CACHE / "serving",
+        description="Folder for models that OpenVINO has converted; without it the next start takes longer.",
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto",
+        description="Attention on a GPU: torch's (sdpa) or xformers'; auto is xformers' where that is installed.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the models with torch.compile: minutes of warm-up, and faster calls. For NVIDIA GPUs.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
     max_batch: int = Field(8, ge=1, le=256, description="Most pictures of a request to draw in one network call.")
@@ -177,7 +195,7 @@ class Settings(BaseSettings):
             grace_seconds=self.job_grace_seconds,
         )
 
-    @field_validator("store", "jobs_dir", "keys_file")
+    @field_validator("store", "jobs_dir", "keys_file", "cache")
     @classmethod
     def _expanded(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
@@ -190,7 +208,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{origin!r} is no origin: write '*', or scheme and host, as in https://a.example")
         return origins
 
-    @field_validator("store", "jobs_dir")
+    @field_validator("store", "jobs_dir", "cache")
     @classmethod
     def _is_no_file(cls, path: Path) -> Path:
         if path.exists() and not path.is_dir():

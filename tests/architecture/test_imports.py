@@ -67,6 +67,13 @@ def test_methods_own_no_optimizer() -> None:
     assert not wrong, "methods compute losses, the trainer alone steps optimizers:\n" + "\n".join(wrong)
 
 
+def test_openvino_is_imported_where_it_cannot_report() -> None:
+    """Imported by itself, it tells its makers over the network."""
+    only = "service/engine/backends/silent_openvino.py"
+    found = {str(path) for path in modules(*PACKAGES) if any(within(name, "openvino") for name in imports(path))}
+    assert found == {only}
+
+
 def test_every_library_is_declared() -> None:
     """What is imported is in pyproject.toml itself, not only there because another library happens to need it."""
     lines = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]

@@ -1,11 +1,12 @@
-"""Times what drawing is made of: one network call, the decoder, the text encoder, and whole draws.
+"""Times what drawing is made of, by backend: one network call, the decoder, the text encoder, and whole draws.
 
-    python tests/benchmarks/bench_network.py [--base emoji-base] [--out runs/bench.json] [--threads N] [--seconds 2]
+    python -m tests.benchmarks.bench_network [--base emoji-base] [--out runs/bench.json] [--threads N] [--seconds 2]
 
 Prints a table and writes JSON with the machine's description, so that results can be dated, kept and compared.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from service.engine.backends import make_backend
+from service.settings import Settings
 from weights.contracts import StepSchedule
 from weights.drawing import draw, draw_base
 from weights.families import TextToImage, load
@@ -35,6 +38,7 @@ PROMPT = "red apple"
 class Timing:
     """How long one kind of call took, in milliseconds."""
 
+    backend: str
     what: str
     batch: int
     median: float
@@ -95,14 +99,15 @@ def calls(model: TextToImage, batch: int, base_steps: int) -> dict[str, Callable
 
 
 @torch.inference_mode()
-def run(model: TextToImage, seconds: float, batches: tuple[int, ...] = BATCHES, base_steps: int = 25) -> list[Timing]:
-    """Every timing at every batch size."""
+def run(backend: str, model: TextToImage, seconds: float, batches: list[int], base_steps: int) -> list[Timing]:
+    """Every timing at every batch size, of a model that the backend has prepared."""
     timings = []
     for batch in batches:
         for what, call in calls(model, batch, base_steps).items():
             times = measure(call, model.device, seconds)
             timings.append(
                 Timing(
+                    backend=backend,
                     what=what,
                     batch=batch,
                     median=statistics.median(times),
@@ -121,10 +126,10 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
+        "openvino": importlib.metadata.version("openvino"),
         "python": platform.python_version(),
     }
 
@@ -138,13 +143,41 @@ def _lines(path: str) -> list[str]:
 
 def table(timings: list[Timing], title: str) -> Table:
     """The timings to look at."""
-    made = Table("what", title=title)
+    made = Table("backend", "what", title=title)
     for heading in ("batch", "median ms", "fastest", "slowest", "ms a picture", "calls"):
         made.add_column(heading, justify="right")
-    for t in timings:
+    for t in sorted(timings, key=lambda t: (t.what, t.batch)):  # stable: the backends one below the other
         figures = (t.median, t.fastest, t.slowest, t.per_picture)
-        made.add_row(t.what, str(t.batch), *(f"{figure:.1f}" for figure in figures), str(t.calls))
+        made.add_row(t.backend, t.what, str(t.batch), *(f"{figure:.1f}" for figure in figures), str(t.calls))
     return made
+
+
+def backends(device: torch.device) -> list[str]:
+    """All that the device has."""
+    return ["torch", "openvino"] if device.type == "cpu" else ["torch"]
+
+
+def timed(name: str, options: argparse.Namespace) -> list[Timing]:
+    """A backend's timings.
+
+    Raises:
+        ValueError: there is no such family, or the backend cannot be had.
+        FileNotFoundError: there is no such base.
+    """
+    settings = Settings(
+        backend=name,
+        family=options.family,
+        dtype=options.dtype,
+        cache=options.cache,
+        threads=options.threads,
+        max_batch=max(options.batches),
+    )
+    device = torch.device(options.device)
+    automatic = "float16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, automatic if options.dtype == "auto" else options.dtype)
+    backend = make_backend(settings, device, dtype)
+    model = backend.prepare(load(options.family, options.base, device, dtype))
+    return run(name, model, options.seconds, options.batches, options.base_steps)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,21 +187,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--family", default="stable_diffusion")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice when left out")
+    parser.add_argument(
+        "--backends", nargs="+", choices=["torch", "openvino"], help="all that the device has (default)"
+    )
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/cache"), help="of what OpenVINO converts (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement (%(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--base-steps", type=int, default=25)
     options = parser.parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
     try:
-        model = load(options.family, options.base, options.device, getattr(torch, options.dtype))
+        timings = [timing for backend in options.backends or backends(device) for timing in timed(backend, options)]
     except (FileNotFoundError, ValueError) as error:
         print(f"nothing to time: {error}", file=sys.stderr)
         return 2
-    timings = run(model, options.seconds, tuple(options.batches), options.base_steps)
-    facts = {"base": options.base, "dtype": options.dtype, **machine(torch.device(options.device))}
+    facts = {"base": options.base, "dtype": options.dtype, "threads": options.threads, **machine(device)}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**asdict(timing), "per_picture": timing.per_picture} for timing in timings]
     options.out.write_text(json.dumps({"machine": facts, "milliseconds": rows}, indent=2) + "\n")

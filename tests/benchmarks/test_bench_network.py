@@ -18,17 +18,18 @@ def test_every_call_but_the_first_is_timed() -> None:
 
 
 def test_a_batch_shares_its_time() -> None:
-    assert Timing(what="x", batch=4, median=8, fastest=7, slowest=9, calls=3).per_picture == 2
+    assert Timing(backend="torch", what="x", batch=4, median=8, fastest=7, slowest=9, calls=3).per_picture == 2
 
 
 def test_it_times_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_pipeline(tmp_path / "base")
     out = tmp_path / "deep" / "bench.json"
     arguments = ["--base", str(base), "--out", str(out), "--seconds", "0", "--batches", "1", "2", "--base-steps", "2"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--threads", "1", "--cache", str(tmp_path / "cache")]) == 0
     report = json.loads(out.read_text())
     assert report["machine"]["base"] == str(base)
-    assert {row["batch"] for row in report["milliseconds"]} == {1, 2}
+    kinds = {(row["backend"], row["batch"]) for row in report["milliseconds"]}
+    assert kinds == {("torch", 1), ("torch", 2), ("openvino", 1), ("openvino", 2)}
     whats = {row["what"] for row in report["milliseconds"]}
     assert {"network, one call", "decoder", "text encoder", "whole draw, 4 steps"} <= whats
     assert all(0 < row["fastest"] <= row["median"] <= row["slowest"] for row in report["milliseconds"])

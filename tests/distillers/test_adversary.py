@@ -18,7 +18,7 @@ from distillers.seeds import generator_of
 from tests.distillers.mixtures import VP, fitted, mixture_setup
 from tests.helpers import tiny_unet
 from weights.denoiser import Cond, Denoiser
-from weights.families.stable_diffusion import UNetDenoiser
+from weights.unet import UNetDenoiser
 
 CLEAN = {"critic_noise_mean": -30.0, "critic_noise_std": 0.0}
 """At no noise at all, so that what is shown is what was given."""

@@ -14,7 +14,7 @@ from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import few_step, initial_state
 from weights.diffusion.schedules import EDM, RectifiedFlow, Schedule, TrigFlow
 from weights.families.gaussian_mixture import PRESETS, AnalyticDenoiser
-from weights.families.stable_diffusion import UNetDenoiser
+from weights.unet import UNetDenoiser
 
 
 @pytest.mark.parametrize(("size", "halvings"), [(1, 0), (2, 0), (4, 0), (8, 1), (16, 2), (32, 3)])

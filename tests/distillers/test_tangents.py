@@ -13,7 +13,7 @@ from tests.helpers import tiny_unet
 from weights.diffusion.conversion import Converted
 from weights.diffusion.schedules import DiscreteVP, RectifiedFlow, TrigFlow
 from weights.families.gaussian_mixture import MLP, MLPDenoiser
-from weights.families.stable_diffusion import UNetDenoiser
+from weights.unet import UNetDenoiser
 
 VP = DiscreteVP.from_betas("cosine", zero_terminal_snr=True)
 T = torch.tensor([0.21, 0.5003, 0.93], dtype=torch.float64)

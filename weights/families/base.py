@@ -5,14 +5,34 @@ found by being there (see `weights.families.families`).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from weights.denoiser import Denoiser
+
+PartName = Literal["network", "decoder", "text_encoder"]
+Programs = Mapping[PartName, nn.Module]
+"""What takes the place of parts: takes what their modules take, in any number of rows, and answers alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of a model's work that another program can take over: tensors to a tensor, every row for itself.
+
+    Shapes other than the batch's differ from call to call only where pictures of another size are drawn.
+    """
+
+    module: nn.Module
+    """Takes the tensors of ``example`` by position, and answers with one tensor of as many rows."""
+    example: Callable[[int], tuple[Tensor, ...]]
+    """Inputs of so many rows, as drawing a picture of the usual size gives them; the same ones every time."""
+    config: Mapping[str, Any]
+    """What decides beside the weights what the module computes: plain values, as JSON has them."""
 
 
 class TextToImage(ABC):
@@ -24,6 +44,8 @@ class TextToImage(ABC):
     family: ClassVar[str]
     network_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[list[str]] = []
+    part_names: ClassVar[tuple[PartName, ...]] = ()
+    """Parts that a backend can have another program run; see `parts`."""
 
     denoiser: Denoiser
     size: int
@@ -125,6 +147,30 @@ class TextToImage(ABC):
     @abstractmethod
     def export(self, folder: Path, timesteps: list[int]) -> None:
         """Writes a self-contained pipeline for diffusers, which runs these native timesteps without our code."""
+
+    def parts(self) -> dict[PartName, Part]:
+        """The parts of `part_names`, as this model's own modules compute them, whatever runs in their place."""
+        return {}
+
+    @property
+    def programs(self) -> Programs:
+        """What runs in the place of parts now."""
+        return {}
+
+    def with_programs(self, programs: Programs, *, keep_network: bool = True) -> Self:
+        """This model with other programs in the place of parts; all else is shared with this one, not copied.
+
+        Args:
+            programs: by part. Parts that are not named are run by the model's own modules.
+            keep_network: whether `network` still has weights. Without them the model can only draw; its parameters have
+                names, shapes and dtypes, but lie on torch's meta device.
+
+        Raises:
+            ValueError: the model has no such part, or its network would be lost.
+        """
+        if programs or not keep_network:
+            raise ValueError(f"family {self.family!r} has no parts that another program could run")
+        return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves every component; returns itself."""

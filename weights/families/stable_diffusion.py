@@ -6,8 +6,7 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 
 import copy
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from weights.bundled import resolve_base
-from weights.denoiser import GUIDANCE, Cond, Denoiser
-from weights.diffusion.parameterizations import Prediction, to_x0
-from weights.diffusion.schedules import DiscreteVP, expand
-from weights.families.base import TextToImage
+from weights.denoiser import GUIDANCE, cond_repeat
+from weights.diffusion.parameterizations import Prediction
+from weights.diffusion.schedules import DiscreteVP
+from weights.families.base import Part, PartName, Programs, TextToImage
+from weights.unet import GUIDANCE_WIDTH, UNet, UNetDenoiser
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -47,105 +47,46 @@ def _quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-SIDES = ("down_blocks", "up_blocks")
-MIDDLE = ("mid_block",)
-"""A UNet's blocks by the names that the network itself gives them."""
-
-
 FIXED = frozenset({"sample_size", "in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"})
 """Settings of a UNet that its latents, its text encoder and its samplers decide."""
 _SCALE_WEIGHT = "time_embedding.cond_proj.weight"
-GUIDANCE_WIDTH = 256
-"""Of a guidance scale's embedding, as in LCM's public weights."""
 
 
-def embedded_scale(scale: Tensor) -> Tensor:
-    """Guidance scales ``(B,)`` as sines and cosines ``(B, 256)``: what diffusers' pipelines give as ``timestep_cond``.
+class _Decoder(nn.Module):
+    """Latents of about unit variance to pictures in [-1, 1], float32."""
 
-    Their frequencies are a timestep embedding's, of ``1000 (w - 1)`` (LCM, https://arxiv.org/abs/2310.04378, section 4.3,
-    whose w is one less).
-    """
-    half = GUIDANCE_WIDTH // 2
-    frequencies = torch.exp(torch.arange(half, device=scale.device) * -(math.log(10000.0) / (half - 1)))
-    phase = (scale.float() - 1).unsqueeze(1) * 1000.0 * frequencies
-    return torch.cat([phase.sin(), phase.cos()], dim=1)
-
-
-class _Enough(Exception):
-    """Ends a forward pass once the features that were asked for are there."""
-
-
-class UNetDenoiser(Denoiser):
-    """A `UNet2DConditionModel` as a denoiser; ``cond`` is ``{"encoder_hidden_states": (B, L, D)}``."""
-
-    schedule: DiscreteVP
-
-    def __init__(self, unet: nn.Module, schedule: DiscreteVP, prediction: Prediction) -> None:
+    def __init__(self, vae: nn.Module) -> None:
         super().__init__()
-        self.unet = unet
-        self.schedule = schedule
-        self.prediction = prediction
+        self.vae = vae
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        output = self._call(x_t, t, cond)
-        alpha, sigma = (expand(c, x_t) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
-        return to_x0(output.float(), x_t.float(), alpha, sigma, self.prediction)
+    def forward(self, latents: Tensor) -> Tensor:
+        vae = cast(Any, self.vae)
+        scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+        return cast(Tensor, vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1))
 
-    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        with self._recording(MIDDLE, stop=False) as features:
-            return self(x_t, t, cond), features
 
-    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        return self.block_features(x_t, t, cond, MIDDLE)
+class _TextEncoder(nn.Module):
+    """Hidden states ``(B, L, D)`` of tokens and, where the pipeline gives one, their mask ``(B, L)``."""
 
-    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
-        with self._recording(blocks, stop=True) as features:
-            try:
-                self._call(x_t, t, cond)
-            except _Enough:
-                pass
-            return features
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
 
-    @property
-    def feature_channels(self) -> list[int]:
-        return [int(cast(Any, self.unet).config.block_out_channels[-1])]
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.text_encoder(ids, mask)[0])
 
-    @property
-    def embeds_guidance(self) -> bool:
-        return cast(Any, self.unet).config.time_cond_proj_dim is not None
 
-    @property
-    def feature_blocks(self) -> list[str]:
-        unet = cast(Any, self.unet)
-        down, up = ([f"{side}.{index}" for index in range(len(getattr(unet, side)))] for side in SIDES)
-        return [*down, *MIDDLE, *up]
+def _weightless(network: nn.Module) -> nn.Module:
+    """A network like this one whose weights take no memory: all that can be asked of it is what it looks like."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
+    return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
-    def _call(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        dtype = next(self.unet.parameters()).dtype
-        states = cond["encoder_hidden_states"].to(dtype)
-        told = {"timestep_cond": embedded_scale(cond[GUIDANCE]).to(dtype)} if self.embeds_guidance else {}
-        index = self.schedule.native_index(t).float()
-        return cast(Tensor, self.unet(x_t.to(dtype), index, states, **told, return_dict=False)[0])
 
-    @contextmanager
-    def _recording(self, blocks: Sequence[str], stop: bool) -> Iterator[list[Tensor]]:
-        """Collects those blocks' outputs; with ``stop`` nothing is run after the last of them.
-
-        After the mid block that saves the up blocks, more than half of the work.
-        """
-        kept: list[Tensor] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, Any]) -> None:
-            kept.append(output[0] if isinstance(output, tuple) else output)  # down blocks give their skips as well
-            if stop and len(kept) == len(blocks):
-                raise _Enough
-
-        handles = [self.unet.get_submodule(block).register_forward_hook(keep) for block in blocks]
-        try:
-            yield kept
-        finally:
-            for handle in handles:
-                handle.remove()
+def _config(module: nn.Module) -> dict[str, Any]:
+    """What a module of diffusers or transformers is made from, without what tells where it lay."""
+    config = cast(Any, module).config
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {"class": type(module).__name__, **{k: v for k, v in plain.items() if not k.startswith("_")}}
 
 
 class StableDiffusion(TextToImage):
@@ -153,6 +94,7 @@ class StableDiffusion(TextToImage):
 
     family = "stable_diffusion"
     network_name = "unet"
+    part_names = ("network", "decoder", "text_encoder")
     lora_targets = [  # noqa: RUF012 (a constant of the class, never changed)
         "to_q",
         "to_k",
@@ -169,20 +111,29 @@ class StableDiffusion(TextToImage):
     ]
 
     def __init__(
-        self, pipeline: StableDiffusionPipeline, network: nn.Module | None = None, card: dict[str, Any] | None = None
+        self,
+        pipeline: StableDiffusionPipeline,
+        network: nn.Module | None = None,
+        card: dict[str, Any] | None = None,
+        programs: Programs | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.card = card or {}
+        self._programs: Programs = programs or {}
         self.tokenizer = pipeline.tokenizer
         self.text_encoder = pipeline.text_encoder
         self.vae = pipeline.vae
         scheduler = pipeline.scheduler.config
         prediction = _PREDICTIONS[scheduler.prediction_type]
         schedule = DiscreteVP(pipeline.scheduler.alphas_cumprod)
-        self.denoiser: UNetDenoiser = UNetDenoiser(network or pipeline.unet, schedule, prediction)
-        parts: list[Any] = [self.vae, self.denoiser.unet]
-        for part in parts:  # where it was loaded from must not be published: a machine's path
-            part.register_to_config(_name_or_path="")
+        self.denoiser: UNetDenoiser = UNetDenoiser(
+            network or pipeline.unet, schedule, prediction, self._programs.get("network")
+        )
+        self._decode = self._programs.get("decoder", _Decoder(self.vae))
+        self._encode_tokens = self._programs.get("text_encoder", _TextEncoder(self.text_encoder))
+        for part in (self.vae, network or pipeline.unet):
+            # Where it was loaded from must not be published: a machine's path.
+            cast(Any, part).register_to_config(_name_or_path="")
         self.scale = 2 ** (len(self._vae_widths()) - 1)
         self.size = int(pipeline.unet.config.sample_size) * self.scale
         self.default_steps = int(self.card.get("default_steps", 50))
@@ -213,6 +164,10 @@ class StableDiffusion(TextToImage):
     @property
     def network(self) -> nn.Module:
         return self.denoiser.unet
+
+    @property
+    def device(self) -> torch.device:
+        return next(cast(nn.Module, self.vae).parameters()).device  # the network's weights may be gone
 
     def components(self) -> dict[str, nn.Module]:
         return {"unet": self.network, "vae": self.vae, "text_encoder": self.text_encoder}
@@ -245,10 +200,13 @@ class StableDiffusion(TextToImage):
         """Whether the pipeline gives the text encoder its mask: diffusers' own rule, kept so that pixels agree."""
         return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
 
+    def _text_inputs(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        ids, mask = self._tokens(prompts)
+        return (ids, mask) if self._uses_mask() else (ids,)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        ids, mask = self._tokens(prompts)
-        return {"encoder_hidden_states": self.text_encoder(ids, mask if self._uses_mask() else None)[0]}
+        return {"encoder_hidden_states": self._encode_tokens(*self._text_inputs(prompts))}
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> Tensor:
@@ -269,11 +227,47 @@ class StableDiffusion(TextToImage):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return cast(Tensor, self.vae.decode(scaled, return_dict=False)[0].float().clamp(-1, 1))
+        return cast(Tensor, self._decode(latents))
 
     def with_network(self, network: nn.Module) -> Self:
-        return type(self)(self.pipeline, network, self.card)
+        others: Programs = {name: program for name, program in self._programs.items() if name != "network"}
+        return type(self)(self.pipeline, network, self.card, others)
+
+    @property
+    def programs(self) -> Programs:
+        return self._programs
+
+    def with_programs(self, programs: Programs, *, keep_network: bool = True) -> Self:
+        unknown = set(programs) - set(self.part_names)
+        if unknown or not (keep_network or "network" in programs):
+            raise ValueError(
+                f"programs for {sorted(programs)}: want some of {self.part_names}, and the network's to drop it"
+            )
+        network = self.network if keep_network else _weightless(self.network)
+        return type(self)(self.pipeline, network, self.card, dict(programs))
+
+    def parts(self) -> dict[PartName, Part]:
+        unet, vae, text_encoder = self.network, self.vae, self.text_encoder
+        return {
+            "network": Part(module=UNet(unet), example=self._network_example, config=_config(unet)),
+            "decoder": Part(module=_Decoder(vae), example=self._latents_example, config=_config(vae)),
+            "text_encoder": Part(
+                module=_TextEncoder(text_encoder), example=self._text_example, config=_config(text_encoder)
+            ),
+        }
+
+    def _latents_example(self, rows: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(rows, *self.latent_shape(), generator=generator).to(self.device),)
+
+    def _network_example(self, rows: int) -> tuple[Tensor, ...]:
+        (x_t,) = self._latents_example(rows)
+        cond = cond_repeat(self.encode_prompts([""]), rows)
+        cond[GUIDANCE] = torch.linspace(1, 8, rows, device=self.device)
+        return self.denoiser.inputs(x_t, torch.linspace(1, 1 / rows, rows, device=self.device), cond)
+
+    def _text_example(self, rows: int) -> tuple[Tensor, ...]:
+        return self._text_inputs([f"a picture of {row}" for row in range(rows)])
 
     def copy(self) -> Self:
         return self.with_network(copy.deepcopy(self.network))

@@ -1,1 +1,80 @@
 """Backends: what runs a model's parts. The engine knows only the interface, in base.py."""
+
+import importlib
+import importlib.util
+
+import torch
+
+from service.engine.backends.base import Backend, doubling
+from service.engine.backends.torch_backend import Attention, TorchBackend
+from service.settings import BadSettings, Settings
+from weights.families import families
+
+__all__ = ["Backend", "make_backend"]
+
+
+def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that the settings ask for, or the fastest that this machine has.
+
+    Args:
+        settings: the server's.
+        device: where models are loaded to.
+        dtype: what their weights are kept in.
+
+    Raises:
+        BadSettings: what they ask for cannot be had here; the message says what can.
+    """
+    hindrance = _no_openvino(settings, device)
+    if settings.backend == "openvino" and hindrance is not None:
+        raise BadSettings(
+            f"FEWSTEP_BACKEND: openvino {hindrance}; torch runs everywhere, and auto picks what is fastest"
+        )
+    _check_gpu_settings(settings, device)
+    if settings.backend == "torch" or hindrance is not None:
+        return TorchBackend(
+            device=device,
+            max_batch=settings.max_batch,
+            attention=_attention(settings, device),
+            compiled=settings.compile,
+            threads=settings.threads,
+        )
+    from service.engine.backends.openvino_backend import OpenVinoBackend
+
+    return OpenVinoBackend(
+        batches=doubling(settings.max_batch),
+        cache=settings.cache / "openvino",
+        precision="auto" if settings.dtype == "auto" else "f32" if dtype == torch.float32 else "bf16",
+        threads=settings.threads,
+    )
+
+
+def _no_openvino(settings: Settings, device: torch.device) -> str | None:
+    """Why OpenVINO cannot draw here; None where it can."""
+    if device.type != "cpu":
+        return f"draws on the CPU alone, and FEWSTEP_DEVICE is {device}"
+    family = families().get(settings.family)
+    if family is not None and not family.part_names:
+        return f"has nothing to run in models of family {settings.family!r}"
+    try:
+        silent = importlib.import_module("service.engine.backends.silent_openvino")
+        silent.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    except (ImportError, OSError, RuntimeError) as error:  # not there, or not for this system or processor
+        return f"cannot be used here ({error}): pip install openvino"
+    return None
+
+
+def _check_gpu_settings(settings: Settings, device: torch.device) -> None:
+    if settings.compile and device.type != "cuda":
+        raise BadSettings(f"FEWSTEP_COMPILE: is for NVIDIA GPUs, and FEWSTEP_DEVICE is {device}; leave it off")
+    if settings.attention == "xformers" and device.type != "cuda":
+        raise BadSettings(f"FEWSTEP_ATTENTION: xformers is for NVIDIA GPUs, and FEWSTEP_DEVICE is {device}; use sdpa")
+    if settings.attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise BadSettings(
+            "FEWSTEP_ATTENTION: xformers is not installed; pip install 'fewstep[gpu]' brings it, or use sdpa"
+        )
+
+
+def _attention(settings: Settings, device: torch.device) -> Attention:
+    if settings.attention != "auto":
+        return settings.attention
+    return "xformers" if device.type == "cuda" and importlib.util.find_spec("xformers") is not None else "sdpa"

@@ -20,3 +20,11 @@ class Backend(Protocol):
             model: as its family loaded it.
             base: the prepared base of a student, whose text encoder and decoder it shares.
         """
+
+
+def doubling(most: int) -> tuple[int, ...]:
+    """Batch sizes 1, 2, 4 and so on, and ``most`` last: few enough to make something for each, and little is padded."""
+    sizes = [1]
+    while sizes[-1] * 2 < most:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes) if most == 1 else (*sizes, most)

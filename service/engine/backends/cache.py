@@ -1,0 +1,118 @@
+"""Converted and compiled programs on disk, so that a server that starts again need not make them again.
+
+Everything lies in a folder of the content's own key, is written beside its place and renamed into it, and carries its
+sha256: what was cut off, altered or half written is made anew, never used.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+DIGESTS = "digests.json"
+ASIDE = ".aside-"
+"""Begins the names of folders that are being written or deleted."""
+ABANDONED = 3600.0
+"""Seconds after which such a folder is what a process left that was killed."""
+
+
+class Cache:
+    """Folders of files, by key. Several processes may use one at a time.
+
+    Args:
+        folder: made where it does not exist. Where nothing can be written there, a folder takes its place that lasts as
+            long as this process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            self.folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            log.warning("FEWSTEP_CACHE: nothing will outlast this process: %s", error)
+        for left in self.folder.glob(f"{ASIDE}*"):
+            with contextlib.suppress(OSError):  # another process may delete it as well
+                if left.stat().st_mtime < time.time() - ABANDONED:
+                    shutil.rmtree(left)
+
+    def get(self, key: str) -> Path | None:
+        """The folder of that key, all of whose files are as they were written; None where there is none."""
+        folder = self.folder / key
+        try:
+            digests = json.loads((folder / DIGESTS).read_text())
+            for name, digest in digests.items():
+                if _sha256(folder / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("%s is broken and will be made again: %s", folder, error)
+            return None
+        return folder
+
+    def put(self, key: str, write: Callable[[Path], None]) -> Path:
+        """The folder of that key, with what ``write`` writes into it; nothing stays of it where that fails.
+
+        Raises:
+            OSError: the disk does not take it. Besides, whatever ``write`` raises.
+        """
+        target = self.folder / key
+        staged = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.folder))
+        try:
+            write(staged)
+            digests = {path.name: _sha256(path) for path in sorted(staged.iterdir())}
+            (staged / DIGESTS).write_text(json.dumps(digests))
+            try:
+                os.replace(staged, target)
+            except OSError:  # something is there already: another process's, as good as ours, or something broken
+                if self.get(key) is None:
+                    self._remove(target)
+                    os.replace(staged, target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return target
+
+    def get_file(self, path: Path) -> bytes | None:
+        """What `put_file` wrote; None where there is nothing, or something else."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        digest, body = content[:32], content[32:]
+        if hashlib.sha256(body).digest() != digest:
+            log.warning("%s is broken and will be made again", path)
+            return None
+        return body
+
+    def put_file(self, path: Path, body: bytes) -> None:
+        """Write a file, in the place of an older one. A disk that takes no more is no error: the file is only missing."""
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            staged.write_bytes(hashlib.sha256(body).digest() + body)
+            os.replace(staged, path)
+        except OSError as error:
+            log.warning("%s is not kept: %s", path, error)
+            staged.unlink(missing_ok=True)
+
+    def _remove(self, path: Path) -> None:
+        """Out of the way at once, however long it takes to delete."""
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.folder))
+        os.replace(path, aside / path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,65 @@
+"""The backend of machines without a GPU: OpenVINO runs a model's parts, in bfloat16 where the processor has it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from service.engine.backends.cache import Cache
+from service.engine.backends.compiler import Compiler, Precision, Program
+from weights.families import TextToImage
+from weights.families.base import Part, PartName
+
+log = logging.getLogger(__name__)
+
+
+class OpenVinoBackend:
+    """Programs of fixed shapes, one for each batch size: compiled for a single row when a model is prepared, for the other
+    sizes when they are first drawn in.
+
+    torch is left with the little in between. One thread does that as fast as several, and takes no core from OpenVINO's.
+
+    Args:
+        batches: sizes to draw in, rising from 1.
+        cache: folder for what was converted and compiled.
+        precision: what programs compute in; ``auto`` is bf16 where the processor has it.
+        threads: that one call uses; every core when None.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self, *, batches: Sequence[int], cache: Path, precision: Precision | Literal["auto"], threads: int | None
+    ) -> None:
+        self.batches = batches
+        self._compiler = Compiler(Cache(cache), precision, threads)
+        self._threads = threads or torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def prepare(self, model: TextToImage, base: TextToImage | None = None) -> TextToImage:
+        """See `Backend.prepare`. A part that OpenVINO cannot run stays with torch, and the log says so."""
+        wanted = model.part_names if base is None else ("network",)
+        parts = {name: part for name, part in model.parts().items() if name in wanted}
+        made = {name: program for name, part in parts.items() if (program := self._program(name, part)) is not None}
+        if base is None and not made:
+            return model
+        programs: dict[PartName, nn.Module] = {} if base is None else dict(base.programs)
+        programs.pop("network", None)
+        programs.update(made)
+        # A base's network stays: students with adapters are made from it.
+        prepared = model.with_programs(programs, keep_network=base is None or "network" not in made)
+        prepared.extra_bytes = sum(program.most_bytes for program in made.values())
+        return prepared
+
+    def _program(self, name: PartName, part: Part) -> Program | None:
+        try:
+            program = Program(self._compiler, part, self.batches)
+            program(*part.example(1))
+        except Exception:
+            torch.set_num_threads(self._threads)  # it has work now
+            log.exception("OpenVINO cannot run the model's %s; torch does", name)
+            return None
+        return program

@@ -1,0 +1,187 @@
+"""What was converted and compiled is kept by its content, and whatever happened to it on the disk, nothing wrong is used."""
+
+import copy
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.engine.backends import compiler
+from service.engine.backends.cache import ABANDONED, ASIDE, Cache
+from service.engine.backends.compiler import Compiler, Program
+from weights.families.base import Part
+
+
+class Square(nn.Module):
+    """Enough of a network to be converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).square()
+
+
+def rows(count: int) -> tuple[Tensor, ...]:
+    return (torch.ones(count, 3) + torch.arange(count)[:, None],)
+
+
+@pytest.fixture(scope="module")
+def part() -> Part:
+    torch.manual_seed(0)
+    return Part(module=Square(), example=rows, config={"class": "Square", "power": 2})
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, part: Part) -> Path:
+    """A cache with the part and its programs for one and two rows."""
+    folder = tmp_path_factory.mktemp("filled")
+    use(folder, part)
+    return folder
+
+
+def use(folder: Path, part: Part) -> Tensor:
+    program = Program(Compiler(Cache(folder), "f32", 1), part, (1, 2))
+    return torch.cat([program(*rows(2)), program(*rows(1))])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def nonsense(path: Path) -> None:
+    path.write_text('["neither", "of these"]')
+
+
+@pytest.mark.parametrize("pattern", ["model.bin", "model.xml", "digests.json", "*.blob"])
+@pytest.mark.parametrize("damage", [cut, alter, empty, nonsense, Path.unlink])
+def test_what_is_damaged_is_made_again(
+    filled: Path,
+    part: Part,
+    tmp_path: Path,
+    pattern: str,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(filled, folder)
+    expected = use(folder, part)
+    assert not caplog.records
+    paths = list(folder.glob(f"*/{pattern}"))
+    assert len(paths) == (2 if pattern == "*.blob" else 1)
+    for path in paths:
+        damage(path)
+    assert torch.equal(use(folder, part), expected)
+    assert damage is Path.unlink or "will be made again" in caplog.text
+    caplog.clear()
+    assert torch.equal(use(folder, part), expected)
+    assert not caplog.records, "it has been mended"
+    assert not list(folder.glob(f"{ASIDE}*"))
+
+
+def test_a_program_that_another_openvino_exported_is_made_again(
+    filled: Path, part: Part, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(filled, folder)
+    for path in folder.glob("*/*.blob"):
+        Cache(folder).put_file(path, b"whole, but no program")
+    assert torch.equal(use(folder, part), use(filled, part))
+    assert "cannot be used and will be made again" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "code", "version"])
+def test_whatever_decides_the_answers_decides_the_key(filled: Path, part: Part, change: str, monkeypatch: Any) -> None:
+    module, config = copy.deepcopy(part.module), dict(part.config)
+    if change == "weights":
+        with torch.no_grad():
+            module.linear.bias.view(-1)[0] += 1e-6
+    elif change == "config":
+        config["power"] = 3
+    elif change == "code":
+        module.__class__ = type("Other", (Square,), {"__module__": __name__})
+        monkeypatch.setattr(compiler.inspect, "getsource", lambda kind: f"class {kind.__name__}: ...")
+    else:
+        monkeypatch.setattr(compiler, "version", lambda _: "0")
+    other = Part(module=module, example=rows, config=config)
+    assert Cache(filled).get(compiler._key(other)) is None
+    monkeypatch.undo()
+    assert Cache(filled).get(compiler._key(part)) is not None
+
+
+def test_a_disk_that_cannot_be_written_is_done_without(
+    part: Part, filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert torch.equal(use(tmp_path / "file" / "cache", part), use(filled, part))
+    assert "FEWSTEP_CACHE: nothing will outlast this process" in caplog.text
+
+
+def test_a_full_disk_costs_the_next_start_only_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path)
+    cache.put_file(tmp_path / "gone" / "x.blob", b"program")
+    assert "is not kept" in caplog.text
+    assert cache.get_file(tmp_path / "gone" / "x.blob") is None
+
+
+def test_nothing_stays_of_what_failed(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("written")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        Cache(tmp_path).put("key", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    left, busy = tmp_path / f"{ASIDE}left", tmp_path / f"{ASIDE}busy"
+    for folder in (left, busy):
+        folder.mkdir()
+        (folder / "model.bin").write_text("half")
+    long_ago = time.time() - 2 * ABANDONED
+    os.utime(left, (long_ago, long_ago))
+    Cache(tmp_path)
+    assert not left.exists()
+    assert busy.exists(), "another process is still at it"
+
+
+def test_two_that_write_the_same_at_once_both_have_it(tmp_path: Path) -> None:
+    together = threading.Barrier(2, timeout=30)
+    got: list[Path] = []
+
+    def write(folder: Path) -> None:
+        (folder / "x").write_text("content")
+        together.wait()
+
+    workers = [threading.Thread(target=lambda: got.append(Cache(tmp_path).put("key", write))) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert got == [tmp_path / "key"] * 2
+    assert (tmp_path / "key" / "x").read_text() == "content"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_nobody_else_may_put_programs_there(tmp_path: Path) -> None:
+    Cache(tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0

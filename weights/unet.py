@@ -1,0 +1,140 @@
+"""UNets of diffusers as denoisers, and as plain functions of tensors."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weights.denoiser import GUIDANCE, Cond, Denoiser
+from weights.diffusion.parameterizations import Prediction, to_x0
+from weights.diffusion.schedules import DiscreteVP, expand
+
+SIDES = ("down_blocks", "up_blocks")
+MIDDLE = ("mid_block",)
+"""A UNet's blocks by the names that the network itself gives them."""
+
+
+GUIDANCE_WIDTH = 256
+"""Of a guidance scale's embedding, as in LCM's public weights."""
+
+
+def embedded_scale(scale: Tensor) -> Tensor:
+    """Guidance scales ``(B,)`` as sines and cosines ``(B, 256)``: what diffusers' pipelines give as ``timestep_cond``.
+
+    Their frequencies are a timestep embedding's, of ``1000 (w - 1)`` (LCM, https://arxiv.org/abs/2310.04378, section 4.3,
+    whose w is one less).
+    """
+    half = GUIDANCE_WIDTH // 2
+    frequencies = torch.exp(torch.arange(half, device=scale.device) * -(math.log(10000.0) / (half - 1)))
+    phase = (scale.float() - 1).unsqueeze(1) * 1000.0 * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class UNet(nn.Module):
+    """A UNet that takes `UNetDenoiser.inputs` by position, and answers with ``(B, C, h, w)``."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, index: Tensor, states: Tensor, scale: Tensor | None = None) -> Tensor:
+        return _evaluate(self.unet, x_t, index, states, scale)
+
+
+def _evaluate(unet: nn.Module, x_t: Tensor, index: Tensor, states: Tensor, scale: Tensor | None = None) -> Tensor:
+    told = {} if scale is None else {"timestep_cond": scale}
+    return cast(Tensor, unet(x_t, index, states, **told, return_dict=False)[0])
+
+
+class _Enough(Exception):
+    """Ends a forward pass once the features that were asked for are there."""
+
+
+class UNetDenoiser(Denoiser):
+    """A `UNet2DConditionModel` as a denoiser; ``cond`` is ``{"encoder_hidden_states": (B, L, D)}``."""
+
+    schedule: DiscreteVP
+
+    def __init__(
+        self, unet: nn.Module, schedule: DiscreteVP, prediction: Prediction, program: nn.Module | None = None
+    ) -> None:
+        """
+        Args:
+            unet: the network.
+            schedule: of the noise.
+            prediction: what the network predicts.
+            program: what evaluates the network in its place, but for features: takes `inputs` by position.
+        """
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction = prediction
+        self.program = program
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.program is None:
+            return self._x0(_evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t)
+        return self._x0(self.program(*self.inputs(x_t, t, cond)), x_t, t)
+
+    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        with self._recording(MIDDLE, stop=False) as features:
+            return self._x0(_evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t), features
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        return self.block_features(x_t, t, cond, MIDDLE)
+
+    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
+        with self._recording(blocks, stop=True) as features:
+            try:
+                _evaluate(self.unet, *self.inputs(x_t, t, cond))
+            except _Enough:
+                pass
+            return features
+
+    @property
+    def feature_channels(self) -> list[int]:
+        return [int(cast(Any, self.unet).config.block_out_channels[-1])]
+
+    @property
+    def embeds_guidance(self) -> bool:
+        return cast(Any, self.unet).config.time_cond_proj_dim is not None
+
+    @property
+    def feature_blocks(self) -> list[str]:
+        unet = cast(Any, self.unet)
+        down, up = ([f"{side}.{index}" for index in range(len(getattr(unet, side)))] for side in SIDES)
+        return [*down, *MIDDLE, *up]
+
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
+        """What the network itself takes: latents, native timesteps, hidden states, and a scale's embedding if it has one."""
+        dtype = next(self.unet.parameters()).dtype
+        told = (embedded_scale(cond[GUIDANCE]).to(dtype),) if self.embeds_guidance else ()
+        index = self.schedule.native_index(t).float()
+        return x_t.to(dtype), index, cond["encoder_hidden_states"].to(dtype), *told
+
+    def _x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (expand(c, x_t) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        return to_x0(output.float(), x_t.float(), alpha, sigma, self.prediction)
+
+    @contextmanager
+    def _recording(self, blocks: Sequence[str], stop: bool) -> Iterator[list[Tensor]]:
+        """Collects those blocks' outputs; with ``stop`` nothing is run after the last of them.
+
+        After the mid block that saves the up blocks, more than half of the work.
+        """
+        kept: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, Any]) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)  # down blocks give their skips as well
+            if stop and len(kept) == len(blocks):
+                raise _Enough
+
+        handles = [self.unet.get_submodule(block).register_forward_hook(keep) for block in blocks]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
