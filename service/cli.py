@@ -57,14 +57,14 @@ def serve(
     settings = _settings(host=host, port=port, log_level=log_level)
     from service import server
     from service.app import create_app
-    from service.engine.torch_engine import TorchEngine
+    from service.engine.step_engine import StepEngine
     from service.jobs.service import TableJobs
 
     _log_as(settings)
     try:
         server.check_address(settings)
         jobs = TableJobs(settings.job_settings()) if settings.jobs else None
-        api = create_app(settings, TorchEngine.from_settings(settings), jobs)
+        api = create_app(settings, StepEngine.from_settings(settings), jobs)
     except ValueError as error:
         fail(error, 2)
     server.run(api, settings)
@@ -181,13 +181,13 @@ def _draw_here(
     """Draw with an engine of this process."""
     settings = _settings()
     from service.engine.base import DiversityWish, DrawRequest, EngineError
-    from service.engine.torch_engine import TorchEngine
+    from service.engine.step_engine import StepEngine
 
     wish = DiversityWish() if diversity else None
     request = DrawRequest(prompt=prompt, seeds=seeds, model=model, steps=steps, diversity=wish)
 
     async def work() -> "list[Image.Image]":
-        engine = TorchEngine.from_settings(settings)
+        engine = StepEngine.from_settings(settings)
         await engine.start()
         try:
             while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine tells nobody

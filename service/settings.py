@@ -120,7 +120,15 @@ class Settings(BaseSettings):
         description="Compile the models with torch.compile: minutes of warm-up, and faster calls. For NVIDIA GPUs.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
-    max_batch: int = Field(8, ge=1, le=256, description="Most pictures of a request to draw in one network call.")
+    max_batch: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="Most rows of one call of a model; a picture takes one, and two where it is guided.",
+    )
+    prompt_cache_bytes: int = Field(
+        64 * 2**20, ge=0, description="Memory for encoded prompts; those used longest ago go first."
+    )
     memory_bytes: int | None = Field(
         None,
         ge=2**20,

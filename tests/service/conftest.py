@@ -183,3 +183,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
 
     folder = tiny_pipeline(tmp_path_factory.mktemp("tiny-base"))
     return TinyBase(folder, load("stable_diffusion", folder))
+
+
+@pytest.fixture
+def loaded_once(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny base is in memory already; engines here need not load it again. (test_server.py lets one load it.)"""
+    from service.engine import residency
+
+    def load_base(family: str, source: str, device: torch.device, dtype: torch.dtype) -> TextToImage:
+        return tiny_base.model if source == tiny_base.id else load(family, source, device, dtype)
+
+    monkeypatch.setattr(residency, "load", load_base)

@@ -1,92 +1,25 @@
-"""The torch engine with a real, tiny pipeline: what it draws, what it refuses, what it survives."""
+"""The engine with a real, tiny pipeline: what it draws, what it refuses, which models there are. See test_step_batching."""
 
 import asyncio
-import threading
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
 
-from service.engine import residency, torch_engine
-from service.engine.base import (
-    BadRequest,
-    DiversityWish,
-    Drawn,
-    DrawRequest,
-    EngineError,
-    ModelBroken,
-    NotReady,
-    Overloaded,
-    TimedOut,
-    UnknownModel,
-)
+from service.engine.base import BadRequest, DiversityWish, Drawn, ModelBroken, NotReady, UnknownModel
+from service.engine.calls import to_pixels
 from service.engine.plan import plan_student
-from service.engine.torch_engine import TorchEngine, to_images
-from service.settings import Settings
+from service.engine.step_engine import StepEngine
 from tests.service.conftest import SCHEDULES, TinyBase
+from tests.service.engine_help import Harness, pixels, request, until
 from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router
 from weights.denoiser import cond_repeat
-from weights.drawing import Drawing, draw
-from weights.families import TextToImage, load
+from weights.drawing import draw
 from weights.store import Store
 from weights.students import base_reference
 
-T = TypeVar("T")
-
-
-def request(**fields: Any) -> DrawRequest:
-    return DrawRequest(**{"prompt": "red apple", "model": "tiny", "seeds": (1,), **fields})
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread does, which sets no asyncio.Event."""
-    async with asyncio.timeout(120):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
-def pixels(drawn: list[Drawn]) -> list[bytes]:
-    return [item.image.tobytes() for item in drawn]
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny base is in memory already; engines here need not load it again. (test_server.py lets one load it.)"""
-
-    def load_base(family: str, source: str, device: torch.device, dtype: torch.dtype) -> TextToImage:
-        return tiny_base.model if source == tiny_base.id else load(family, source, device, dtype)
-
-    monkeypatch.setattr(residency, "load", load_base)
-
-
-class Harness:
-    """An engine over a store of its own."""
-
-    def __init__(self, base: TinyBase, folder: Path, **fields: Any) -> None:
-        self.base, self.folder = base, folder
-        self.store = Store(folder / "store")
-        values = {"store": folder / "store", "jobs_dir": folder / "jobs", "bases": [base.id], "device": "cpu"}
-        self.engine = TorchEngine(Settings(**{**values, **fields}), self.store)
-
-    def publish(self, name: str = "tiny", **fields: Any) -> None:
-        self.base.publish(self.store, self.folder / "work" / name, name, **fields)
-
-    def run(self, scenario: Callable[[TorchEngine], Awaitable[T]]) -> T:
-        async def whole() -> T:
-            await self.engine.start()
-            try:
-                await until(lambda: self.engine.ready or self.engine.failure is not None)
-                return await asyncio.wait_for(scenario(self.engine), 120)
-            finally:
-                await self.engine.stop()
-
-        return asyncio.run(whole())
-
-    def draw(self, **fields: Any) -> list[Drawn]:
-        return self.run(lambda engine: engine.generate(request(**fields)))
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture
@@ -107,8 +40,9 @@ def test_a_students_pictures_are_those_of_the_library(harness: Harness) -> None:
     student = base.load_network(harness.store.open("tiny").path)
     with torch.inference_mode():
         cond = cond_repeat(base.encode_prompts(["red apple"]), 2)
-        expected = to_images(base.decode(draw(student, cond, None, (5, 6), SCHEDULES[4]).latents))
-    assert pixels(drawn)[:2] == [image.tobytes() for image in expected]
+        latents = draw(student, cond, None, (5, 6), SCHEDULES[4]).latents
+        expected = to_pixels(base.decode(latents))
+    assert pixels(drawn)[:2] == [picture.tobytes() for picture in expected]
 
 
 def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harness) -> None:
@@ -122,7 +56,7 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
     routed = member.model_copy(update={"name": "msd", "router": router, "files": {}})
     harness.store.publish(routed, harness.folder / "none")
 
-    async def scenario(engine: TorchEngine) -> None:
+    async def scenario(engine: StepEngine) -> None:
         assert {info.id: info.students for info in engine.models()}["msd"] == ("msd-0", "msd-1")
         for prompt, student in zip(prompts, router.students, strict=True):
             (drawn,) = await engine.generate(request(model="msd", prompt=prompt))
@@ -154,7 +88,7 @@ def test_the_base_draws_with_its_defaults(harness: Harness) -> None:
 
 
 def test_a_seed_draws_the_same_picture_whatever_else_is_drawn(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> tuple[list[Drawn], list[Drawn]]:
+    async def scenario(engine: StepEngine) -> tuple[list[Drawn], list[Drawn]]:
         alone = await engine.generate(request(seeds=(9,), deterministic=True))
         among = await engine.generate(request(seeds=(3, 4, 9, 5), deterministic=True))
         return alone, among
@@ -166,7 +100,7 @@ def test_a_seed_draws_the_same_picture_whatever_else_is_drawn(harness: Harness) 
 
 
 def test_prompt_guidance_and_negative_prompt_change_the_picture(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> list[list[Drawn]]:
+    async def scenario(engine: StepEngine) -> list[list[Drawn]]:
         asked: list[dict[str, Any]] = [
             {},
             {"prompt": "blue dog"},
@@ -181,7 +115,7 @@ def test_prompt_guidance_and_negative_prompt_change_the_picture(harness: Harness
 
 
 def test_the_bases_first_step(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> list[Drawn]:
+    async def scenario(engine: StepEngine) -> list[Drawn]:
         wishes = [None, DiversityWish(), DiversityWish(base_guidance=1.0), DiversityWish(base_steps=3)]
         return [(await engine.generate(request(diversity=wish)))[0] for wish in wishes]
 
@@ -234,7 +168,7 @@ def test_names_that_no_model_has(harness: Harness, name: str) -> None:
 
 
 def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> None:
+    async def scenario(engine: StepEngine) -> None:
         assert [info.id for info in engine.models()] == [harness.base.id, "tiny"]
         before = await engine.generate(request())
         await asyncio.to_thread(harness.publish, "another")
@@ -251,7 +185,7 @@ def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None
 
 
 def test_what_a_model_says_of_itself(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> list[Any]:
+    async def scenario(engine: StepEngine) -> list[Any]:
         return engine.models()
 
     base, student = harness.run(scenario)
@@ -261,7 +195,7 @@ def test_what_a_model_says_of_itself(harness: Harness) -> None:
 
 
 def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> None:
+    async def scenario(engine: StepEngine) -> None:
         await engine.generate(request())
         resident = engine._residency.get("tiny", "red apple")
         mine, theirs = resident.model.components(), resident.base.components()
@@ -273,7 +207,7 @@ def test_base_and_students_share_all_but_the_network(harness: Harness) -> None:
 
 
 def test_a_broken_student_breaks_nothing_else(harness: Harness) -> None:
-    async def scenario(engine: TorchEngine) -> None:
+    async def scenario(engine: StepEngine) -> None:
         weights = next(harness.store.open("tiny").path.rglob("*.safetensors"))
         weights.write_bytes(weights.read_bytes()[:-100])
         with pytest.raises(ModelBroken) as caught:
@@ -297,11 +231,7 @@ def test_a_student_of_another_base_is_not_drawn_with(harness: Harness, base: dic
 def test_the_default_is_the_first_bundled_student(tiny_base: TinyBase, tmp_path: Path) -> None:
     bundled = Store(tmp_path / "bundled")
     tiny_base.publish(bundled, tmp_path / "work", "shipped")
-    harness = Harness(tiny_base, tmp_path)
-    harness.engine = TorchEngine(
-        harness.engine._settings, Store(tmp_path / "store", tmp_path / "bundled"), tmp_path / "bundled"
-    )
-    (drawn,) = harness.draw(model=None)
+    (drawn,) = Harness(tiny_base, tmp_path, bundled=tmp_path / "bundled").draw(model=None)
     assert drawn.model == "shipped"
 
 
@@ -314,11 +244,7 @@ def test_a_bundled_student_of_a_base_that_is_not_served_is_no_default(
     tiny_base.publish(bundled, tmp_path / "work", "shipped", base=strange)
     if broken:
         (bundled.root / "shipped" / "student.json").write_text("{")
-    harness = Harness(tiny_base, tmp_path)
-    harness.engine = TorchEngine(
-        harness.engine._settings, Store(tmp_path / "store", tmp_path / "bundled"), tmp_path / "bundled"
-    )
-    (drawn,) = harness.draw(model=None)
+    (drawn,) = Harness(tiny_base, tmp_path, bundled=tmp_path / "bundled").draw(model=None)
     assert drawn.model == tiny_base.id
 
 
@@ -354,129 +280,11 @@ def test_before_and_after_its_life(harness: Harness) -> None:
 def test_an_engine_that_cannot_load_says_why(tiny_base: TinyBase, tmp_path: Path) -> None:
     harness = Harness(tiny_base, tmp_path, bases=[str(tmp_path / "nothing")])
 
-    async def scenario(engine: TorchEngine) -> None:
+    async def scenario(engine: StepEngine) -> None:
         assert not engine.ready
         assert engine.failure is not None
         assert "nothing" in engine.failure
         with pytest.raises(NotReady, match="has failed"):
             await engine.generate(request())
-
-    harness.run(scenario)
-
-
-class Gate:
-    """Takes the place of the drawing of bases: waits, and notices when nobody waits for the picture any more."""
-
-    def __init__(self) -> None:
-        self.entered, self.open = threading.Event(), threading.Event()
-
-    def __call__(
-        self, base: Any, cond: Any, uncond: Any, seeds: Any, steps: int, scale: float, on_step: Any
-    ) -> Drawing:
-        self.entered.set()
-        while not self.open.is_set():
-            on_step(0, torch.zeros(1))
-            time.sleep(0.002)
-        return Drawing(latents=torch.zeros(len(seeds), *base.latent_shape()), evaluations=steps)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    gate = Gate()
-    gate.open.set()  # for the warm-up picture
-    monkeypatch.setattr(torch_engine, "draw_base", gate)
-    return gate
-
-
-async def occupy(engine: TorchEngine, gate: Gate) -> asyncio.Task[list[Drawn]]:
-    """A request that keeps the engine busy until the gate opens."""
-    gate.open.clear()
-    gate.entered.clear()
-    task = asyncio.create_task(engine.generate(request(model=None)))
-    await until(gate.entered.is_set)
-    return task
-
-
-def test_a_full_line_is_refused(
-    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
-
-    async def scenario(engine: TorchEngine) -> None:
-        busy = await occupy(engine, gate)
-        waiting = asyncio.create_task(engine.generate(request(model=None)))
-        await until(lambda: len(engine._line) == 1)
-        with pytest.raises(Overloaded, match="1 requests are waiting already") as caught:
-            await engine.generate(request(model=None))
-        assert caught.value.retry_after >= 1
-        with pytest.raises(BadRequest):
-            await engine.generate(request(model=None, steps=500))
-        gate.open.set()
-        assert len(await busy) == len(await waiting) == 1
-
-    Harness(tiny_base, tmp_path).run(scenario)
-
-
-def test_a_dropped_request_gives_its_place_back(
-    tiny_base: TinyBase, tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_engine, "MOST_WAITING", 1)
-
-    async def scenario(engine: TorchEngine) -> None:
-        busy = await occupy(engine, gate)
-        waiting = asyncio.create_task(engine.generate(request(model=None)))
-        await until(lambda: len(engine._line) == 1)
-        waiting.cancel()
-        await until(lambda: len(engine._line) == 0)
-        gate.open.set()
-        assert len(await busy) == 1
-
-    Harness(tiny_base, tmp_path).run(scenario)
-
-
-def test_a_dropped_request_is_stopped_while_it_is_drawn(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
-    async def scenario(engine: TorchEngine) -> None:
-        busy = await occupy(engine, gate)
-        busy.cancel()
-        next_one = await occupy(engine, gate)  # enters only after the first has left
-        gate.open.set()
-        assert len(await next_one) == 1
-
-    Harness(tiny_base, tmp_path).run(scenario)
-
-
-def test_a_request_that_takes_too_long(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
-    async def scenario(engine: TorchEngine) -> None:
-        gate.open.clear()
-        with pytest.raises(TimedOut, match=r"more than 0\.2 s"):
-            await engine.generate(request(model=None))
-        gate.open.set()
-
-    Harness(tiny_base, tmp_path, request_timeout=0.2).run(scenario)
-
-
-def test_a_stopping_engine_refuses_those_who_wait(tiny_base: TinyBase, tmp_path: Path, gate: Gate) -> None:
-    async def scenario(engine: TorchEngine) -> None:
-        busy = await occupy(engine, gate)
-        waiting = asyncio.create_task(engine.generate(request(model=None)))
-        await until(lambda: len(engine._line) == 1)
-        stopping = asyncio.create_task(engine.stop())
-        with pytest.raises(NotReady, match="stopping"):
-            await waiting
-        gate.open.set()
-        assert len(await busy) == 1
-        await stopping
-
-    Harness(tiny_base, tmp_path).run(scenario)
-
-
-def test_a_bug_ends_one_request_alone(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(engine: TorchEngine) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch_engine, "draw", lambda *_args, **_fields: 1 / 0)
-            with pytest.raises(EngineError, match="the server's log says why") as caught:
-                await engine.generate(request())
-            assert isinstance(caught.value.__cause__, ZeroDivisionError)
-        assert len(await engine.generate(request())) == 1
 
     harness.run(scenario)

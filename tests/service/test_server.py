@@ -16,7 +16,7 @@ import uvicorn
 from PIL import Image
 
 from service.app import create_app
-from service.engine.torch_engine import TorchEngine
+from service.engine.step_engine import StepEngine
 from service.settings import Settings
 from tests.service.conftest import TinyBase
 from weights.contracts import DataSpec, DistillJob, Router
@@ -39,7 +39,7 @@ def address(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> It
     (folder / "none").mkdir()
     routed = store.manifest("tiny").model_copy(update={"name": "routed", "router": router, "files": {}})
     store.publish(routed, folder / "none")
-    app = create_app(settings, TorchEngine.from_settings(settings))
+    app = create_app(settings, StepEngine.from_settings(settings))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", ws="none"))

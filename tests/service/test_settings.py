@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.torch_engine import TorchEngine
+from service.engine.step_engine import StepEngine
 from service.settings import BadSettings, Settings, markdown, read_settings
 
 
@@ -76,13 +76,13 @@ def test_half_precision_needs_a_gpu() -> None:
 def test_the_engine_refuses_what_is_not_there(fields: dict[str, object], says: str, tiny_base: object) -> None:
     known = {"bases": [tiny_base.id], **fields}  # type: ignore[attr-defined]
     with pytest.raises(BadSettings, match=says):
-        TorchEngine.from_settings(Settings(**known))
+        StepEngine.from_settings(Settings(**known))
 
 
 def test_the_engine_refuses_an_unknown_default(tiny_base: object) -> None:
     settings = Settings(bases=[tiny_base.id], default_model="nobody")  # type: ignore[attr-defined]
     with pytest.raises(BadSettings, match="no model is named 'nobody'; there are: "):
-        TorchEngine.from_settings(settings)
+        StepEngine.from_settings(settings)
 
 
 def test_the_job_service_gets_its_part(tmp_path: Path) -> None:

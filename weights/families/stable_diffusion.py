@@ -6,7 +6,7 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, cast

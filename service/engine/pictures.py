@@ -1,0 +1,251 @@
+"""Pictures that are being drawn, and the requests they belong to: where each is on its way, and what it waits for.
+
+A picture waits for its request's prompts, then for a network at each of its steps, then for the decoder; where an exact
+preview is due, also for the decoder in between. All of this is the engine's thread's, but for `Ticket`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from numpy import uint8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from service.engine.base import Drawn, DrawRequest, EngineError, Preview
+from service.engine.costs import Costs
+from service.engine.line import Order, Place
+from service.engine.parts import parts_of
+from service.engine.plan import Plan
+from service.engine.resident import Resident
+from service.engine.scheduler import Group
+from service.engine.text import Prompt
+from weights.denoiser import GUIDANCE, Cond, Denoiser
+from weights.diffusion.samplers import ImageNoise
+from weights.trajectory import Leg, Trajectory, TrajectoryStep, base_trajectory, student_trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Painted:
+    """What there is to see, before anybody has made an image of it."""
+
+    pixels: NDArray[uint8]
+    """``(H, W, 3)``."""
+    size: int
+    """Of the image's side; the pixels may be fewer."""
+    tell: Callable[..., Preview | Drawn]
+    """Wants the ``image``."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """One admitted request, between the event loop and the engine's thread."""
+
+    request: DrawRequest
+    place: Place
+    send: Callable[[Painted | EngineError], None]
+    """To whoever waits for the request; from any thread."""
+    began: float | None = None
+    """When its first call was made, by ``time.perf_counter``."""
+    left: int = field(init=False)
+    """Pictures that are not done."""
+    over: bool = False
+    """Nothing is to be done any more: all pictures are drawn, it has failed, or nobody waits for it."""
+
+    def __post_init__(self) -> None:
+        self.left = len(self.request.seeds)
+
+    def end(self, error: EngineError) -> None:
+        """It cannot be done, or shall not; from any thread. Its place is somebody else's at once."""
+        if not self.over:
+            self.over = True
+            self.place.leave()
+            self.send(error)
+
+
+class ActiveRequest:
+    """A request whose model is in memory, and its pictures that are not done.
+
+    Args:
+        ticket: what was asked for, and who waits.
+        resident: the model.
+        plan: how it draws.
+        costs: for what is left to do.
+    """
+
+    def __init__(self, ticket: Ticket, resident: Resident, plan: Plan, costs: Costs) -> None:
+        self.ticket, self.resident, self.plan = ticket, resident, plan
+        request, base = ticket.request, resident.base
+        self.trajectory = _trajectory(resident, plan)
+        self.groups, self.decoder, text = _groups(resident, plan, request.deterministic)
+        self.cond = Prompt(base, text, request.prompt)
+        self.uncond = Prompt(base, text, request.negative_prompt)
+        self.texts: dict[Prompt, Cond] = {}
+        guided = any(step.guidance_scale != 1 and not step.tells_guidance for step in self.trajectory.steps)
+        self.prompts = (self.cond, self.uncond) if guided else (self.cond,)
+        self.preview_steps = shown_steps(len(self.trajectory.steps), request.previews)
+        self.seconds_left = self._seconds_left(costs)
+        orders = ticket.place.orders(len(request.seeds))
+        self.order = ticket.place.order
+        self.pictures = [Picture(self, index, order) for index, order in enumerate(orders)]
+
+    @property
+    def missing(self) -> list[Prompt]:
+        """Prompts that it waits for."""
+        return [prompt for prompt in self.prompts if prompt not in self.texts]
+
+    def progressed(self) -> None:
+        """Tell the line how much there is left to do."""
+        self.ticket.place.progress(sum(self.seconds_left[picture.step] for picture in self.pictures))
+
+    def done(self, picture: "Picture", pixels: NDArray[uint8], now: float) -> None:
+        """A picture is decoded; the last one ends the request."""
+        assert self.ticket.began is not None, "nothing is decoded before the first call"
+        self.pictures.remove(picture)
+        self.ticket.left -= 1
+        self.progressed()  # before anybody who hears of the picture can leave the line
+        tell = partial(
+            Drawn,
+            seed=self.ticket.request.seeds[picture.index],
+            model=self.plan.model,
+            steps=self.plan.steps,
+            guidance_scale=self.plan.guidance_scale,
+            diversity=self.plan.diversity,
+            evaluations=self.trajectory.evaluations,
+            seconds=now - self.ticket.began,
+            student=self.resident.member,
+            loras=self.resident.loras,
+            index=picture.index,
+        )
+        self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
+        if not self.pictures:
+            self.ticket.over = True
+
+    def show(self, picture: "Picture", pixels: NDArray[uint8]) -> None:
+        """A preview of the picture after its last step."""
+        tell = partial(
+            Preview,
+            index=picture.index,
+            seed=self.ticket.request.seeds[picture.index],
+            step=picture.step,
+            steps=len(self.trajectory.steps),
+        )
+        self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
+
+    def _seconds_left(self, costs: Costs) -> list[float]:
+        """Predicted for a picture, by the steps it has behind it; the last one is to be decoded."""
+        decoding = costs.predict([(self.decoder.part, 1)])
+        left = [decoding]
+        for number, step in reversed(list(enumerate(self.trajectory.steps, 1))):
+            shown = self.ticket.request.exact_previews and number in self.preview_steps
+            own = costs.predict([(self.groups[step.leg].part, step.evaluations)])
+            left.append(left[-1] + own + shown * decoding)
+        return left[::-1]
+
+
+class Picture:
+    """One picture on its way: a `service.engine.scheduler.Work`, once its request's prompts are encoded."""
+
+    def __init__(self, request: ActiveRequest, index: int, order: Order) -> None:
+        self.request, self.index, self.order = request, index, order
+        shape, device = request.resident.base.latent_shape(), request.resident.base.device
+        self.noise = ImageNoise([request.ticket.request.seeds[index]], shape, device)
+        self.x = (request.trajectory.start * self.noise()[0].double()).float()
+        """Its state ``(C, h, w)``; the clean latents after the last step."""
+        for _ in range(request.trajectory.skipped_draws):
+            self.noise()
+        self.step = 0
+        """How many steps it has behind it."""
+        self.shown: Tensor | None = None
+        """An x_0 ``(C, h, w)`` that waits for the decoder."""
+
+    @property
+    def next_step(self) -> TrajectoryStep:
+        """The step it waits for; an error where it waits for the decoder."""
+        return self.request.trajectory.steps[self.step]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it waits for the decoder."""
+        return self.shown is not None or self.step == len(self.request.trajectory.steps)
+
+    @property
+    def latents(self) -> Tensor:
+        """What it waits for the decoder with, ``(C, h, w)``."""
+        return self.x if self.shown is None else self.shown
+
+    @property
+    def group(self) -> Group:
+        """See `Work.group`."""
+        return self.request.decoder if self.decodes else self.request.groups[self.next_step.leg]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network of its next step, as a denoiser."""
+        request = self.request
+        own = self.next_step.leg == "student" or request.plan.schedule is None
+        return (request.resident.model if own else request.resident.base).denoiser
+
+    @property
+    def rows(self) -> int:
+        """See `Work.rows`."""
+        return 1 if self.decodes else self.next_step.evaluations
+
+    def conditions(self) -> list[Cond]:
+        """Of the next step's rows: the picture's own alone, the unconditional alone, or that and then its own."""
+        step, texts = self.next_step, self.request.texts
+        own = texts[self.request.cond]
+        if step.tells_guidance:
+            return [{**own, GUIDANCE: torch.tensor([step.guidance_scale], device=self.x.device)}]
+        if step.guidance_scale == 1:
+            return [own]
+        without = texts[self.request.uncond]
+        return [without] if step.guidance_scale == 0 else [without, own]
+
+    def advance(self, x: Tensor, x0: Tensor) -> bool:
+        """One step further; whether a preview that is not exact is due.
+
+        Args:
+            x: the new state ``(C, h, w)``.
+            x0: what the network saw, ``(C, h, w)``.
+        """
+        self.x = x
+        self.step += 1
+        if self.step not in self.request.preview_steps:
+            return False
+        if self.request.ticket.request.exact_previews:
+            self.shown = x0
+        return self.shown is None
+
+
+def shown_steps(steps: int, previews: int) -> frozenset[int]:
+    """After which of the steps (from 1) to show a picture: evenly spread, at most all but the last."""
+    count = min(previews, steps - 1)
+    return frozenset(number * steps // (count + 1) for number in range(1, count + 1))
+
+
+def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
+    base, own = resident.base.denoiser, resident.model.denoiser
+    if plan.schedule is None:
+        return base_trajectory(own.schedule, plan.steps, plan.guidance_scale, tells_guidance=own.embeds_guidance)
+    return student_trajectory(
+        own.schedule,
+        plan.schedule,
+        plan.guidance_scale,
+        tells_guidance=own.embeds_guidance,
+        diversity=plan.diversity,
+        base_tells_guidance=base.embeds_guidance,
+    )
+
+
+def _groups(resident: Resident, plan: Plan, alone: bool) -> tuple[dict[Leg, Group], Group, Group]:
+    """The calls of each leg's network, of the decoder and of the text encoder."""
+    own = Group(parts_of(resident.model).network, resident.model, alone, resident.member or plan.model)
+    parts = parts_of(resident.base)
+    name = resident.manifest.base.id if resident.manifest is not None else plan.model
+    base, decoder, text = (
+        Group(part, resident.base, alone, name) for part in (parts.network, parts.decoder, parts.text)
+    )
+    # Where a base draws by itself it can have been given LoRAs, and is then not the one whose decoder it shares.
+    return {"base": own if plan.schedule is None else base, "student": own}, decoder, text

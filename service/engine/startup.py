@@ -1,0 +1,69 @@
+"""What an engine's settings ask of this machine: models that are there, a device, a precision."""
+
+import os
+
+import torch
+
+from service.engine.names import check_names
+from service.settings import BadSettings, Settings
+from weights.bundled import resolve_base
+from weights.families import families
+from weights.store import Store
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_models(settings: Settings, store: Store) -> None:
+    """Make sure that the models which the settings name are there.
+
+    Raises:
+        BadSettings: the family, a base, or another model is not.
+    """
+    if settings.family not in families():
+        known_families = ", ".join(families())
+        raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; there are: {known_families}")
+    if settings.family == "stable_diffusion":
+        for name in settings.bases:
+            try:
+                resolve_base(name)
+            except FileNotFoundError as error:
+                raise BadSettings(f"FEWSTEP_BASES: {error}") from None
+    check_names(settings, store)
+
+
+def device_of(settings: Settings) -> torch.device:
+    """The device, where there is one.
+
+    Raises:
+        BadSettings: this machine has no such device.
+    """
+    wanted = settings.device
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise BadSettings(f"FEWSTEP_DEVICE: {wanted} was asked for, but torch sees {count} CUDA GPU(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadSettings("FEWSTEP_DEVICE: mps was asked for, but torch sees no Apple GPU")
+    return device
+
+
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """The precision, which on a CPU is never float16.
+
+    Raises:
+        BadSettings: float16 was asked for, and the device is the CPU.
+    """
+    if settings.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if settings.dtype == "float16" and device.type == "cpu":
+        raise BadSettings("FEWSTEP_DTYPE: float16 needs a GPU; use float32 or bfloat16 on the CPU")
+    return DTYPES[settings.dtype]
+
+
+def set_up(device: torch.device) -> None:
+    """What torch has to be told before it computes anything on this device."""
+    if device.type == "cuda":
+        # Without it cuBLAS is not deterministic when it is asked to be.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,269 @@
+"""The engine that batches by step: one thread owns torch and the models and makes one call after another, each for whatever
+pictures are ready for it (see `loop`). Here is what the event loop sees of it: requests come in, pictures come out.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from service.engine.backends.as_loaded import AsLoaded
+from service.engine.backends.base import Backend
+from service.engine.base import (
+    BadRequest,
+    Drawn,
+    DrawRequest,
+    EngineError,
+    Load,
+    ModelInfo,
+    NotReady,
+    Overloaded,
+    Preview,
+    TimedOut,
+    UnknownModel,
+)
+from service.engine.costs import Costs
+from service.engine.line import Line
+from service.engine.loop import DrawingLoop
+from service.engine.memory import default_budget
+from service.engine.names import broken
+from service.engine.observer import Observer, Outcome, Silence
+from service.engine.parts import UNKNOWN
+from service.engine.pictures import Painted, Ticket
+from service.engine.planner import Planner
+from service.engine.residency import Residency
+from service.engine.startup import check_models, device_of, dtype_of
+from service.engine.text import PromptCache
+from service.engine.thread import EngineThread
+from service.settings import Settings
+from weights.bundled import STUDENTS
+from weights.families import TextToImage
+from weights.store import Store
+
+log = logging.getLogger(__name__)
+
+LOADERS = 4
+"""Threads that load models: of several that wait for a slow one, some are left for those whose model is there."""
+STOPPING = "the server is still loading its models, or stopping"
+
+
+class StepEngine:
+    """`service.engine.base.Engine` on one device. Build it with `from_settings`, which checks what it is given.
+
+    Args:
+        settings: bases, device, precision, limits.
+        store: where students are.
+        bundled: folder of the bundled students, the first of which is the default model where its base is served.
+        backend: what runs the models.
+        costs: of calls, kept current here.
+        line: who may come in.
+        observer: told of every call and of every request's end.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        bundled: Path | None = None,
+        *,
+        backend: Backend,
+        costs: Costs,
+        line: Line,
+        observer: Observer | None = None,
+    ) -> None:
+        self._settings = settings
+        device = device_of(settings)
+        dtype = dtype_of(settings, device)
+        preparing = threading.Lock()
+
+        def prepare(model: TextToImage, base: TextToImage | None) -> TextToImage:
+            with preparing:  # models are loaded by several threads, and a backend is for one
+                return backend.prepare(model, base)
+
+        self._residency = Residency(
+            store,
+            settings.bases,
+            settings.family,
+            device,
+            dtype,
+            settings.memory_bytes or default_budget(device),
+            pinned=settings.pinned,
+            aliases=settings.aliases,
+            prepare=prepare,
+        )
+        self._planner = Planner(settings, self._residency, Store(bundled).names() if bundled is not None else [])
+        self._costs, self._line = costs, line
+        self._observer: Observer = observer if observer is not None else Silence()
+        prompts = PromptCache(settings.prompt_cache_bytes)
+        loop = DrawingLoop(costs, prompts, self._observer)
+        self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop)
+        self._loaders = ThreadPoolExecutor(LOADERS, "models")
+        self._loading: set[asyncio.Task[None]] = set()
+        self._tickets: dict[Ticket, asyncio.TimerHandle] = {}
+        """Requests that somebody waits for, each with what ends it at its deadline."""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open = True
+
+    @classmethod
+    def from_settings(cls, settings: Settings, observer: Observer | None = None) -> "StepEngine":
+        """The engine over the settings' store and the bundled students.
+
+        Raises:
+            BadSettings: a base, the family, the default model or the device is not to be had.
+        """
+        store = Store(settings.store, STUDENTS)
+        check_models(settings, store)
+        backend = AsLoaded(settings.max_batch, settings.threads)  # make_backend(settings, device, dtype)
+        batches = [batch for batch in backend.batches if batch <= settings.max_batch]
+        costs, line = Costs(batches, settings.tick_seconds), Line(settings.queue_seconds)
+        return cls(settings, store, STUDENTS, backend=backend, costs=costs, line=line, observer=observer)
+
+    @property
+    def ready(self) -> bool:
+        """See `Engine.ready`."""
+        return self._thread.warm and self._open
+
+    @property
+    def failure(self) -> str | None:
+        """See `Engine.failure`."""
+        return self._thread.failure
+
+    async def start(self) -> None:
+        """See `Engine.start`."""
+        self._thread.start()
+
+    async def drain(self, seconds: float) -> None:
+        """See `Engine.drain`."""
+        self._open = False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+
+    async def stop(self) -> None:
+        """See `Engine.stop`."""
+        self._open = False
+        self._line.close()
+        for ticket in self._tickets:
+            ticket.end(NotReady("the server is stopping"))
+        await asyncio.to_thread(self._loaders.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._thread.stop)
+
+    def load(self) -> Load:
+        """See `Engine.load`."""
+        pictures = sum(ticket.left for ticket in self._tickets)
+        return Load(pictures=pictures, seconds=self._line.seconds, resident=self._residency.bytes_by_model())
+
+    def models(self) -> list[ModelInfo]:
+        """See `Engine.models`."""
+        self._check_ready()
+        return self._residency.infos()
+
+    async def generate(self, request: DrawRequest) -> list[Drawn]:
+        """See `Engine.generate`."""
+        async with contextlib.aclosing(self.stream(replace(request, previews=0))) as answers:
+            drawn = [answer async for answer in answers if isinstance(answer, Drawn)]
+        seconds = max(each.seconds for each in drawn)
+        return [replace(each, seconds=seconds) for each in sorted(drawn, key=lambda each: each.index)]
+
+    async def stream(self, request: DrawRequest) -> AsyncGenerator[Preview | Drawn]:
+        """See `Engine.stream`."""
+        arrived = time.perf_counter()
+        ticket: Ticket | None = None
+        outcome: Outcome = "cancelled"
+        try:
+            answers: asyncio.Queue[Painted | EngineError] = asyncio.Queue()
+            ticket = await self._admit(request, answers)
+            left = len(request.seeds)
+            while left:
+                answer = await answers.get()
+                if isinstance(answer, EngineError):
+                    raise answer
+                shown = await asyncio.to_thread(_image, answer)
+                left -= isinstance(shown, Drawn)
+                outcome = "cancelled" if left else "done"
+                yield shown
+        except EngineError as error:
+            outcome = _outcome(error)
+            raise
+        finally:
+            now = time.perf_counter()
+            began = ticket.began if ticket is not None and ticket.began is not None else now
+            if ticket is not None:
+                self._release(ticket)
+            self._observer.ended(outcome, len(request.seeds), began - arrived, now - arrived)
+
+    async def _admit(self, request: DrawRequest, answers: "asyncio.Queue[Painted | EngineError]") -> Ticket:
+        """A place in the line, and what is asked for on its way to the engine's thread."""
+        self._check_ready()
+        model, base, plan = await asyncio.to_thread(self._planner.plan, request)
+        self._check_ready()  # no longer, where a drain began in the meantime
+        limit = min(self._settings.request_timeout, math.inf if request.seconds is None else request.seconds)
+        work = self._thread.parts.get(base, UNKNOWN).work(plan, request)
+        place = self._line.join(request.client, self._costs.predict(work), limit)
+        loop = asyncio.get_running_loop()
+
+        def send(answer: Painted | EngineError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+                loop.call_soon_threadsafe(answers.put_nowait, answer)
+
+        ticket = Ticket(request=request, place=place, send=send)
+        late = TimedOut(f"the request took more than {limit:g} s")
+        self._tickets[ticket] = loop.call_later(limit, ticket.end, late)
+        self._idle.clear()
+        loading = asyncio.create_task(self._load(ticket, model))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+        return ticket
+
+    async def _load(self, ticket: Ticket, model: str) -> None:
+        """See that the model is in memory, beside whatever is being drawn, and pass the request on to the thread."""
+        if ticket.over:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            resident, plan = await loop.run_in_executor(self._loaders, self._planner.load, ticket.request, model)
+        except EngineError as error:
+            ticket.end(error)
+        except Exception:
+            log.exception("model %r cannot be loaded", model)
+            ticket.end(broken(model))
+        else:
+            self._thread.put(ticket, resident, plan)
+
+    def _release(self, ticket: Ticket) -> None:
+        """Nobody waits any more; the thread drops what is not done before its next call."""
+        ticket.over = True
+        ticket.place.leave()
+        self._tickets.pop(ticket).cancel()
+        if not self._tickets:
+            self._idle.set()
+
+    def _check_ready(self) -> None:
+        if self.failure is not None:
+            raise NotReady(f"the engine has failed: {self.failure}")
+        if not self.ready:
+            raise NotReady(STOPPING)
+
+
+def _image(painted: Painted) -> Preview | Drawn:
+    """With its image, scaled up where it was painted small."""
+    image = Image.fromarray(painted.pixels)
+    return painted.tell(image=image if image.width == painted.size else image.resize((painted.size, painted.size)))
+
+
+def _outcome(error: EngineError) -> Outcome:
+    match error:
+        case TimedOut():
+            return "timed_out"
+        case Overloaded() | NotReady() | BadRequest() | UnknownModel():
+            return "refused"
+        case _:
+            return "failed"

@@ -1,0 +1,128 @@
+"""The engine's thread: it loads what always stays, draws a first picture, and then makes call after call until its end."""
+
+import logging
+import queue
+import threading
+
+import torch
+
+from service.engine.base import DrawRequest, EngineError
+from service.engine.line import Line
+from service.engine.loop import DrawingLoop
+from service.engine.parts import Parts, parts_of
+from service.engine.pictures import Painted, Ticket
+from service.engine.plan import Plan
+from service.engine.planner import Planner
+from service.engine.residency import Residency
+from service.engine.resident import Resident
+from service.engine.startup import set_up
+from service.settings import Settings
+from weights.contracts import StudentManifest
+
+log = logging.getLogger(__name__)
+
+WARM_PROMPT = "red apple"
+
+
+class EngineThread:
+    """Owns the drawing loop.
+
+    Args:
+        settings: which bases there are.
+        device: where it draws.
+        residency: the models; others load into it too.
+        planner: for the first picture.
+        line: closed where nothing can be drawn.
+        loop: the calls.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        residency: Residency,
+        planner: Planner,
+        line: Line,
+        loop: DrawingLoop,
+    ) -> None:
+        self._settings, self._device = settings, device
+        self._residency, self._planner, self._line, self._loop = residency, planner, line, loop
+        self._inbox: queue.SimpleQueue[tuple[Ticket, Resident, Plan] | None] = queue.SimpleQueue()
+        """What to take in; None is the end."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.warm = False
+        """Whether a first picture was drawn."""
+        self.failure: str | None = None
+        """Why none ever will be."""
+        self.parts: dict[str, Parts] = {}
+        """Of the bases that always stay, once they are loaded."""
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def put(self, ticket: Ticket, resident: Resident, plan: Plan) -> None:
+        """Take a request in before the next call."""
+        self._inbox.put((ticket, resident, plan))
+
+    def stop(self) -> None:
+        """End after the call that is being made, and wait for that."""
+        self._inbox.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._prepare()
+        except Exception as error:
+            log.exception("the engine cannot start")
+            self.failure = f"{type(error).__name__}: {error}"
+            self._line.close()
+            return
+        self.warm = True
+        log.info("ready to draw on %s", self._device)
+        while self._take_in():
+            self._loop.tick()
+        self._loop.clear()
+        self._residency.clear()
+
+    def _take_in(self) -> bool:
+        """All requests that have come, at least one where there is nothing else to do; False at the end."""
+        while True:
+            try:
+                new = self._inbox.get(block=not self._loop.busy)
+            except queue.Empty:
+                return True
+            if new is None:
+                return False
+            self._loop.admit(*new)
+
+    def _prepare(self) -> None:
+        set_up(self._device)
+        self._residency.load_bases()
+        for each in self._settings.bases:
+            base = self._residency.get(each, WARM_PROMPT).base
+            self.parts[each] = parts_of(base)
+            self._loop.preview_of(base)
+        name = self._planner.default_model()
+        self._residency.pin(name)
+        try:
+            self._warm_up(name)
+        except EngineError:
+            if name in self._settings.bases:
+                raise
+            log.exception("the default model %r cannot draw; the others can be asked for", name)
+
+    def _warm_up(self, model: str) -> None:
+        """Draw one picture in as few steps as the model can, before anybody can ask for one."""
+        info = self._residency.info(model)
+        steps = min(info.schedules) if isinstance(info, StudentManifest) else 1
+        answers: list[Painted | EngineError] = []
+        request, place = DrawRequest(prompt=WARM_PROMPT, seeds=(0,), steps=steps), self._line.join("", 0.0)
+        ticket = Ticket(request=request, place=place, send=answers.append)
+        self._loop.admit(ticket, *self._planner.load(request, model))
+        while not ticket.over:
+            self._loop.tick()
+        place.leave()
+        if isinstance(answers[-1], EngineError):
+            raise answers[-1]
