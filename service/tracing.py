@@ -68,6 +68,11 @@ async def trace(engine: Engine, request: DrawRequest) -> list[Way]:
     return ways
 
 
+def title_of(prompt: str, ways: Sequence[Way]) -> str:
+    """A strip's heading: the prompt, and what drew it."""
+    return f"{prompt} ({ways[0].drawn.model})"
+
+
 def draw_strip(title: str, ways: Sequence[Way]) -> Image.Image:
     """The ways as one picture: a row each (more where it has many steps), each step with its leg, time and guidance."""
     columns = min(COLUMNS, max(len(way.images) for way in ways))

@@ -9,7 +9,7 @@ from service.pictures import encode
 from service.routes import ERRORS, drawing_info, engine_of, file_of, settings_of, size_of
 from service.routes.images import draw_request, finished, handed_out, picture_file
 from service.schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
-from service.tracing import Way, draw_strip, trace
+from service.tracing import Way, draw_strip, title_of, trace
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
@@ -26,7 +26,7 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     files = await asyncio.to_thread(lambda: [_files(body, way, metadata) for way in ways])
     strip = None
     if body.strip:
-        png = await asyncio.to_thread(lambda: encode(draw_strip(_title(body, ways[0]), ways), "png"))
+        png = await asyncio.to_thread(lambda: encode(draw_strip(title_of(body.prompt, ways), ways), "png"))
         strip = Strip(**handed_out(body, request, png, "png"))
     first = ways[0].drawn
     return TraceResponse(
@@ -38,10 +38,6 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
         output_format=body.output_format,
         drawing=drawing_info(first),
     )
-
-
-def _title(body: TraceRequest, way: Way) -> str:
-    return f"{body.prompt} ({way.drawn.model})"
 
 
 def _files(body: TraceRequest, way: Way, metadata: bool) -> list[bytes]:

@@ -192,7 +192,7 @@ def test_cancelling_before_there_is_an_answer(
     app = create_app(settings, engine)
     with serving(app) as address, httpx.Client(base_url=address, timeout=30) as http:
         live = Live(app, engine, http)
-        waiting, _ = live.hold()
+        live.hold()
         answers: list[Future[httpx.Response]] = [
             another_thread.submit(live.post, {"X-Request-ID": "twice"}, **fields) for _ in range(2)
         ]
