@@ -11,6 +11,15 @@ from service.settings import Settings
 T = TypeVar("T")
 
 
+def make_engine(settings: Settings) -> Engine:
+    """The engine that these settings name.
+
+    Raises:
+        BadSettings: it cannot be made of them.
+    """
+    return TorchEngine.from_settings(settings)
+
+
 def draw_here(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
     """The work's result, done with an engine that is started for it and stopped behind it.
 
@@ -20,7 +29,7 @@ def draw_here(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
     """
 
     async def whole() -> T:
-        engine = TorchEngine.from_settings(settings)
+        engine = make_engine(settings)
         await engine.start()
         try:
             while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine tells nobody
