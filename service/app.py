@@ -17,7 +17,8 @@ from service.limits import BodyLimit
 from service.metrics import Metrics
 from service.pictures import PictureStore
 from service.rates import Limits, Rates
-from service.routes import health, images, metrics, models
+from service.routes import health, images, metrics, models, traces
+from service.running import Running
 from service.safety import load_checker
 from service.settings import Settings
 from service.spans import Spans
@@ -93,6 +94,7 @@ def create_app(
     app.state.jobs = jobs
     app.state.metrics = counts
     app.state.pictures = PictureStore(settings.picture_bytes, settings.picture_seconds)
+    app.state.running = Running()
     # The last one added is asked first: an answer of any of them has a request id, and a refusal can be read by web pages.
     app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)
     app.add_middleware(Access, ring=ring, rates=rates)
@@ -106,7 +108,7 @@ def create_app(
         )
     app.add_middleware(Tracking, metrics=counts, spans=Spans() if settings.otel else None)
     errors.install(app)
-    for module in (health, models, images, metrics):
+    for module in (health, models, images, traces, metrics):
         app.include_router(module.router)
     if jobs is not None:
         from service.routes import jobs as job_routes  # its dependencies are for servers that have jobs

@@ -16,6 +16,7 @@ import typer
 from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts
 from service.cli_jobs import settings as _settings
 from service.cli_keys import keys_app
+from service.cli_trace import trace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(keys_app, name="keys")
+app.command()(trace)
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:
@@ -57,14 +59,18 @@ def serve(
     settings = _settings(host=host, port=port, log_level=log_level)
     from service import server
     from service.app import create_app
-    from service.engine.step_engine import StepEngine
+    from service.here import make_engine
     from service.jobs.service import TableJobs
+    from service.metrics import Metrics
+    from service.spans import observer_of
 
     _log_as(settings)
     try:
         server.check_address(settings)
         jobs = TableJobs(settings.job_settings()) if settings.jobs else None
-        api = create_app(settings, StepEngine.from_settings(settings), jobs)
+        counts = Metrics()
+        engine = make_engine(settings, observer_of(settings, counts))
+        api = create_app(settings, engine, jobs, counts=counts)
     except ValueError as error:
         fail(error, 2)
     server.run(api, settings)
@@ -181,23 +187,12 @@ def _draw_here(
     """Draw with an engine of this process."""
     settings = _settings()
     from service.engine.base import DiversityWish, DrawRequest, EngineError
-    from service.engine.step_engine import StepEngine
+    from service.here import draw_here
 
     wish = DiversityWish() if diversity else None
     request = DrawRequest(prompt=prompt, seeds=seeds, model=model, steps=steps, diversity=wish)
-
-    async def work() -> "list[Image.Image]":
-        engine = StepEngine.from_settings(settings)
-        await engine.start()
-        try:
-            while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine tells nobody
-                await asyncio.sleep(0.05)
-            return [drawn.image for drawn in await engine.generate(request)]
-        finally:
-            await engine.stop()
-
     try:
-        return asyncio.run(work())
+        return [drawn.image for drawn in draw_here(settings, lambda engine: engine.generate(request))]
     except (EngineError, ValueError) as error:
         fail(error)
 

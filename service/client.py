@@ -76,11 +76,7 @@ class Client:
         """Pictures of a prompt; options are the request's other fields, and None leaves one out."""
         body = {"prompt": prompt, "response_format": "b64_json", **options}
         answer = self.request("POST", "/v1/images/generations", body)
-        pictures = []
-        for item in answer["data"]:
-            picture = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
-            picture.load()
-            pictures.append(picture.convert("RGB"))
+        pictures = [_picture(item) for item in answer["data"]]
         drawing = answer["drawing"]
         return DrawnPictures(
             pictures=pictures,
@@ -89,6 +85,11 @@ class Client:
             evaluations=drawing["network_evaluations"],
             seconds=drawing["seconds"],
         )
+
+    def trace(self, prompt: str, **options: Any) -> Image.Image:
+        """What the model predicts at each step of a drawing, as one labelled picture; options are as for `draw`."""
+        body = {"prompt": prompt, "response_format": "b64_json", "strip": True, **options}
+        return _picture(self.request("POST", "/v1/images/trace", body)["strip"])
 
     def follow(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """A job's events with their types, as they come; last ``("job", the ended job)``. Raises: ServerError."""
@@ -103,6 +104,12 @@ class Client:
                 yield from _server_sent(answer.iter_lines())
         except httpx.HTTPError as error:
             raise ServerError(f"{self._server} went away: {error or type(error).__name__}") from error
+
+
+def _picture(item: dict[str, Any]) -> Image.Image:
+    picture = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+    picture.load()
+    return picture.convert("RGB")
 
 
 def _server_sent(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -33,7 +33,8 @@ class Row:
         )
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The one that Pillow brings along, at this size."""
     return ImageFont.load_default(size=size)
 
 
@@ -68,7 +69,7 @@ def draw_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], footer: 
     for row in rows:
         if len(row.pictures) != len(columns):
             raise ValueError(f"row {row.label!r} has {len(row.pictures)} pictures for {len(columns)} columns")
-    big, plain, small = _font(20), _font(14), _font(12)
+    big, plain, small = font(20), font(14), font(12)
     headings = [wrap(column, CELL, small) for column in columns]
     width = LABEL_WIDTH + len(columns) * (CELL + GAP) + GAP
     note = wrap(footer, width - 2 * GAP, small)

@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 MAX_PICTURES = 10
 MAX_NAME = 512
 """Characters of a model's name."""
+MAX_TRACES = 4
+"""Pictures of one trace: each may have as many files in the answer as the base has steps."""
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps exactly."""
 SIZE = re.compile(r"[1-9]\d{0,3}x[1-9]\d{0,3}")
@@ -73,8 +75,10 @@ class ImageRequest(Body):
     style: Literal["vivid", "natural"] | None = Field(None, description="accepted, and not used")
     background: Literal["auto", "opaque", "transparent"] = Field("auto", description="transparent is refused")
     moderation: Literal["auto", "low"] = Field("auto", description="accepted, and not used")
-    stream: bool = Field(False, description="true is refused")
-    partial_images: int = Field(0, ge=0, le=3, description="anything but 0 is refused")
+    stream: bool = Field(False, description="answer with server-sent events: each picture as soon as it is done")
+    partial_images: int = Field(
+        0, ge=0, le=3, description="with stream: states of each picture to send before it, each a true step, decoded"
+    )
 
     seed: Annotated[int | list[int] | None, BeforeValidator(_check_seed)] = Field(
         None,
@@ -120,13 +124,6 @@ class ImageRequest(Body):
             raise ValueError("'transparent' cannot be drawn: these models paint every pixel; use 'opaque' or 'auto'")
         return background
 
-    @field_validator("stream", "partial_images")
-    @classmethod
-    def _is_whole(cls, value: int) -> int:
-        if value:
-            raise ValueError("this server answers with whole pictures only: leave stream and partial_images out")
-        return value
-
     @field_validator("loras")
     @classmethod
     def _are_different(cls, loras: list[LoraOption]) -> list[LoraOption]:
@@ -141,6 +138,10 @@ class ImageRequest(Body):
             raise ValueError(f"seed: {len(self.seed)} seed(s) for n = {self.n} picture(s); give {self.n}")
         if self.output_compression is not None and self.output_format == "png":
             raise ValueError("output_compression: png has none; leave it out, or use jpeg or webp")
+        if self.partial_images and not self.stream:
+            raise ValueError("partial_images: an answer that is no stream has whole pictures only; set stream to true")
+        if self.stream and self.response_format == "url":
+            raise ValueError("response_format: a stream brings the pictures themselves; leave it out, or use b64_json")
         return self
 
 
@@ -186,6 +187,100 @@ class ImageResponse(BaseModel):
     size: str
     output_format: OutputFormat
     background: Literal["opaque"] = "opaque"
+    drawing: DrawingInfo
+
+
+class StreamedImage(BaseModel):
+    """What the events of a stream have in common."""
+
+    b64_json: str
+    created_at: int = Field(description="seconds since the epoch")
+    size: str
+    output_format: OutputFormat
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    seed: int = Field(description="draws this picture again, with all else the same")
+    picture_index: int = Field(description="which of the request's pictures, from 0")
+
+
+class PartialImage(StreamedImage):
+    """A state of a picture on its way: what the model predicts after one of its steps."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int = Field(description="which of this picture's states, from 0")
+    step: int = Field(description="from 1")
+    steps: int = Field(description="of the picture in all, the base's included")
+
+
+class InputTokens(BaseModel):
+    """Inside of `Usage`."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Required by OpenAI's clients; nothing is counted in tokens here, see `CompletedImage.drawing` for the cost."""
+
+    input_tokens: int = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class CompletedImage(StreamedImage):
+    """A picture that is done."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    usage: Usage = Usage()
+    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
+    model: str
+    drawing: DrawingInfo
+
+
+class TraceRequest(ImageRequest):
+    """``POST /v1/images/trace``: a drawing, to be shown step by step."""
+
+    n: int = Field(1, ge=1, le=MAX_TRACES, description="number of pictures")
+    stream: Literal[False] = Field(False, description="a trace is answered whole")
+    strip: bool = Field(False, description="also one labelled PNG: a row for each picture, a column for each step")
+
+
+class TracedStep(BaseModel):
+    """What the model predicts at one step: its x_0, decoded."""
+
+    step: int = Field(description="from 1")
+    leg: Literal["base", "student"] = Field(description="whose network")
+    t: float = Field(description="the time that the network was told, from 1 (noise) down")
+    guidance_scale: float = Field(description="of this step; 1.0 is off")
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class Trace(BaseModel):
+    """One picture's way; the last step's prediction is the picture."""
+
+    seed: int
+    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
+    steps: list[TracedStep]
+
+
+class Strip(BaseModel):
+    """The labelled PNG of a trace."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class TraceResponse(BaseModel):
+    """The answer to a `TraceRequest`."""
+
+    created: int = Field(description="seconds since the epoch")
+    data: list[Trace]
+    strip: Strip | None = None
+    model: str
+    size: str
+    output_format: OutputFormat
     drawing: DrawingInfo
 
 

@@ -178,6 +178,13 @@ class Settings(BaseSettings):
         60.0, gt=0, le=3_600, description="Time for a cancelled job to save its checkpoint before it is killed."
     )
 
+    heartbeat_seconds: float = Field(
+        10.0,
+        gt=0,
+        le=3_600,
+        description="Silence after which a stream sends a comment, so that no proxy takes it for dead; its headers go out "
+        "with the first event, or then.",
+    )
     max_body_bytes: int = Field(
         65_536, ge=1_024, le=2**30, description="Largest request body; a larger one is answered 413."
     )

@@ -61,6 +61,18 @@ class Preview:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepTaken:
+    """One step of a picture, as it was drawn."""
+
+    leg: Kind
+    """Whose network."""
+    t: float
+    """The time that the network was told, in (0, 1]; 1 is noise."""
+    guidance_scale: float
+    """1.0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drawn:
     """One picture, and how it was drawn."""
 
@@ -87,6 +99,8 @@ class Drawn:
     """Which of the request's pictures."""
     loras: tuple[tuple[str, float], ...] = ()
     """What was merged into the model for it."""
+    path: tuple[StepTaken, ...] = ()
+    """Every step, the first one first; the model's x_0 at the last one is the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from service.engine.backends.as_loaded import AsLoaded
-from service.engine.backends.base import Backend
+from service.engine.backends import Backend, make_backend
 from service.engine.base import (
     BadRequest,
     Drawn,
@@ -122,7 +121,8 @@ class StepEngine:
         """
         store = Store(settings.store, STUDENTS)
         check_models(settings, store)
-        backend = AsLoaded(settings.max_batch, settings.threads)  # make_backend(settings, device, dtype)
+        device = device_of(settings)
+        backend = make_backend(settings, device, dtype_of(settings, device))
         batches = [batch for batch in backend.batches if batch <= settings.max_batch]
         costs, line = Costs(batches, settings.tick_seconds), Line(settings.queue_seconds)
         return cls(settings, store, STUDENTS, backend=backend, costs=costs, line=line, observer=observer)

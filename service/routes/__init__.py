@@ -3,10 +3,12 @@
 from typing import Any, cast
 
 from fastapi import Request
+from PIL.Image import Image
 
-from service.engine.base import Engine
-from service.pictures import PictureStore
-from service.schemas import ErrorBody
+from service.engine.base import Drawn, Engine
+from service.pictures import PictureStore, encode
+from service.running import Running
+from service.schemas import DiversityUsed, DrawingInfo, ErrorBody, ImageRequest, LoraOption
 from service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -33,3 +35,37 @@ def settings_of(request: Request) -> Settings:
 def pictures_of(request: Request) -> PictureStore:
     """The pictures that the request's app hands out as urls."""
     return cast(PictureStore, request.app.state.pictures)
+
+
+def running_of(request: Request) -> Running:
+    """What the request's app is answering."""
+    return cast(Running, request.app.state.running)
+
+
+def request_id_of(request: Request) -> str:
+    """The request's id, as in the header X-Request-ID of its answer."""
+    return cast(str, request.state.request_id)
+
+
+def file_of(body: ImageRequest, image: Image, facts: dict[str, Any] | None = None) -> bytes:
+    """The picture as a file of the kind that was asked for; it takes milliseconds, so not on the event loop."""
+    quality = 100 if body.output_compression is None else body.output_compression
+    return encode(image, body.output_format, quality, facts)
+
+
+def drawing_info(drawn: Drawn) -> DrawingInfo:
+    """How the picture was drawn, as clients see it."""
+    return DrawingInfo(
+        steps=drawn.steps,
+        guidance_scale=drawn.guidance_scale,
+        diversity=DiversityUsed(**drawn.diversity.model_dump()) if drawn.diversity else None,
+        network_evaluations=drawn.evaluations,
+        seconds=round(drawn.seconds, 4),
+        student=drawn.student,
+        loras=[LoraOption(name=name, scale=scale) for name, scale in drawn.loras] or None,
+    )
+
+
+def size_of(image: Image) -> str:
+    """WIDTHxHEIGHT, as OpenAI writes it."""
+    return f"{image.width}x{image.height}"

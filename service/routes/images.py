@@ -10,44 +10,71 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 
 from service.engine.base import DiversityWish, Drawn, DrawRequest
-from service.errors import CLIENT_CLOSED_REQUEST, ApiError
-from service.pictures import encode, facts_of
-from service.routes import ERRORS, client_of, engine_of, pictures_of, settings_of
-from service.schemas import MAX_SEED, DiversityUsed, DrawingInfo, ImageRequest, ImageResponse, LoraOption, Picture
+from service.errors import ApiError, shorten
+from service.pictures import Format, facts_of
+from service.routes import (
+    ERRORS,
+    client_of,
+    drawing_info,
+    engine_of,
+    file_of,
+    pictures_of,
+    request_id_of,
+    running_of,
+    settings_of,
+    size_of,
+)
+from service.routes.streaming import stream_pictures
+from service.running import wait_for
+from service.schemas import MAX_SEED, ImageRequest, ImageResponse, Picture
 from service.settings import Settings
+from service.streaming import EventStream
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
 T = TypeVar("T")
 
 
-@router.post("/generations", response_model_exclude_none=True)
-async def generate(body: ImageRequest, request: Request) -> ImageResponse:
-    """Draw n pictures of a prompt."""
-    settings = settings_of(request)
-    for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
-        _check_length(name, text, settings)
+@router.post(
+    "/generations",
+    response_model=ImageResponse,
+    response_model_exclude_none=True,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def generate(body: ImageRequest, request: Request) -> ImageResponse | EventStream:
+    """Draw n pictures of a prompt.
+
+    With ``stream`` the answer is server-sent events: ``image_generation.partial_image`` (see `PartialImage`),
+    ``image_generation.completed`` (see `CompletedImage`) once a picture, and ``error`` where it fails on the way.
+    """
+    wanted = draw_request(body, request)
+    if body.stream:
+        return await stream_pictures(body, wanted, request)
     created = int(time.time())
-    drawn = await _unless_gone(request, engine_of(request).generate(_draw_request(body, client_of(request))))
-    files = await asyncio.to_thread(_encode, body, drawn, settings.picture_metadata)
-    data = [_picture(request, body, item, file) for item, file in zip(drawn, files, strict=True)]
+    drawn = await finished(engine_of(request).generate(wanted), request)
+    metadata = settings_of(request).picture_metadata
+    files = await asyncio.to_thread(lambda: [picture_file(body, item, metadata) for item in drawn])
+    data = [
+        Picture(**handed_out(body, request, file), seed=item.seed, flagged=item.flagged or None)
+        for item, file in zip(drawn, files, strict=True)
+    ]
     first = drawn[0]
     return ImageResponse(
         created=created,
         data=data,
         model=first.model,
-        size=f"{first.image.width}x{first.image.height}",
+        size=size_of(first.image),
         output_format=body.output_format,
-        drawing=DrawingInfo(
-            steps=first.steps,
-            guidance_scale=first.guidance_scale,
-            diversity=DiversityUsed(**first.diversity.model_dump()) if first.diversity else None,
-            network_evaluations=first.evaluations,
-            seconds=round(first.seconds, 4),
-            student=first.student,
-            loras=[LoraOption(name=name, scale=scale) for name, scale in first.loras] or None,
-        ),
+        drawing=drawing_info(first),
     )
+
+
+@router.delete("/generations/{request_id}", status_code=204)
+async def cancel(request_id: str, request: Request) -> None:
+    """Cancel a request of the same client that is being answered, by its X-Request-ID; it is answered 499."""
+    if not running_of(request).cancel(client_of(request), request_id):
+        message = f"nothing is being drawn for a request {shorten(request_id)} of yours: it has ended, or never was"
+        raise ApiError(404, message, code="not_found")
 
 
 @router.get("/files/{picture_id}", response_class=Response, responses={200: {"content": {"image/*": {}}}})
@@ -66,7 +93,15 @@ def _check_length(name: str, text: str, settings: Settings) -> None:
         raise ApiError(400, message, param=name, code="string_above_max_length")
 
 
-def _draw_request(body: ImageRequest, client: str) -> DrawRequest:
+def draw_request(body: ImageRequest, request: Request) -> DrawRequest:
+    """What to draw.
+
+    Raises:
+        ApiError: a text is longer than the server reads.
+    """
+    settings = settings_of(request)
+    for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
+        _check_length(name, text, settings)
     wish: DiversityWish | None = None
     if not isinstance(body.diversity, bool):
         wish = DiversityWish(base_steps=body.diversity.base_steps, base_guidance=body.diversity.base_guidance)
@@ -83,8 +118,9 @@ def _draw_request(body: ImageRequest, client: str) -> DrawRequest:
         diversity=wish,
         size=None if width is None or height is None else (width, height),
         deterministic=body.deterministic,
-        client=client,
+        client=client_of(request),
         loras=tuple((lora.name, lora.scale) for lora in body.loras),
+        previews=body.partial_images,
     )
 
 
@@ -97,45 +133,30 @@ def _seeds(body: ImageRequest) -> tuple[int, ...]:
     return tuple((body.seed + index) % (MAX_SEED + 1) for index in range(body.n))
 
 
-def _encode(body: ImageRequest, drawn: list[Drawn], metadata: bool) -> list[bytes]:
-    quality = 100 if body.output_compression is None else body.output_compression
-    return [
-        encode(
-            item.image,
-            body.output_format,
-            quality,
-            facts_of(item, body.prompt, body.negative_prompt) if metadata else None,
-        )
-        for item in drawn
-    ]
+def picture_file(body: ImageRequest, drawn: Drawn, metadata: bool) -> bytes:
+    """The picture as a file, which tells how it was drawn where it may."""
+    return file_of(body, drawn.image, facts_of(drawn, body.prompt, body.negative_prompt) if metadata else None)
 
 
-def _picture(request: Request, body: ImageRequest, drawn: Drawn, file: bytes) -> Picture:
-    flagged = True if drawn.flagged else None
+def handed_out(
+    body: ImageRequest, request: Request, file: bytes, output_format: Format | None = None
+) -> dict[str, str]:
+    """The file in the answer: itself, or a link to it, as the request asks."""
     if body.response_format == "b64_json":
-        return Picture(b64_json=base64.b64encode(file).decode("ascii"), seed=drawn.seed, flagged=flagged)
-    picture_id = pictures_of(request).put(file, body.output_format)
+        return {"b64_json": base64.b64encode(file).decode("ascii")}
+    picture_id = pictures_of(request).put(file, output_format or body.output_format)
     path = request.app.url_path_for("get_picture", picture_id=picture_id)
     start = settings_of(request).public_url or str(request.base_url)
-    return Picture(url=start.rstrip("/") + path, seed=drawn.seed, flagged=flagged)
+    return {"url": start.rstrip("/") + path}
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result; the work is cancelled when the client goes away before."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone", code="client_closed_request")
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has closed the connection. The body was read before, so nothing else comes."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def finished(work: Coroutine[Any, Any, T], request: Request) -> T:
+    """The work's result; the work is dropped when the client cancels the request, or goes away."""
+    with running_of(request).enter(client_of(request), request_id_of(request)) as cancelled:
+        task = asyncio.create_task(work)
+        try:
+            await wait_for(task, request, cancelled)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

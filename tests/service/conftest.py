@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from service.app import create_app
-from service.engine.base import Drawn, DrawRequest, Load, ModelInfo, Preview
+from service.engine.base import Drawn, DrawRequest, Kind, Load, ModelInfo, Preview, StepTaken
 from service.settings import Settings
 from weights.contracts import Diversity, StepSchedule, StudentManifest
 from weights.families import TextToImage, load
@@ -62,8 +62,8 @@ class FakeEngine:
     life: list[str] = field(default_factory=list)
     hold: Any = None
     """An async function to wait for before drawing."""
+    late_error: Exception | None = None
     dropped: threading.Event = field(default_factory=threading.Event)
-
     drawing: int = 0
     """Pictures admitted and not done."""
 
@@ -80,12 +80,6 @@ class FakeEngine:
     def load(self) -> Load:
         return Load(pictures=self.drawing, seconds=0.5 * self.drawing, resident={"org/base": 1000, "student": 200})
 
-    async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
-        for drawn in await self.generate(request):
-            for step in range(1, request.previews + 1):
-                yield Preview(image=drawn.image, index=drawn.index, seed=drawn.seed, step=step, steps=drawn.steps)
-            yield drawn
-
     async def stop(self) -> None:
         self.life.append("engine stopped")
 
@@ -96,15 +90,7 @@ class FakeEngine:
         self.asked.append(request)
         if self.error is not None:
             raise self.error
-        if self.hold is not None:
-            self.drawing += len(request.seeds)
-            try:
-                await self.hold()
-            except BaseException:
-                self.dropped.set()
-                raise
-            finally:
-                self.drawing -= len(request.seeds)
+        await self._held(len(request.seeds))
         return [
             Drawn(
                 image=Image.new("RGB", (32, 32), (seed % 256, 40, 200)),
@@ -116,9 +102,48 @@ class FakeEngine:
                 evaluations=4,
                 seconds=0.01,
                 index=index,
+                path=_path(request),
             )
             for index, seed in enumerate(request.seeds)
         ]
+
+    async def _held(self, pictures: int) -> None:
+        if self.hold is None:
+            return
+        self.drawing += pictures
+        try:
+            await self.hold()
+        except BaseException:
+            self.dropped.set()
+            raise
+        finally:
+            self.drawing -= pictures
+
+    async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
+        """Every picture's previews, which get brighter, then the picture; the last picture comes first.
+
+        ``hold`` is waited for before each picture, ``error`` raised before the first, and ``late_error`` behind it.
+        """
+        self.asked.append(request)
+        if self.error is not None:
+            raise self.error
+        steps = len(_path(request))
+        shown = min(request.previews, steps - 1)
+        for index in reversed(range(len(request.seeds))):
+            await self._held(1)
+            (drawn,) = await FakeEngine().generate(replace(request, seeds=(request.seeds[index],)))
+            for step in range(1, shown + 1):
+                image = Image.new("RGB", drawn.image.size, (step, step, step))
+                yield Preview(image=image, index=index, seed=drawn.seed, step=step, steps=steps)
+            yield replace(drawn, index=index)
+            if self.late_error is not None:
+                raise self.late_error
+
+
+def _path(request: DrawRequest) -> tuple[StepTaken, ...]:
+    steps = request.steps or 4
+    legs: list[Kind] = ["base" if request.diversity and step == 0 else "student" for step in range(steps)]
+    return tuple(StepTaken(leg=leg, t=1 - step / steps, guidance_scale=1.0) for step, leg in enumerate(legs))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from service.engine.backends.as_loaded import AsLoaded
 from service.engine.backends.base import Backend
 from service.engine.base import Drawn, DrawRequest, Preview
 from service.engine.costs import Costs, Part
@@ -16,6 +15,7 @@ from service.engine.line import Line
 from service.engine.observer import Call, Outcome
 from service.engine.step_engine import StepEngine
 from service.settings import Settings
+from tests.service.as_loaded import AsLoaded
 from tests.service.conftest import TinyBase
 from weights.store import Store
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.backends.as_loaded import AsLoaded
 from service.engine.base import (
     DiversityWish,
     Drawn,
@@ -23,6 +22,7 @@ from service.engine.base import (
     TimedOut,
 )
 from service.engine.step_engine import StepEngine
+from tests.service.as_loaded import AsLoaded
 from tests.service.conftest import TinyBase
 from tests.service.engine_help import Harness, collect, pixels, request, until
 from weights.contracts import Diversity

@@ -1,0 +1,126 @@
+"""Pictures as server-sent events, as OpenAI's Images API streams them."""
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import cast
+
+from fastapi import Request
+
+from service.engine.base import Drawn, DrawRequest, EngineError, Preview
+from service.errors import ApiError, error_body, from_engine
+from service.pictures import facts_of
+from service.routes import (
+    client_of,
+    drawing_info,
+    engine_of,
+    file_of,
+    request_id_of,
+    running_of,
+    settings_of,
+    size_of,
+)
+from service.running import cancelled_error, wait_for
+from service.schemas import CompletedImage, ImageRequest, PartialImage
+from service.streaming import HEARTBEAT, Awaited, EventStream, server_sent
+
+log = logging.getLogger(__name__)
+
+Item = Preview | Drawn
+
+
+async def stream_pictures(body: ImageRequest, wanted: DrawRequest, request: Request) -> EventStream:
+    """The answer, once there is a first event, or nothing has gone wrong for as long as a heartbeat.
+
+    Raises:
+        ApiError: the client cancelled the request, or has gone.
+        EngineError: the engine refused the request, or failed at it.
+    """
+    heartbeat = settings_of(request).heartbeat_seconds
+    async with AsyncExitStack() as stack:
+        cancelled = stack.enter_context(running_of(request).enter(client_of(request), request_id_of(request)))
+        # A protocol can say no more than AsyncIterator; the engine promises that it can be closed.
+        iterator = cast(AsyncGenerator[Item, None], engine_of(request).stream(wanted))
+        items = Awaited(iterator)
+        stack.push_async_callback(items.aclose)
+        first = items.next()
+        await wait_for(first, request, cancelled, heartbeat)
+        if first.done():
+            first.result()  # an error is still an ordinary answer
+        frames = _frames(items, cancelled, heartbeat, _Events(body, settings_of(request).picture_metadata))
+        return EventStream(frames, stack.pop_all())
+    raise AssertionError("nothing here swallows an exception")
+
+
+async def _frames(
+    items: Awaited[Item], cancelled: asyncio.Event, heartbeat: float, events: "_Events"
+) -> AsyncIterator[bytes]:
+    """Each item as an event; a comment in every silence; an error as the last event."""
+    stopped = asyncio.create_task(cancelled.wait())
+    try:
+        while True:
+            coming = items.next()
+            await asyncio.wait({coming, stopped}, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                raise cancelled_error()
+            if not coming.done():
+                yield HEARTBEAT
+                continue
+            item = items.taken()
+            if item is None:
+                return
+            yield await asyncio.to_thread(events.frame, item)
+    except (ApiError, EngineError) as error:
+        yield _error_frame(error if isinstance(error, ApiError) else from_engine(error))
+    except Exception:
+        log.exception("a stream failed")
+        yield _error_frame(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))
+    finally:
+        stopped.cancel()
+
+
+def _error_frame(error: ApiError) -> bytes:
+    if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("%s", error.detail, exc_info=error.__cause__)
+    body = error_body(error.status_code, error.detail, error.param, error.code)
+    return server_sent("error", json.dumps(body))
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Makes the events of one request."""
+
+    body: ImageRequest
+    metadata: bool
+    """Whether a PNG tells how it was drawn."""
+    _previews: Counter[int] = field(default_factory=Counter)
+    """How many each picture has had."""
+
+    def frame(self, item: Item) -> bytes:
+        """The item as an event: encodes its picture, so not on the event loop."""
+        facts = None
+        if isinstance(item, Drawn) and self.metadata:
+            facts = facts_of(item, self.body.prompt, self.body.negative_prompt)
+        common = {
+            "b64_json": base64.b64encode(file_of(self.body, item.image, facts)).decode("ascii"),
+            "created_at": int(time.time()),
+            "size": size_of(item.image),
+            "output_format": self.body.output_format,
+            "seed": item.seed,
+            "picture_index": item.index,
+        }
+        event: PartialImage | CompletedImage
+        if isinstance(item, Preview):
+            index = self._previews[item.index]
+            self._previews[item.index] += 1
+            event = PartialImage(**common, partial_image_index=index, step=item.step, steps=item.steps)
+        else:
+            event = CompletedImage(**common, flagged=item.flagged or None, model=item.model, drawing=drawing_info(item))
+        return server_sent(event.type, event.model_dump_json(exclude_none=True))

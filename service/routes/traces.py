@@ -1,0 +1,59 @@
+"""``POST /v1/images/trace``: what the model predicts at each step of a drawing."""
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Request
+
+from service.pictures import encode
+from service.routes import ERRORS, drawing_info, engine_of, file_of, settings_of, size_of
+from service.routes.images import draw_request, finished, handed_out, picture_file
+from service.schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
+from service.tracing import Way, draw_strip, title_of, trace
+
+router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
+
+
+@router.post("/trace", response_model_exclude_none=True)
+async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
+    """Draw n pictures, and show what the model predicts at each of their steps: its x_0, decoded.
+
+    The base's steps come first where ``diversity`` is on. It costs a call of the decoder per step, beside the drawing.
+    """
+    created = int(time.time())
+    ways = await finished(trace(engine_of(request), draw_request(body, request)), request)
+    metadata = settings_of(request).picture_metadata
+    files = await asyncio.to_thread(lambda: [_files(body, way, metadata) for way in ways])
+    strip = None
+    if body.strip:
+        png = await asyncio.to_thread(lambda: encode(draw_strip(title_of(body.prompt, ways), ways), "png"))
+        strip = Strip(**handed_out(body, request, png, "png"))
+    first = ways[0].drawn
+    return TraceResponse(
+        created=created,
+        data=[_trace(body, request, way, made) for way, made in zip(ways, files, strict=True)],
+        strip=strip,
+        model=first.model,
+        size=size_of(first.image),
+        output_format=body.output_format,
+        drawing=drawing_info(first),
+    )
+
+
+def _files(body: TraceRequest, way: Way, metadata: bool) -> list[bytes]:
+    """Every prediction as a file; the last is the picture, and tells how it was drawn as it does elsewhere."""
+    return [*(file_of(body, image) for image in way.images[:-1]), picture_file(body, way.drawn, metadata)]
+
+
+def _trace(body: TraceRequest, request: Request, way: Way, files: list[bytes]) -> Trace:
+    steps = [
+        TracedStep(
+            step=number,
+            leg=step.leg,
+            t=step.t,
+            guidance_scale=step.guidance_scale,
+            **handed_out(body, request, file),
+        )
+        for number, (step, file) in enumerate(zip(way.drawn.path, files, strict=True), 1)
+    ]
+    return Trace(seed=way.drawn.seed, flagged=way.drawn.flagged or None, steps=steps)
