@@ -69,6 +69,8 @@ class CostProfile:
     ) -> "CostProfile":
         """Time calls: for each batch size one that does not count, then the median of ``repeats``.
 
+        A batch that fails, for want of memory say, ends it: no larger one is made from then on.
+
         Args:
             call: makes one call of that batch size, and returns when it is done.
             batches: sizes to measure, 1 among them.
@@ -76,16 +78,21 @@ class CostProfile:
             clock: seconds, rising.
             target: see `CostProfile`.
         """
-        seconds = {}
-        for batch in batches:
-            call(batch)
+        seconds: dict[int, float] = {}
+        for batch in sorted(batches):
             taken = []
-            for _ in range(repeats):
-                begun = clock()
+            try:
                 call(batch)
-                taken.append(clock() - begun)
+                for _ in range(repeats):
+                    begun = clock()
+                    call(batch)
+                    taken.append(clock() - begun)
+            except RuntimeError:  # torch's for everything that a device cannot do
+                if not seconds:
+                    raise
+                break
             seconds[batch] = max(median(taken), TINY)
-        return cls(seconds, batches, target)
+        return cls(seconds, list(seconds), target)
 
     def seconds(self, batch: int) -> float:
         """Of a call of this batch size now; never less than that of a smaller one.
@@ -193,8 +200,12 @@ class Costs:
         self._lock = threading.Lock()
 
     def put(self, part: Part, seconds: Mapping[int, float]) -> CostProfile:
-        """Take a measurement (such as ``CostProfile.measure(...).measured``) for what this part costs."""
-        profile = CostProfile(seconds, self.batches, self.target)
+        """Take a measurement (such as ``CostProfile.measure(...).measured``) for what this part costs.
+
+        No batch larger than the largest measured one is made.
+        """
+        batches = [batch for batch in self.batches if batch <= max(seconds)]
+        profile = CostProfile(seconds, batches, self.target)
         with self._lock:
             self._measured[part] = profile
             self._guessed.pop(part, None)

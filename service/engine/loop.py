@@ -16,9 +16,8 @@ from service.engine.costs import CostProfile, Costs
 from service.engine.line import Order
 from service.engine.observer import Call, Observer
 from service.engine.pictures import ActiveRequest, Picture, Ticket
-from service.engine.plan import Plan
+from service.engine.planner import Planner
 from service.engine.preview import LinearPreview
-from service.engine.resident import Resident
 from service.engine.scheduler import Group, batch_of, choose
 from service.engine.text import Prompt, PromptCache
 from weights.denoiser import Cond
@@ -36,13 +35,14 @@ class DrawingLoop:
     """All admitted requests, and the next call. Everything here is used on one thread, which owns torch and the models.
 
     Args:
+        planner: loads models.
         costs: of calls; they are kept current.
         prompts: conditions that are encoded already.
         observer: told of every call.
     """
 
-    def __init__(self, costs: Costs, prompts: PromptCache, observer: Observer) -> None:
-        self._costs, self._prompts, self._observer = costs, prompts, observer
+    def __init__(self, planner: Planner, costs: Costs, prompts: PromptCache, observer: Observer) -> None:
+        self._planner, self._costs, self._prompts, self._observer = planner, costs, prompts, observer
         self._previews: WeakKeyDictionary[TextToImage, LinearPreview] = WeakKeyDictionary()
         self._active: list[ActiveRequest] = []
         self._last: Call | None = None
@@ -52,15 +52,20 @@ class DrawingLoop:
         """Whether there is anything to do."""
         return bool(self._active)
 
-    def admit(self, ticket: Ticket, resident: Resident, plan: Plan) -> None:
-        """Take a request in."""
+    def admit(self, ticket: Ticket) -> None:
+        """Take a request in, its model loaded if need be.
+
+        That is done here, between two calls: while the libraries load, torch's default precision and the way modules make
+        their parameters are other ones, in all threads.
+        """
         if ticket.over:
             return
         try:
+            resident, plan = self._planner.load(ticket.request, ticket.model)
             active = ActiveRequest(ticket, resident, plan, self._costs)
             if ticket.request.previews and not ticket.request.exact_previews:
                 self.preview_of(resident.base)
-        except Exception as error:  # noqa: BLE001 - it is logged there
+        except Exception as error:  # noqa: BLE001 - foreign files fail in any way; it is logged there
             ticket.end(_told(error))
             return
         for prompt in active.prompts:

@@ -13,7 +13,7 @@ from numpy import uint8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engine.base import Drawn, DrawRequest, EngineError, Preview
+from service.engine.base import Drawn, DrawRequest, EngineError, Preview, StepTaken
 from service.engine.costs import Costs
 from service.engine.line import Order, Place
 from service.engine.parts import parts_of
@@ -43,6 +43,8 @@ class Ticket:
     """One admitted request, between the event loop and the engine's thread."""
 
     request: DrawRequest
+    model: str
+    """The request's, or the default."""
     place: Place
     send: Callable[[Painted | EngineError], None]
     """To whoever waits for the request; from any thread."""
@@ -105,6 +107,9 @@ class ActiveRequest:
         self.pictures.remove(picture)
         self.ticket.left -= 1
         self.progressed()  # before anybody who hears of the picture can leave the line
+        manifest = self.resident.manifest
+        job = manifest.job if manifest is not None else None
+        steps = self.trajectory.steps
         tell = partial(
             Drawn,
             seed=self.ticket.request.seeds[picture.index],
@@ -115,8 +120,11 @@ class ActiveRequest:
             evaluations=self.trajectory.evaluations,
             seconds=now - self.ticket.began,
             student=self.resident.member,
+            base=manifest.base.id if manifest is not None else None,
+            job=job.sha256 if job is not None else None,
             loras=self.resident.loras,
             index=picture.index,
+            path=tuple(StepTaken(leg=step.leg, t=step.t, guidance_scale=step.guidance_scale) for step in steps),
         )
         self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
         if not self.pictures:

@@ -4,12 +4,9 @@ pictures are ready for it (see `loop`). Here is what the event loop sees of it: 
 
 import asyncio
 import contextlib
-import logging
 import math
-import threading
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +30,6 @@ from service.engine.costs import Costs
 from service.engine.line import Line
 from service.engine.loop import DrawingLoop
 from service.engine.memory import default_budget
-from service.engine.names import broken
 from service.engine.observer import Observer, Outcome, Silence
 from service.engine.parts import UNKNOWN
 from service.engine.pictures import Painted, Ticket
@@ -44,13 +40,8 @@ from service.engine.text import PromptCache
 from service.engine.thread import EngineThread
 from service.settings import Settings
 from weights.bundled import STUDENTS
-from weights.families import TextToImage
 from weights.store import Store
 
-log = logging.getLogger(__name__)
-
-LOADERS = 4
-"""Threads that load models: of several that wait for a slow one, some are left for those whose model is there."""
 STOPPING = "the server is still loading its models, or stopping"
 
 
@@ -81,12 +72,6 @@ class StepEngine:
         self._settings = settings
         device = device_of(settings)
         dtype = dtype_of(settings, device)
-        preparing = threading.Lock()
-
-        def prepare(model: TextToImage, base: TextToImage | None) -> TextToImage:
-            with preparing:  # models are loaded by several threads, and a backend is for one
-                return backend.prepare(model, base)
-
         self._residency = Residency(
             store,
             settings.bases,
@@ -96,16 +81,14 @@ class StepEngine:
             settings.memory_bytes or default_budget(device),
             pinned=settings.pinned,
             aliases=settings.aliases,
-            prepare=prepare,
+            prepare=backend.prepare,
         )
         self._planner = Planner(settings, self._residency, Store(bundled).names() if bundled is not None else [])
         self._costs, self._line = costs, line
         self._observer: Observer = observer if observer is not None else Silence()
         prompts = PromptCache(settings.prompt_cache_bytes)
-        loop = DrawingLoop(costs, prompts, self._observer)
-        self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop)
-        self._loaders = ThreadPoolExecutor(LOADERS, "models")
-        self._loading: set[asyncio.Task[None]] = set()
+        loop = DrawingLoop(self._planner, costs, prompts, self._observer)
+        self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop, costs)
         self._tickets: dict[Ticket, asyncio.TimerHandle] = {}
         """Requests that somebody waits for, each with what ends it at its deadline."""
         self._idle = asyncio.Event()
@@ -153,7 +136,6 @@ class StepEngine:
         self._line.close()
         for ticket in self._tickets:
             ticket.end(NotReady("the server is stopping"))
-        await asyncio.to_thread(self._loaders.shutdown, cancel_futures=True)
         await asyncio.to_thread(self._thread.stop)
 
     def load(self) -> Load:
@@ -214,29 +196,12 @@ class StepEngine:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
                 loop.call_soon_threadsafe(answers.put_nowait, answer)
 
-        ticket = Ticket(request=request, place=place, send=send)
+        ticket = Ticket(request=request, model=model, place=place, send=send)
         late = TimedOut(f"the request took more than {limit:g} s")
         self._tickets[ticket] = loop.call_later(limit, ticket.end, late)
         self._idle.clear()
-        loading = asyncio.create_task(self._load(ticket, model))
-        self._loading.add(loading)
-        loading.add_done_callback(self._loading.discard)
+        self._thread.put(ticket)
         return ticket
-
-    async def _load(self, ticket: Ticket, model: str) -> None:
-        """See that the model is in memory, beside whatever is being drawn, and pass the request on to the thread."""
-        if ticket.over:
-            return
-        loop = asyncio.get_running_loop()
-        try:
-            resident, plan = await loop.run_in_executor(self._loaders, self._planner.load, ticket.request, model)
-        except EngineError as error:
-            ticket.end(error)
-        except Exception:
-            log.exception("model %r cannot be loaded", model)
-            ticket.end(broken(model))
-        else:
-            self._thread.put(ticket, resident, plan)
 
     def _release(self, ticket: Ticket) -> None:
         """Nobody waits any more; the thread drops what is not done before its next call."""

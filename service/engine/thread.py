@@ -7,21 +7,20 @@ import threading
 import torch
 
 from service.engine.base import DrawRequest, EngineError
+from service.engine.costs import Costs
 from service.engine.line import Line
 from service.engine.loop import DrawingLoop
 from service.engine.parts import Parts, parts_of
 from service.engine.pictures import Painted, Ticket
-from service.engine.plan import Plan
 from service.engine.planner import Planner
 from service.engine.residency import Residency
 from service.engine.resident import Resident
 from service.engine.startup import set_up
+from service.engine.warming import PROMPT, warm
 from service.settings import Settings
 from weights.contracts import StudentManifest
 
 log = logging.getLogger(__name__)
-
-WARM_PROMPT = "red apple"
 
 
 class EngineThread:
@@ -30,10 +29,11 @@ class EngineThread:
     Args:
         settings: which bases there are.
         device: where it draws.
-        residency: the models; others load into it too.
-        planner: for the first picture.
+        residency: the models.
+        planner: says which model draws the first picture.
         line: closed where nothing can be drawn.
         loop: the calls.
+        costs: of them; measured before the engine is ready.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class EngineThread:
         planner: Planner,
         line: Line,
         loop: DrawingLoop,
+        costs: Costs,
     ) -> None:
-        self._settings, self._device = settings, device
+        self._settings, self._device, self._costs = settings, device, costs
         self._residency, self._planner, self._line, self._loop = residency, planner, line, loop
-        self._inbox: queue.SimpleQueue[tuple[Ticket, Resident, Plan] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         """What to take in; None is the end."""
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.warm = False
@@ -61,9 +62,9 @@ class EngineThread:
         """Begin."""
         self._thread.start()
 
-    def put(self, ticket: Ticket, resident: Resident, plan: Plan) -> None:
+    def put(self, ticket: Ticket) -> None:
         """Take a request in before the next call."""
-        self._inbox.put((ticket, resident, plan))
+        self._inbox.put(ticket)
 
     def stop(self) -> None:
         """End after the call that is being made, and wait for that."""
@@ -90,37 +91,43 @@ class EngineThread:
         """All requests that have come, at least one where there is nothing else to do; False at the end."""
         while True:
             try:
-                new = self._inbox.get(block=not self._loop.busy)
+                ticket = self._inbox.get(block=not self._loop.busy)
             except queue.Empty:
                 return True
-            if new is None:
+            if ticket is None:
                 return False
-            self._loop.admit(*new)
+            self._loop.admit(ticket)
 
     def _prepare(self) -> None:
         set_up(self._device)
         self._residency.load_bases()
         for each in self._settings.bases:
-            base = self._residency.get(each, WARM_PROMPT).base
+            base = self._residency.get(each, PROMPT).base
             self.parts[each] = parts_of(base)
             self._loop.preview_of(base)
         name = self._planner.default_model()
         self._residency.pin(name)
+        students: list[Resident] = []
         try:
+            default = self._residency.get(name, PROMPT)
+            students += [default] if default.manifest is not None else []
             self._warm_up(name)
         except EngineError:
             if name in self._settings.bases:
                 raise
             log.exception("the default model %r cannot draw; the others can be asked for", name)
+        for each in self._settings.bases:
+            base = self._residency.get(each, PROMPT).base
+            warm(base, [student.model for student in students if student.base is base], self._costs)
 
     def _warm_up(self, model: str) -> None:
         """Draw one picture in as few steps as the model can, before anybody can ask for one."""
         info = self._residency.info(model)
         steps = min(info.schedules) if isinstance(info, StudentManifest) else 1
         answers: list[Painted | EngineError] = []
-        request, place = DrawRequest(prompt=WARM_PROMPT, seeds=(0,), steps=steps), self._line.join("", 0.0)
-        ticket = Ticket(request=request, place=place, send=answers.append)
-        self._loop.admit(ticket, *self._planner.load(request, model))
+        request, place = DrawRequest(prompt=PROMPT, seeds=(0,), steps=steps), self._line.join("", 0.0)
+        ticket = Ticket(request=request, model=model, place=place, send=answers.append)
+        self._loop.admit(ticket)
         while not ticket.over:
             self._loop.tick()
         place.leave()

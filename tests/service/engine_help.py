@@ -4,13 +4,13 @@ import asyncio
 import math
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from service.engine.backends.base import Backend
 from service.engine.base import Drawn, DrawRequest, Preview
-from service.engine.costs import Costs, Part
+from service.engine.costs import CostProfile, Costs, Part
 from service.engine.line import Line
 from service.engine.observer import Call, Outcome
 from service.engine.step_engine import StepEngine
@@ -85,7 +85,10 @@ class Watch:
 
 
 class Still(Costs):
-    """Costs that nothing changes: full batches are always best, on every machine."""
+    """Costs that nothing changes, no measurement either: full batches are always best, on every machine."""
+
+    def put(self, part: Part, seconds: Mapping[int, float]) -> CostProfile:
+        return self.of(part)
 
     def observe(self, part: Part, batch: int, seconds: float) -> None:
         pass
@@ -148,7 +151,9 @@ class Harness:
         self.watch.shut()
         first = asyncio.create_task(self.engine.generate(asked[0]))
         await self.watch.held()
-        others = [asyncio.create_task(self.engine.generate(each)) for each in asked[1:]]
-        await self.arrived(len(others))
+        others = []
+        for each in asked[1:]:  # one after another, so that they stand in the line in this order
+            others.append(asyncio.create_task(self.engine.generate(each)))
+            await self.arrived(len(others))
         self.watch.open()
         return await asyncio.gather(first, *others, return_exceptions=return_exceptions)

@@ -109,6 +109,21 @@ def test_a_deterministic_picture_is_the_same_to_the_byte(harness: Harness) -> No
     assert set(harness.watch.rows("network")) > {1}, "the others still shared calls"
 
 
+def test_deterministic_pictures_have_every_call_to_themselves(harness: Harness) -> None:
+    """Which shows in no picture of a small model; and prompts wait for no more than every other call."""
+
+    async def scenario(engine: StepEngine) -> None:
+        prompts = ["red apple", "blue dog", "green tree", "red dog"]
+        await harness.together(*(request(prompt=prompt, deterministic=True, guidance_scale=2.0) for prompt in prompts))
+        assert {(rows, batch) for _, _, rows, batch in harness.watch.calls} == {(1, 1)}
+        kinds = [call for call, *_ in harness.watch.calls]
+        # At the start nobody has both prompts; then two rows of a guided step come before each of the other prompts.
+        assert kinds[:8] == ["text", "text", *["network"] * 2, "text", *["network"] * 2, "text"]
+        assert sum(kind == "text" for kind in kinds) == len(prompts) + 1
+
+    harness.run(scenario)
+
+
 @pytest.mark.parametrize("batches", [[1], [1, 3], [1, 2, 8]])
 def test_batches_of_any_sizes_draw_the_same(tiny_base: TinyBase, tmp_path: Path, batches: list[int]) -> None:
     """Calls are padded to the backend's sizes; a guided picture goes row by row where a batch is one row."""
@@ -418,30 +433,21 @@ def test_what_it_does_and_holds(harness: Harness) -> None:
     harness.run(scenario)
 
 
-def test_a_model_is_loaded_beside_the_drawing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others are drawn on while a model comes from the disk; whoever waits for it can leave."""
-    harness.publish("slow", change=0.9)
-    harness.publish("gone", change=0.8)
+def test_nothing_is_loaded_for_a_request_that_nobody_waits_for(harness: Harness) -> None:
+    harness.publish("other", change=0.9)
 
     async def scenario(engine: StepEngine) -> None:
-        loading, go = asyncio.Event(), asyncio.Event()
-        loop, load = asyncio.get_running_loop(), engine._planner.load
-
-        def slow(asked: DrawRequest, model: str) -> Any:
-            if model != "tiny":
-                loop.call_soon_threadsafe(loading.set)
-                asyncio.run_coroutine_threadsafe(go.wait(), loop).result(60)
-            return load(asked, model)
-
-        monkeypatch.setattr(engine._planner, "load", slow)
-        waiting = asyncio.create_task(engine.generate(request(model="slow")))
-        leaving = asyncio.create_task(engine.generate(request(model="gone")))
-        await loading.wait()
-        assert len(await engine.generate(request())) == 1
+        harness.watch.shut()
+        busy = asyncio.create_task(engine.generate(request()))
+        await harness.watch.held()
+        leaving = asyncio.create_task(engine.generate(request(model="other")))
+        await harness.arrived(1)
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
-        go.set()
-        assert (await waiting)[0].model == "slow"
-        assert not any(model == "gone" for _, model, _, _ in harness.watch.calls)
+        harness.watch.open()
+        await busy
+        assert "other" not in engine.load().resident
+        assert len(await engine.generate(request(model="other"))) == 1
+        assert "other" in engine.load().resident
 
     harness.run(scenario)

@@ -1,0 +1,69 @@
+"""Warm-up: every batch size of every part of a model is called before anybody waits for one, and timed.
+
+What a first call has to do (compile, allocate, look for the fastest kernels) is done by then, and costs are known.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from service.engine.costs import CostProfile, Costs, Part
+from service.engine.parts import parts_of
+from weights.denoiser import GUIDANCE, Cond, cond_repeat
+from weights.families import TextToImage
+
+Call = Callable[[int], Tensor | Mapping[str, Tensor]]
+"""Of a batch size."""
+PROMPT = "red apple"
+REPEATS = 3
+TIME = 0.5
+
+
+def measured_sizes(batches: Sequence[int]) -> list[int]:
+    """Of a backend's batches those worth timing: the powers of two, and the largest; costs in between lie in between."""
+    return [batch for batch in batches if batch & (batch - 1) == 0 or batch == batches[-1]]
+
+
+@torch.inference_mode()
+def warm(base: TextToImage, students: Sequence[TextToImage], costs: Costs) -> None:
+    """Call the base's parts and the students' networks in all sizes, and take down what they cost.
+
+    Args:
+        base: in memory.
+        students: of this base, in memory.
+        costs: where it is noted; students of the base's architecture share its costs, the last one's.
+    """
+    parts, cond = parts_of(base), base.encode_prompts([PROMPT])
+    latents = torch.zeros(1, *base.latent_shape(), device=base.device)
+
+    def rows(batch: int) -> Tensor:
+        return latents.expand(batch, *latents.shape[1:]).contiguous()
+
+    def encode(batch: int) -> Mapping[str, Tensor]:
+        return base.encode_prompts([PROMPT] * batch)
+
+    def denoise(model: TextToImage) -> Callable[[int], Tensor]:
+        told: Cond = {GUIDANCE: torch.ones(1, device=base.device)} if model.denoiser.embeds_guidance else {}
+        one = {**cond, **told}
+        return lambda batch: model.denoiser(
+            rows(batch), torch.full((batch,), TIME, device=base.device), cond_repeat(one, batch)
+        )
+
+    sizes = measured_sizes(costs.batches)
+    calls: list[tuple[Part, Call]] = [(parts.text, encode), (parts.decoder, lambda batch: base.decode(rows(batch)))]
+    calls += [(parts_of(model).network, denoise(model)) for model in (base, *students)]
+    for part, call in calls:
+        costs.put(part, CostProfile.measure(_finished(call), sizes, REPEATS, time.perf_counter).measured)
+
+
+def _finished(call: Call) -> Callable[[int], None]:
+    """The call, with the wait until the device is done with it."""
+
+    def whole(batch: int) -> None:
+        answer = call(batch)
+        for tensor in [answer] if isinstance(answer, Tensor) else answer.values():
+            bool(tensor.isfinite().all())  # reads a result, as the engine does behind each call
+
+    return whole
