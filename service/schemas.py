@@ -103,7 +103,7 @@ class ImageRequest(Body):
         False, description="draw each picture on its own, so that a seed gives the same bits in every request"
     )
 
-    @field_validator("prompt", "negative_prompt")
+    @field_validator("negative_prompt")  # pydantic sees it by itself where a length is checked
     @classmethod
     def _is_text(cls, text: str) -> str:
         if any("\ud800" <= character <= "\udfff" for character in text):

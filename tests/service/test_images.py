@@ -235,7 +235,6 @@ def test_text_that_is_none(client: TestClient, field: str) -> None:
     content = json.dumps({"prompt": "x", field: "half a pair: \ud83d"})
     response = client.post(URL, content=content, headers={"Content-Type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, field)
-    assert "surrogate" in response.json()["error"]["message"]
 
 
 def test_several_mistakes_are_named_together(client: TestClient) -> None:
