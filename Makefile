@@ -103,6 +103,10 @@ bench: $(STAMP) ## time the network, the decoder and whole draws by backend; a t
 bench-train: $(STAMP) ## time training, method by method, beside its bare evaluations; JSON in runs/bench-train.json
 	$(BIN)/python -m tests.benchmarks.bench_train --out runs/bench-train.json $(ARGS)
 
+.PHONY: bench-serve
+bench-serve: $(STAMP) ## time the server beside common ways to serve diffusers, and the bare calls; JSON in runs/bench-serve.json
+	$(BIN)/python -m tests.benchmarks.bench_serve --out runs/bench-serve.json $(ARGS)
+
 .PHONY: leaderboard
 leaderboard: $(STAMP) ## train every method at one budget (hours), measure all: docs/leaderboard.md; goes on where it stopped
 	$(BIN)/python -m distillers.evaluation.leaderboard --minutes $(MINUTES) --threads $(THREADS) $(ARGS)

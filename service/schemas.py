@@ -103,6 +103,13 @@ class ImageRequest(Body):
         False, description="draw each picture on its own, so that a seed gives the same bits in every request"
     )
 
+    @field_validator("negative_prompt")  # pydantic sees it by itself where a length is checked
+    @classmethod
+    def _is_text(cls, text: str) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError("it has half of a surrogate pair, which is no character: send whole ones")
+        return text
+
     @field_validator("prompt")
     @classmethod
     def _says_something(cls, prompt: str) -> str:

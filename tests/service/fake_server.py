@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from service.app import create_app
-from service.engine.base import Drawn, DrawRequest, Kind, Load, ModelInfo, Preview, UnknownModel
+from service.engine.base import Drawn, DrawRequest, Kind, Load, ModelInfo, Preview, StepTaken, UnknownModel
 from service.jobs.service import TableJobs
 from service.settings import Settings, read_settings
 from tests.service.jobs_help import job_settings
@@ -41,6 +41,8 @@ class PaintingEngine:
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
         for drawn in await self.generate(request):
+            for step in range(1, min(request.previews, drawn.steps - 1) + 1):
+                yield Preview(image=drawn.image, index=drawn.index, seed=drawn.seed, step=step, steps=drawn.steps)
             yield drawn
 
     def models(self) -> list[ModelInfo]:
@@ -63,8 +65,10 @@ class PaintingEngine:
                 diversity=Diversity() if request.diversity else None,
                 evaluations=steps,
                 seconds=0.01 * steps * len(request.seeds),
+                index=index,
+                path=tuple(StepTaken(leg=info.kind, t=1 - step / steps, guidance_scale=1.0) for step in range(steps)),
             )
-            for seed in request.seeds
+            for index, seed in enumerate(request.seeds)
         ]
 
 

@@ -230,6 +230,13 @@ def test_numbers_that_are_none(client: TestClient, number: str) -> None:
     assert (response.status_code, response.json()["error"]["param"]) == (400, "guidance_scale")
 
 
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_text_that_is_none(client: TestClient, field: str) -> None:
+    content = json.dumps({"prompt": "x", field: "half a pair: \ud83d"})
+    response = client.post(URL, content=content, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
 def test_several_mistakes_are_named_together(client: TestClient) -> None:
     error = client.post(URL, json={"n": 99, "size": "big"}).json()["error"]
     assert "prompt is required" in error["message"]

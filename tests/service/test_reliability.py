@@ -21,7 +21,7 @@ from tests.service.served import Served, served
 DRAW = "/v1/images/generations"
 AT_ONCE = 24
 """Clients at a time."""
-GROWTH = 64.0
+GROWTH = 32.0
 """MiB that the server may grow by once it is warm: allocators keep some."""
 
 
