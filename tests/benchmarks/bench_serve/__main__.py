@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -22,12 +23,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from distillers.evaluation.subjects import counted
 from tests.benchmarks.bench_network import machine
 from tests.benchmarks.bench_serve.bare import Bare
 from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, one_by_one, saturate
 from tests.benchmarks.bench_serve.report import Loaded, Round, bars, bars_table, overhead, servers_table
 from tests.benchmarks.bench_serve.servers import Setup, start_all
-from tests.benchmarks.bench_serve.traffic import PROMPTS, Ask, Mixture, poisson
+from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
 SHARE = 0.7
 """Of the lock's saturation: the load that the bar on latency is about."""
@@ -115,17 +117,15 @@ class Comparison:
 
     async def alone(self, seed: int) -> dict[str, float]:
         """This server's overhead by kind of request: one over HTTP, then the same bare, and again."""
-        found = {}
+        found, chance = {}, random.Random(seed)
         async with client_of(self.urls["ours"]) as client:
             for steps, n in itertools.product(self.options.steps, sorted({1, self.options.pictures})):
                 pairs = []
                 for number in range(self.options.alone + 1):
-                    one = Ask(
-                        prompt=PROMPTS[number % len(PROMPTS)], seed=seed + number, steps=steps, n=n, guidance_scale=1.0
-                    )
+                    one = Ask(prompt=prompt(chance), seed=number, steps=steps, n=n, guidance_scale=1.0)
                     pairs.append((await one_by_one(client, self.options.student, one), self.bare.seconds(one)))
                 ours, bare = (statistics.median(side) for side in zip(*pairs[1:], strict=True))  # the first warms up
-                found[f"{steps} steps, {n} pictures"] = ours / bare - 1
+                found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = ours / bare - 1
         say("alone: " + ", ".join(f"{kind} {value:+.1%}" for kind, value in found.items()))
         return found
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PROMPTS = (
+SUBJECTS = (
     "red apple, noto emoji",
     "smiling face, fluent 3d emoji",
     "dog, twemoji",
@@ -16,6 +16,11 @@ PROMPTS = (
     "flag with a green star",
     "musical instrument, noto emoji",
 )
+
+
+def prompt(chance: random.Random) -> str:
+    """One that hardly ever comes twice: what has been encoded before must be no help."""
+    return f"{chance.choice(SUBJECTS)} {chance.randrange(10**9)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class Mixture:
         chance = random.Random(seed)
         while True:
             yield Ask(
-                prompt=chance.choice(PROMPTS),
+                prompt=prompt(chance),
                 seed=chance.randrange(2**31),
                 steps=chance.choice(self.steps),
                 n=chance.randint(1, self.most_pictures),
