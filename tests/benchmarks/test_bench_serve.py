@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 import math
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ from PIL import Image
 from rich.console import Console
 
 from tests.benchmarks.bench_serve import __main__ as command
+from tests.benchmarks.bench_serve.bare import Bare
 from tests.benchmarks.bench_serve.baselines import Body, Key, Locked, Pipelines, Windowed, make_app
 from tests.benchmarks.bench_serve.load import Failed, Latencies, arrive, saturate
 from tests.benchmarks.bench_serve.report import Loaded, Round, bars, bars_table, overhead, servers_table
-from tests.benchmarks.bench_serve.servers import Setup, our_variables, write_exports
+from tests.benchmarks.bench_serve.servers import Setup, our_settings, write_exports
 from tests.benchmarks.bench_serve.traffic import Ask, Mixture, percentile, poisson
 from tests.service.conftest import SCHEDULES, TinyBase
 from tests.service.live import serving
@@ -282,9 +285,23 @@ def test_the_baselines_draw_what_this_project_draws(tiny: Setup, tmp_path: Path)
 
 
 def test_settings_given_by_hand_come_last(tiny: Setup, tmp_path: Path) -> None:
-    variables = our_variables(tiny, tmp_path)
-    assert (variables["FEWSTEP_QUEUE_SECONDS"], variables["FEWSTEP_THREADS"]) == ("5", "2")
-    assert variables["FEWSTEP_BASES"] == json.dumps([tiny.base])
+    settings = our_settings(tiny, tmp_path)
+    assert (settings.queue_seconds, settings.threads, settings.jobs) == (5, 2, False)
+    assert (settings.bases, settings.default_model) == ([tiny.base], "tiny")
+    assert "FEWSTEP_BASES" not in os.environ
+
+
+def test_the_bare_calls_are_made_in_the_servers_own_way(tiny: Setup, tmp_path: Path) -> None:
+    """On its backend, in calls of as many rows as that has been made for."""
+    bare = Bare.load(our_settings(replace(tiny, settings=("BACKEND=torch", "MAX_BATCH=4")), tmp_path), "tiny")
+    assert list(bare.batches) == [1, 2, 3, 4]
+    bare = replace(bare, batches=(1, 2, 4))
+    rows = []
+    handle = bare.student.network.register_forward_pre_hook(lambda _network, inputs: rows.append(len(inputs[0])))
+    for n in (1, 3):
+        assert bare.seconds(Ask(prompt="red apple", seed=1, steps=2, n=n, guidance_scale=1.0)) > 0
+    handle.remove()
+    assert rows == [1, 1, 4, 4]
 
 
 # The report
@@ -336,7 +353,7 @@ def test_a_missed_bar_is_an_error_where_that_is_wanted(monkeypatch: pytest.Monke
     report = json.loads(out.read_text())
     assert [bar["holds"] for bar in report["bars"]] == [False, True, True, True]
     assert report["rounds"][0]["images_per_second"] == {"lock": 10, "window": 20, "ours": 39}
-    assert report["machine"]["threads"] >= 1
+    assert report["options"]["clients"] == 16
 
 
 @pytest.mark.slow

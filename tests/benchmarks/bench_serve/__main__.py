@@ -28,7 +28,7 @@ from tests.benchmarks.bench_network import machine
 from tests.benchmarks.bench_serve.bare import Bare
 from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, one_by_one, saturate
 from tests.benchmarks.bench_serve.report import Loaded, Round, bars, bars_table, overhead, servers_table
-from tests.benchmarks.bench_serve.servers import Setup, start_all
+from tests.benchmarks.bench_serve.servers import Setup, our_settings, start_all
 from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
 SHARE = 0.7
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace) -> Sequence[Round]:
             settings=tuple(options.set),
         )
         with start_all(setup, folder) as urls:
-            comparison = Comparison(options, urls, Bare.load(setup))
+            comparison = Comparison(options, urls, Bare.load(our_settings(setup, folder), setup.student))
 
             async def all_rounds() -> list[Round]:
                 return [await comparison.round(number) for number in range(options.rounds)]
@@ -165,7 +165,6 @@ def main(arguments: list[str] | None = None) -> int:
     rounds = measure(options)
     found, alone = bars(rounds, SHARE), overhead(rounds)
     facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts["threads"] = options.threads or facts["threads"]
     report = {
         "machine": facts,
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
@@ -175,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 140)
-    title = f"serving {options.student}, {facts['device']}, {facts['threads']} threads, {options.clients} clients"
+    threads = "" if options.threads is None else f", {counted(options.threads, 'thread')}"
+    title = f"serving {options.student}, {facts['device']}{threads}, {counted(options.clients, 'client')}"
     console.print(servers_table(rounds, title))
     console.print(bars_table(found, alone))
     print(f"written to {options.out}")

@@ -1,11 +1,14 @@
 """The bare calls of a request's networks in this process: what no server can be faster than, by the same means."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tests.benchmarks.bench_serve.servers import Setup
+from service.engine.backends import make_backend
+from service.engine.startup import device_of, dtype_of
+from service.settings import Settings
 from tests.benchmarks.bench_serve.traffic import Ask
 from weights.bundled import STUDENTS
 from weights.contracts import StudentManifest
@@ -23,26 +26,30 @@ class Bare:
     base: TextToImage
     student: TextToImage
     manifest: StudentManifest
+    batches: Sequence[int]
+    """What the calls are made for."""
 
     @classmethod
-    def load(cls, setup: Setup) -> "Bare":
-        """The models that this server loads, run by the same means."""
-        if setup.threads is not None:
-            torch.set_num_threads(setup.threads)
-        folder = Store(setup.store, STUDENTS).open(setup.student)
-        dtype = torch.float16 if setup.on_gpu else torch.float32
-        base = load(folder.manifest.family, setup.base, setup.torch_device, dtype)
-        return cls(base, load_student(folder, base), folder.manifest)
+    def load(cls, settings: Settings, name: str) -> "Bare":
+        """The models as a server with these settings loads them: on its device, and with its backend."""
+        folder, device = Store(settings.store, STUDENTS).open(name), device_of(settings)
+        dtype = dtype_of(settings, device)
+        backend = make_backend(settings, device, dtype)
+        loaded = load(settings.family, folder.manifest.base.id, device, dtype)
+        base = backend.prepare(loaded)
+        student = backend.prepare(load_student(folder, loaded), base)
+        return cls(base, student, folder.manifest, backend.batches)
 
     @torch.inference_mode()
     def seconds(self, one: Ask) -> float:
-        """Of the text encoder, the networks and the decoder for one request; up to the pixels, but no picture file."""
+        """Of the text encoder, the network and the decoder for one request without guidance, up to the pixels.
+
+        Its pictures share every call, which has rows for nobody where none is made for so few.
+        """
+        assert one.guidance_scale == 1, "the bare calls are those of requests without guidance"
         started = time.perf_counter()
-        seeds = [one.seed + index for index in range(one.n)]
-        cond = self.base.encode_prompts([one.prompt])
-        uncond = self.base.encode_prompts([""]) if one.guidance_scale != 1 else None
-        schedule = self.manifest.schedules[one.steps]
-        rows = cond_repeat(cond, one.n)
-        drawing = draw(self.student, rows, uncond, seeds, schedule, guidance_scale=one.guidance_scale)
-        self.base.decode(drawing.latents).cpu()
+        rows = min(batch for batch in self.batches if batch >= one.n)
+        cond = cond_repeat(self.base.encode_prompts([one.prompt]), rows)
+        drawing = draw(self.student, cond, None, range(one.seed, one.seed + rows), self.manifest.schedules[one.steps])
+        self.base.decode(drawing.latents)[: one.n].cpu()
         return time.perf_counter() - started

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 import torch
 
 from service.demo import free_port
+from service.settings import Settings, read_settings
 from weights.bundled import STUDENTS
 from weights.export import export
 from weights.store import Store
@@ -97,6 +99,12 @@ def our_variables(setup: Setup, folder: Path) -> dict[str, str]:
         **dict(each.split("=", 1) for each in setup.settings),
     }
     return {f"FEWSTEP_{name}": value for name, value in values.items()}
+
+
+def our_settings(setup: Setup, folder: Path) -> Settings:
+    """The same, as this server reads them."""
+    with patch.dict(os.environ, our_variables(setup, folder)):
+        return read_settings()
 
 
 @contextmanager
