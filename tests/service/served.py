@@ -51,6 +51,7 @@ def served(base: TinyBase, folder: Path, **settings: object) -> Iterator[Served]
         "default_model": "tiny",
         "device": "cpu",
         "threads": 1,
+        "backend": "torch",  # it starts at once; OpenVINO compiles first
         "log_level": "warning",
         **settings,
     }
@@ -61,7 +62,7 @@ def served(base: TinyBase, folder: Path, **settings: object) -> Iterator[Served]
         )
     server = Served(f"http://127.0.0.1:{values['port']}", process, folder)
     try:
-        wait_until_ready(server.url, 120)
+        wait_until_ready(server.url, 300)
         yield server
         assert process.poll() is None, f"the server has ended:\n{server.log}"
         process.terminate()

@@ -27,7 +27,7 @@ from distillers.evaluation.subjects import counted
 from tests.benchmarks.bench_network import machine
 from tests.benchmarks.bench_serve.bare import Bare
 from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, one_by_one, saturate
-from tests.benchmarks.bench_serve.report import Loaded, Round, bars, bars_table, overhead, servers_table
+from tests.benchmarks.bench_serve.report import Alone, Loaded, Round, alone, bars, bars_table, servers_table
 from tests.benchmarks.bench_serve.servers import Setup, our_settings, start_all
 from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
@@ -92,7 +92,7 @@ class Comparison:
         shares = sorted({*self.options.shares, SHARE})
         loaded = [await self.loaded(name, share, rate, seed) for share in shares for name in order]
         images = {name: each.images_per_second for name, each in saturations.items()}
-        return Round(images_per_second=images, loaded=loaded, overhead=await self.alone(seed))
+        return Round(images_per_second=images, loaded=loaded, alone=await self.alone(seed))
 
     async def saturation(self, name: str, seed: int) -> Saturation:
         """One server under more than it can do."""
@@ -115,8 +115,8 @@ class Comparison:
             server=name, share=share, p50=found.at(0.5), p95=found.at(0.95), requests=len(times), refused=found.refused
         )
 
-    async def alone(self, seed: int) -> dict[str, float]:
-        """This server's overhead by kind of request: one over HTTP, then the same bare, and again."""
+    async def alone(self, seed: int) -> dict[str, Alone]:
+        """This server by kind of request: one over HTTP, then the same bare, and again."""
         found, chance = {}, random.Random(seed)
         async with client_of(self.urls["ours"]) as client:
             for steps, n in itertools.product(self.options.steps, sorted({1, self.options.pictures})):
@@ -124,9 +124,8 @@ class Comparison:
                 for number in range(self.options.alone + 1):
                     one = Ask(prompt=prompt(chance), seed=number, steps=steps, n=n, guidance_scale=1.0)
                     pairs.append((await one_by_one(client, self.options.student, one), self.bare.seconds(one)))
-                ours, bare = (statistics.median(side) for side in zip(*pairs[1:], strict=True))  # the first warms up
-                found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = ours / bare - 1
-        say("alone: " + ", ".join(f"{kind} {value:+.1%}" for kind, value in found.items()))
+                found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = Alone.of(pairs[1:])  # the first warms up
+        say("alone: " + ", ".join(f"{kind} {each.overhead:+.1%}" for kind, each in found.items()))
         return found
 
 
@@ -163,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parser().parse_args(arguments)
     rounds = measure(options)
-    found, alone = bars(rounds, SHARE), overhead(rounds)
+    found = bars(rounds, SHARE)
     facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     report = {
         "machine": facts,
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     threads = "" if options.threads is None else f", {counted(options.threads, 'thread')}"
     title = f"serving {options.student}, {facts['device']}{threads}, {counted(options.clients, 'client')}"
     console.print(servers_table(rounds, title))
-    console.print(bars_table(found, alone))
+    console.print(bars_table(found, alone(rounds)))
     print(f"written to {options.out}")
     return 1 if options.strict and not all(bar.holds for bar in found) else 0
 

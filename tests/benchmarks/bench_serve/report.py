@@ -23,14 +23,33 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Alone:
+    """Requests of one kind while there are no others, each beside the bare calls for the same."""
+
+    ours: float
+    """Median seconds of an answer."""
+    bare: float
+    """Median seconds of the calls."""
+    overhead: float
+    """The median over the pairs of one over the other, less one."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Alone":
+        """From the seconds of answers and of bare calls."""
+        ours, bare = zip(*pairs, strict=True)
+        ratios = [answer / calls for answer, calls in pairs]
+        return cls(ours=statistics.median(ours), bare=statistics.median(bare), overhead=statistics.median(ratios) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """Everything measured once, one server after another."""
 
     images_per_second: Mapping[str, float]
     """At saturation, by server."""
     loaded: Sequence[Loaded]
-    overhead: Mapping[str, float]
-    """By kind of request: this server's seconds over the bare calls', less one."""
+    alone: Mapping[str, Alone]
+    """This server, by kind of request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +82,14 @@ def p95_ratio(rounds: Sequence[Round], share: float) -> float:
     return statistics.median(p95(each, "ours") / p95(each, "lock") for each in rounds)
 
 
-def overhead(rounds: Sequence[Round]) -> dict[str, float]:
-    """The median over the rounds, by kind of request."""
-    return {kind: statistics.median(each.overhead[kind] for each in rounds) for kind in rounds[0].overhead}
+def alone(rounds: Sequence[Round]) -> dict[str, Alone]:
+    """The medians over the rounds, by kind of request."""
+
+    def median(kind: str, name: str) -> float:
+        return statistics.median(getattr(each.alone[kind], name) for each in rounds)
+
+    names = ("ours", "bare", "overhead")
+    return {kind: Alone(**{name: median(kind, name) for name in names}) for kind in rounds[0].alone}
 
 
 def bars(rounds: Sequence[Round], share: float) -> list[Bar]:
@@ -76,7 +100,7 @@ def bars(rounds: Sequence[Round], share: float) -> list[Bar]:
         Bar(what=f"p95 over the lock's, at {share:.0%}", value=p95_ratio(rounds, share), limit=0.5, at_least=False),
         Bar(
             what="alone, over the bare calls (worst)",
-            value=max(overhead(rounds).values()),
+            value=max(each.overhead for each in alone(rounds).values()),
             limit=0.15,
             at_least=False,
         ),
@@ -101,7 +125,7 @@ def servers_table(rounds: Sequence[Round], title: str) -> Table:
     return made
 
 
-def bars_table(found: Sequence[Bar], alone: Mapping[str, float]) -> Table:
+def bars_table(found: Sequence[Bar], kinds: Mapping[str, Alone]) -> Table:
     """The bars, and what alone costs by kind of request."""
     made = Table("bar", title="bars")
     for heading in ("measured", "wanted", ""):
@@ -109,6 +133,7 @@ def bars_table(found: Sequence[Bar], alone: Mapping[str, float]) -> Table:
     for bar in found:
         wanted = f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}"
         made.add_row(bar.what, f"{bar.value:.2f}", wanted, "holds" if bar.holds else "MISSED")
-    for kind, value in alone.items():
-        made.add_row(f"  alone, {kind}", f"{value:+.1%}")
+    for kind, each in kinds.items():
+        milliseconds = f"{1000 * each.ours:.1f} ms over {1000 * each.bare:.1f}"
+        made.add_row(f"  alone, {kind}", f"{each.overhead:+.1%}", milliseconds)
     return made
