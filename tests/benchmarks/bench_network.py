@@ -128,6 +128,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "openvino": importlib.metadata.version("openvino"),
         "python": platform.python_version(),
@@ -205,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(f"nothing to time: {error}", file=sys.stderr)
         return 2
-    facts = {"base": options.base, "dtype": options.dtype, "threads": options.threads, **machine(device)}
+    facts = {**machine(device), "base": options.base, "dtype": options.dtype, "threads": options.threads}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [{**asdict(timing), "per_picture": timing.per_picture} for timing in timings]
     options.out.write_text(json.dumps({"machine": facts, "milliseconds": rows}, indent=2) + "\n")
