@@ -163,11 +163,17 @@ async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
     return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code)
 
 
-async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, EngineError)
+def logged(error: EngineError) -> ApiError:
+    """The answer for an error of the engine, which the log tells of as well where the fault is ours."""
     answer = from_engine(error)
     if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, NotReady):
         log.error("%s", answer.detail, exc_info=error.__cause__)
+    return answer
+
+
+async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineError)
+    answer = logged(error)
     return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code, headers=answer.headers)
 
 

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import cast
 
 from fastapi import Request
 
 from service.engine.base import Drawn, DrawRequest, EngineError, Preview
-from service.errors import ApiError, error_body, from_engine
+from service.errors import ApiError, error_body, logged
 from service.pictures import facts_of
 from service.routes import (
     client_of,
@@ -77,8 +76,10 @@ async def _frames(
             if item is None:
                 return
             yield await asyncio.to_thread(events.frame, item)
-    except (ApiError, EngineError) as error:
-        yield _error_frame(error if isinstance(error, ApiError) else from_engine(error))
+    except ApiError as error:
+        yield _error_frame(error)
+    except EngineError as error:
+        yield _error_frame(logged(error))
     except Exception:
         log.exception("a stream failed")
         yield _error_frame(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))
@@ -87,8 +88,6 @@ async def _frames(
 
 
 def _error_frame(error: ApiError) -> bytes:
-    if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        log.error("%s", error.detail, exc_info=error.__cause__)
     body = error_body(error.status_code, error.detail, error.param, error.code)
     return server_sent("error", json.dumps(body))
 

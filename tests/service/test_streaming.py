@@ -127,7 +127,12 @@ def test_an_error_before_the_first_event_is_an_ordinary_answer(live: Live, raise
     assert len(live.app.state.running) == 0
 
 
-def test_a_later_error_is_the_last_event(live: Live) -> None:
+def test_a_later_error_is_the_last_event(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    failed = EngineError("failed")
+    failed.__cause__ = ValueError("why it failed")
+    live.engine.late_error = failed
+    assert events(live.post(stream=True, n=2).text)[-1][1]["error"]["code"] == "engine_error"
+    assert "why it failed" in caplog.text, "the log has the cause, as it has for an answer that is no stream"
     live.engine.late_error = TimedOut("late")
     (_, (name, data)) = events(live.post(stream=True, n=2).text)
     assert (name, data) == (
