@@ -53,6 +53,45 @@ def use(folder: Path, part: Part) -> Tensor:
     return torch.cat([program(*rows(2)), program(*rows(1))])
 
 
+@pytest.mark.parametrize(
+    ("threads", "streams"),
+    [(1, [1, 1, 1, 1, 1]), (2, [1, 1, 2, 1, 2]), (5, [1, 1, 2, 1, 4]), (64, [1, 1, 2, 1, 4])],
+)
+def test_large_batches_are_computed_in_parts_at_the_same_time(tmp_path: Path, threads: int, streams: list[int]) -> None:
+    compiler = Compiler(Cache(tmp_path), "f32", threads)
+    assert [compiler.streams(rows) for rows in (1, 2, 4, 5, 8)] == streams
+
+
+def test_parts_of_a_batch_come_back_in_order_and_in_memory_of_their_own(tmp_path: Path, part: Part) -> None:
+    alone = Program(Compiler(Cache(tmp_path), "f32", 1), part, (1, 2, 4, 8))
+    parts = Program(Compiler(Cache(tmp_path), "f32", 2), part, (1, 2, 4, 8))
+    for count in (3, 4, 7, 8, 11):
+        torch.testing.assert_close(parts(*rows(count)), alone(*rows(count)))
+    first = parts(*rows(8))
+    kept = first.clone()
+    parts(torch.zeros(8, 3))
+    assert torch.equal(first, kept)
+
+
+def test_after_a_failure_no_part_is_still_running(tmp_path: Path, part: Part) -> None:
+    parts = Program(Compiler(Cache(tmp_path), "f32", 2), part, (1, 2, 4))
+    expected = parts(*rows(4))
+    (requests,) = parts._requests.values()
+
+    class Fails:
+        def start_async(self, inputs: Any, share_inputs: bool) -> None:
+            raise RuntimeError("no room")
+
+        def wait(self) -> None:
+            pass
+
+    parts._requests = {key: [requests[0], Fails()] for key in parts._requests}
+    with pytest.raises(RuntimeError, match="no room"):
+        parts(*rows(4))
+    parts._requests = dict.fromkeys(parts._requests, requests)
+    torch.testing.assert_close(parts(*rows(4)), expected)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
