@@ -32,7 +32,8 @@ def encode(image: Image.Image, output_format: Format, quality: int = 100, facts:
         info = PngInfo()
         if facts:
             info.add_itxt("fewstep", json.dumps(facts, ensure_ascii=False))
-        image.save(buffer, "PNG", pnginfo=info)
+        # Lossless at any level; 1 takes a fifth of the usual level's time, for a sixth more bytes.
+        image.save(buffer, "PNG", pnginfo=info, compress_level=1)
     elif output_format == "jpeg":
         image.save(buffer, "JPEG", quality=max(quality, 1), subsampling=0 if quality >= 90 else 2)
     else:

@@ -33,6 +33,8 @@ from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
 SHARE = 0.7
 """Of the lock's saturation: the load that the bar on latency is about."""
+REST = 0.05
+"""Seconds before what is timed alone: the threads of whoever worked last may spin for a while before they sleep."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +125,10 @@ class Comparison:
                 pairs = []
                 for number in range(self.options.alone + 1):
                     one = Ask(prompt=prompt(chance), seed=number, steps=steps, n=n, guidance_scale=1.0)
-                    pairs.append((await one_by_one(client, self.options.student, one), self.bare.seconds(one)))
+                    await asyncio.sleep(REST)
+                    answer = await one_by_one(client, self.options.student, one)
+                    await asyncio.sleep(REST)
+                    pairs.append((answer, self.bare.seconds(one)))
                 found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = Alone.of(pairs[1:])  # the first warms up
         say("alone: " + ", ".join(f"{kind} {each.overhead:+.1%}" for kind, each in found.items()))
         return found
