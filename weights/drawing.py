@@ -141,7 +141,7 @@ def _follow(
     """All pictures along one trajectory, from their seeds' noise to clean latents."""
     device = next(iter(cond.values())).device
     noise = ImageNoise(seeds, shape, device)
-    x = (trajectory.start * noise().double()).float()
+    x = trajectory.first_state(noise())
     for _ in range(trajectory.skipped_draws):
         noise()
     for index, step in enumerate(trajectory.steps):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from weights.contracts import Diversity, StepSchedule
-from weights.diffusion.samplers import ddim_step, few_step_update, needs_noise, trailing_times
+from weights.diffusion.samplers import ddim_step, few_step_update, initial_state, needs_noise, trailing_times
 from weights.diffusion.schedules import Schedule, expand
 
 Leg = Literal["base", "student"]
@@ -69,6 +69,10 @@ class Trajectory:
     def evaluations(self) -> int:
         """Network evaluations of a picture; a guided step counts two."""
         return sum(step.evaluations for step in self.steps)
+
+    def first_state(self, noise: Tensor) -> Tensor:
+        """Unit normal noise ``(B, ...)`` as the state that the first step denoises, float32."""
+        return (self.start * noise.double()).float()
 
 
 def evaluations_per_call(guidance_scale: float) -> int:
@@ -189,8 +193,7 @@ def _weights(keep: Tensor, estimate: Tensor, fresh: Tensor) -> dict[str, float]:
 
 
 def _start(diffusion: Schedule, t: float) -> float:
-    time = torch.tensor([t], dtype=torch.float64)
-    return float(torch.hypot(diffusion.alpha(time), diffusion.sigma(time)))
+    return float(initial_state(torch.ones(1, dtype=torch.float64), diffusion, t))
 
 
 def _ddim_steps(

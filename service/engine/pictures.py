@@ -159,7 +159,7 @@ class Picture:
         self.request, self.index, self.order = request, index, order
         shape, device = request.resident.base.latent_shape(), request.resident.base.device
         self.noise = ImageNoise([request.ticket.request.seeds[index]], shape, device)
-        self.x = (request.trajectory.start * self.noise()[0].double()).float()
+        self.x = request.trajectory.first_state(self.noise()[0])
         """Its state ``(C, h, w)``; the clean latents after the last step."""
         for _ in range(request.trajectory.skipped_draws):
             self.noise()

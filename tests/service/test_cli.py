@@ -8,14 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
@@ -26,6 +23,7 @@ from service.client import Client, ServerError
 from service.demo import serving, wait_until_ready
 from service.jobs.base import JobSettings
 from service.settings import Settings
+from tests.service import live
 from tests.service.conftest import TinyBase
 from tests.service.fake_server import make_app
 from tests.service.jobs_help import ROOT, ended, open_table, until
@@ -48,19 +46,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server with a fake engine and distiller."""
     folder = tmp_path_factory.mktemp("server")
     api = make_app(Settings(store=folder / "store", jobs_dir=folder / "jobs"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="on", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(60)
+    with live.serving(api) as url:
+        yield url
 
 
 def write_spec(folder: Path, student: str, **config: Any) -> Path:

@@ -1,8 +1,6 @@
 """The safety checker and what becomes of flagged pictures, whichever way they are drawn."""
 
 import asyncio
-import base64
-import io
 import logging
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
@@ -19,6 +17,7 @@ from service.guard import GuardedEngine
 from service.rates import Limits, RateLimited, Rates
 from service.safety import Checker, load_checker
 from service.settings import BadSettings, Settings
+from tests.service.answers import picture
 from tests.service.conftest import FakeEngine
 
 DRAW = "/v1/images/generations"
@@ -84,7 +83,7 @@ def test_a_flagged_picture_refuses_the_request(settings: Settings, engine: FakeE
 def test_a_flagged_picture_can_be_blanked(settings: Settings, engine: FakeEngine) -> None:
     with checked(settings, engine, safety_flagged="blanked") as client:
         items = client.post(DRAW, json={"prompt": "red apple", "seed": 1, "n": 3}).json()["data"]
-    images = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in items]
+    images = [picture(item) for item in items]
     assert [image.getpixel((0, 0)) for image in images] == [(1, 40, 200), (0, 0, 0), (3, 40, 200)]
     assert images[1].getextrema() == BLACK
     assert [item.get("flagged") for item in items] == [None, True, None]

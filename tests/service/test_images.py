@@ -1,7 +1,6 @@
 """``POST /v1/images/generations``: OpenAI's shape, our extensions, and what is refused."""
 
 import asyncio
-import base64
 import io
 import json
 from typing import Any
@@ -15,19 +14,15 @@ from service.engine.base import DiversityWish
 from service.pictures import PictureStore
 from service.schemas import MAX_SEED
 from service.settings import Settings
+from tests.service import answers
+from tests.service.answers import picture
 from tests.service.conftest import FakeEngine
 
 URL = "/v1/images/generations"
 
 
 def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
-    response = client.post(URL, json={"prompt": "red apple", **fields})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def picture(item: dict[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+    return answers.ask(client, URL, **fields)
 
 
 def test_one_picture(client: TestClient, engine: FakeEngine) -> None:

@@ -1,8 +1,6 @@
 """A real server under clients that go away, and under ten times what it can draw: nothing is lost, nothing grows."""
 
 import asyncio
-import base64
-import io
 import random
 import time
 from collections import Counter
@@ -13,8 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.service.answers import picture
 from tests.service.conftest import TinyBase
 from tests.service.served import Served, served
 
@@ -61,7 +59,7 @@ def kinds(base: str) -> list[dict[str, Any]]:
 
 
 def pixels(item: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).convert("RGB")).astype(int)
+    return np.asarray(picture(item).convert("RGB")).astype(int)
 
 
 def same(body: dict[str, Any], got: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:

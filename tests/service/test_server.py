@@ -4,21 +4,19 @@ import base64
 import hashlib
 import io
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 
 from service.app import create_app
 from service.engine.step_engine import StepEngine
 from service.settings import Settings
+from tests.service import answers
 from tests.service.conftest import TinyBase
+from tests.service.live import serving
 from weights.contracts import DataSpec, DistillJob, Router
 from weights.store import Store
 
@@ -40,30 +38,8 @@ def address(tiny_base: TinyBase, tmp_path_factory: pytest.TempPathFactory) -> It
     routed = store.manifest("tiny").model_copy(update={"name": "routed", "router": router, "files": {}})
     store.publish(routed, folder / "none")
     app = create_app(settings, StepEngine.from_settings(settings))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on", ws="none"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        try:
-            wait_until_ready(url)
-            yield url
-        finally:
-            server.should_exit = True
-            thread.join(60)
-
-
-def wait_until_ready(url: str) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{url}/health/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("the server did not get ready")
+    with serving(app) as url:
+        yield url
 
 
 def test_draw_over_http(address: str) -> None:
@@ -91,7 +67,7 @@ def test_a_routed_student_over_http(address: str) -> None:
 
 
 def picture(answer: dict[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    return answers.picture(answer["data"][0])
 
 
 def test_a_png_names_what_drew_it(address: str, tiny_base: TinyBase) -> None:

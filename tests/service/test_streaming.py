@@ -1,8 +1,6 @@
 """Streams of pictures, and requests that are cancelled: over real connections, which can be left at any time."""
 
 import asyncio
-import base64
-import io
 import json
 import threading
 import time
@@ -14,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from PIL import Image
 
 from service.app import create_app
 from service.engine.base import BadRequest, EngineError, Overloaded, TimedOut
 from service.running import Running
 from service.settings import Settings
 from service.streaming import Awaited
+from tests.service.answers import picture
 from tests.service.conftest import FakeEngine
 from tests.service.live import serving
 
@@ -72,10 +70,6 @@ def events(text: str) -> list[tuple[str, dict[str, Any]]]:
             name, data = frame.split("\n")
             found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found
-
-
-def picture(event: dict[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(event["b64_json"])))
 
 
 def test_a_stream_brings_states_and_then_the_picture(live: Live) -> None:

@@ -1,7 +1,6 @@
 """What the model predicts at each step: over HTTP, as a strip, and from the terminal."""
 
 import asyncio
-import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from service.cli import app
 from service.engine.base import BadRequest, DiversityWish, DrawRequest, StepTaken
 from service.settings import Settings
 from service.tracing import CELL, COLUMNS, LEGS, Way, caption, draw_strip, trace
+from tests.service import answers
+from tests.service.answers import picture
 from tests.service.conftest import FakeEngine
 from tests.service.live import serving
 
@@ -24,13 +25,7 @@ URL = "/v1/images/trace"
 
 
 def ask(client: TestClient, **fields: Any) -> dict[str, Any]:
-    response = client.post(URL, json={"prompt": "red apple", **fields})
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def picture(item: dict[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+    return answers.ask(client, URL, **fields)
 
 
 def test_every_step_is_told_and_shown(client: TestClient, engine: FakeEngine) -> None:

@@ -34,7 +34,7 @@ class Bent(Denoiser):
 
 
 def follow(trajectory: Trajectory, denoiser: Denoiser, noise: ImageNoise) -> Tensor:
-    x = (trajectory.start * noise().double()).float()
+    x = trajectory.first_state(noise())
     for _ in range(trajectory.skipped_draws):
         noise()
     for step in trajectory.steps:

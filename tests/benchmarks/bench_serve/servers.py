@@ -14,7 +14,7 @@ from unittest.mock import patch
 import httpx
 import torch
 
-from service.demo import free_port
+from service.demo import free_port, stop
 from service.settings import Settings, read_settings
 from weights.bundled import STUDENTS
 from weights.export import export
@@ -120,12 +120,7 @@ def _started(name: str, command: list[str], folder: Path, variables: Mapping[str
         _wait_until_ready(url, process, log)
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, STOP_SECONDS)
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
