@@ -86,8 +86,8 @@ class Compiler:
     def streams(self, rows: int) -> int:
         """Parts of a batch that are computed at the same time, by as many threads fewer each.
 
-        On two cores two halves of eight rows took two thirds of the time of all eight (bundled UNet, bf16, Zen 4): threads
-        that work on one small layer wait for each other after each. Halves of two rows gained nothing.
+        Threads that share one small layer wait for each other after each; those with parts of their own do not. Parts of one
+        row gained nothing.
         """
         streams = 1
         while 2 * streams <= min(self._threads, rows // 2) and rows % (2 * streams) == 0:
