@@ -154,7 +154,8 @@ def test_silence_is_filled_with_comments(live: Live) -> None:
 def test_a_reader_that_goes_away_ends_the_drawing(live: Live) -> None:
     live.hold()
     with live.http.stream("POST", URL, json={"prompt": "x", "stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a reader of lines that is dropped closes the connection
+        next(lines)
         assert len(live.app.state.running) == 1
     assert live.engine.dropped.wait(10)
     until(lambda: len(live.app.state.running) == 0)
