@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -63,13 +64,26 @@ def digest_folder(path: Path) -> str:
 
 def file_sha256(path: Path) -> str:
     """A file's sha256 in hexadecimal; computed again only when its size, mtime or inode changes."""
-    stat = path.stat()
-    return _sha256(str(path.absolute()), stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return _sha256(_Content.of(path))
+
+
+class _Content(NamedTuple):
+    """A file as long as it keeps its content: what is known of that need not be found out twice."""
+
+    path: Path
+    mtime_ns: int
+    size: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Content":
+        stat = path.stat()
+        return cls(path.absolute(), stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: str, mtime_ns: int, size: int, inode: int) -> str:
-    with open(path, "rb") as file:
+def _sha256(content: _Content) -> str:
+    with open(content.path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -151,10 +165,15 @@ def _check_weights(path: Path) -> None:
     if path.suffix != WEIGHTS:
         return
     try:
-        with safe_open(path, framework="numpy") as file:
-            file.keys()
+        _parse_header(_Content.of(path))
     except (SafetensorError, OSError) as error:
         raise Corrupt(f"{path} is no complete safetensors file ({error}): write it again") from error
+
+
+@lru_cache(maxsize=4096)
+def _parse_header(content: _Content) -> None:
+    with safe_open(content.path, framework="numpy") as file:
+        file.keys()
 
 
 def verify(folder: Path, manifest: StudentManifest) -> None:

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from weights import student_files
 from weights.contracts import Diversity, StepSchedule, StudentManifest
 from weights.store import (
     LEFTOVER_SECONDS,
@@ -286,17 +285,20 @@ def test_a_changed_byte_is_found_though_the_file_was_verified_before(published: 
         published.open("fast-cat")
 
 
-def test_a_verified_file_is_not_hashed_again(published: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("read", ["hashlib.file_digest", "safe_open"])
+def test_a_verified_file_is_not_read_again(published: Store, monkeypatch: pytest.MonkeyPatch, read: str) -> None:
     published.open("fast-cat")
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("hashed again")
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("read again")
 
-    monkeypatch.setattr(student_files.hashlib, "file_digest", refuse)
     file = published.open("fast-cat").path / WEIGHTS
-    os.utime(file)
-    with pytest.raises(AssertionError, match="hashed again"):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"weights.student_files.{read}", refuse)
         published.open("fast-cat")
+        os.utime(file)
+        with pytest.raises(AssertionError, match="read again"):
+            published.open("fast-cat")
 
 
 def test_missing_added_and_linked_files_are_found(published: Store, tmp_path: Path) -> None:
