@@ -23,7 +23,6 @@ from weights.trajectory import (
     Trajectory,
     advance,
     base_trajectory,
-    evaluations_per_call,
     student_trajectory,
 )
 
@@ -40,20 +39,19 @@ class Drawing:
     """Network evaluations per picture, the base leg's included; a guided step counts two."""
 
 
-def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> tuple[Denoiser, int]:
-    """The denoiser under classifier-free guidance, and its `evaluations_per_call`; one that embeds guidance needs one.
+def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> Denoiser:
+    """The denoiser under classifier-free guidance.
 
     Raises:
         CannotDraw: guidance was asked for, without the unconditional (or negative) condition it needs.
     """
     if denoiser.embeds_guidance:
-        return EmbeddedGuidance(denoiser, guidance_scale), 1
-    cost = evaluations_per_call(guidance_scale)
+        return EmbeddedGuidance(denoiser, guidance_scale)
     if guidance_scale == 1:
-        return denoiser, cost
+        return denoiser
     if uncond is None:
         raise CannotDraw(f"guidance_scale {guidance_scale} needs an unconditional condition; 1.0 turns guidance off")
-    return Guided(denoiser, uncond, guidance_scale), cost
+    return Guided(denoiser, uncond, guidance_scale)
 
 
 def draw_base(
@@ -145,7 +143,7 @@ def _follow(
     for _ in range(trajectory.skipped_draws):
         noise()
     for index, step in enumerate(trajectory.steps):
-        denoiser, _ = guided(denoisers[step.leg], uncond, step.guidance_scale)
+        denoiser = guided(denoisers[step.leg], uncond, step.guidance_scale)
         x0 = denoiser(x, torch.full((len(x),), step.t, device=device), cond)
         x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
         if on_step is not None:

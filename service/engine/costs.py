@@ -211,11 +211,6 @@ class Costs:
             self._guessed.pop(part, None)
         return profile
 
-    def knows(self, part: Part) -> bool:
-        """Whether this part was measured, on whichever model of its architecture."""
-        with self._lock:
-            return part in self._measured
-
     def of(self, part: Part) -> CostProfile:
         """What this part costs: guessed from the nearest one where it was not measured, and from then on observed.
 

@@ -7,8 +7,6 @@ at the virtual time of now, which is how far the line has come. So a single pict
 
 import math
 import threading
-import time
-from collections.abc import Callable
 
 from service.engine.base import NotReady, Overloaded
 
@@ -22,21 +20,10 @@ class Place:
     Attributes:
         client: whose it is.
         seconds: of work, as predicted when it joined.
-        joined: when, by the line's clock.
-        deadline: when it is worth nothing any more, by the line's clock; None for never.
     """
 
-    def __init__(
-        self,
-        line: "Line",
-        client: str,
-        seconds: float,
-        start: float,
-        number: int,
-        joined: float,
-        deadline: float | None,
-    ) -> None:
-        self.client, self.seconds, self.joined, self.deadline = client, seconds, joined, deadline
+    def __init__(self, line: "Line", client: str, seconds: float, start: float, number: int) -> None:
+        self.client, self.seconds = client, seconds
         self._line, self._start, self._number = line, start, number
         self._remaining = seconds
 
@@ -80,13 +67,12 @@ class Line:
 
     Args:
         bound_seconds: of work (FEWSTEP_QUEUE_SECONDS).
-        clock: seconds, rising.
     """
 
-    def __init__(self, bound_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, bound_seconds: float) -> None:
         if not 0 < bound_seconds < math.inf:
             raise ValueError(f"bound_seconds must be above 0 and finite, got {bound_seconds}")
-        self._bound, self._clock = bound_seconds, clock
+        self._bound = bound_seconds
         self._lock = threading.Lock()
         self._places: dict[int, Place] = {}
         self._finish: dict[str, float] = {}
@@ -117,7 +103,7 @@ class Line:
                 held = self._held()
                 self._check_room(held, client, seconds)
                 self._check_deadline(held, client, seconds, deadline_seconds)
-            return self._admit(client, seconds, deadline_seconds)
+            return self._admit(client, seconds)
 
     @property
     def seconds(self) -> float:
@@ -160,7 +146,7 @@ class Line:
             about = f"the request would be done in about {end:.1f} s, and has {deadline:g} s"
             raise _overloaded(about, min(end - deadline, sum(held.values())))
 
-    def _admit(self, client: str, seconds: float, deadline: float | None) -> Place:
+    def _admit(self, client: str, seconds: float) -> Place:
         reached = min((place._reached for place in self._places.values()), default=self._virtual)
         self._virtual = max(self._virtual, reached)
         self._finish = {name: tag for name, tag in self._finish.items() if tag > self._virtual}
@@ -168,9 +154,7 @@ class Line:
         start = max(self._finish.get(client, self._virtual), *own, self._virtual)
         self._finish[client] = start + seconds
         self._number += 1
-        now = self._clock()
-        until = None if deadline is None else now + deadline
-        place = Place(self, client, seconds, start, self._number, now, until)
+        place = Place(self, client, seconds, start, self._number)
         self._places[self._number] = place
         return place
 

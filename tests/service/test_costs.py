@@ -167,10 +167,8 @@ def test_a_request_is_predicted_at_full_batches() -> None:
 def test_a_part_that_was_never_measured() -> None:
     costs = Costs(BATCHES, target=1.0)
     assert costs.of(NETWORK).seconds(1) > 0, "even where nothing was"
-    assert not costs.knows(NETWORK)
     costs.put(NETWORK, {1: 0.1, 8: 0.4})
     costs.put(Part("network", "big unet", (4, 16, 16)), {1: 0.5, 8: 2.0})
-    assert costs.knows(NETWORK)
     assert costs.of(NETWORK).seconds(8) == pytest.approx(0.4)
     larger = costs.of(Part("network", "unet", (4, 32, 32)))
     assert (larger.seconds(1), larger.seconds(8)) == pytest.approx((0.4, 1.6))
@@ -182,6 +180,5 @@ def test_a_guess_learns_and_yields_to_a_measurement() -> None:
     for _ in range(2 * ENOUGH):
         costs.observe(NETWORK, 1, 0.03)
     assert costs.of(NETWORK).seconds(1) == pytest.approx(0.03)
-    assert not costs.knows(NETWORK)
     costs.put(NETWORK, {1: 0.02})
     assert costs.of(NETWORK).seconds(1) == pytest.approx(0.02)

@@ -137,13 +137,6 @@ def test_a_place_is_left_once_and_work_never_grows() -> None:
     assert len(line) == 1
 
 
-def test_times_are_the_lines_clock() -> None:
-    line = Line(BOUND, clock=lambda: 100.0)
-    place = line.join("a", 1.0, deadline_seconds=5.0)
-    assert (place.joined, place.deadline) == (100.0, 105.0)
-    assert line.join("a", 1.0).deadline is None
-
-
 def test_a_closed_line_keeps_those_who_are_in() -> None:
     line = Line(BOUND)
     place = line.join("a", 1.0)
