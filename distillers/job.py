@@ -3,7 +3,6 @@
 import math
 import signal
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, StoreError, StudentFolder
 from weights.students import base_reference, check_base, load_student
+from weights.version import code_version
 
 STOPPED = 143
 """Exit status after SIGTERM, as a shell reports it; SIGINT (Ctrl-C) has the same, since the job does the same."""
@@ -38,14 +38,6 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 
 EXPECTED = (ValueError, Diverged, StoreError, OSError)
 """Failures whose message is all there is to say; anything else is a bug, and its traceback is shown."""
-
-
-def code_version() -> str:
-    """The installed package's version."""
-    try:
-        return version("fewstep")
-    except PackageNotFoundError:
-        return "source"
 
 
 class JobRun:

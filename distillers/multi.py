@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from distillers.corpus import load_corpus
-from distillers.job import STOPPED, JobRun, code_version, published
+from distillers.job import STOPPED, JobRun, published
 from distillers.merging import MergedEvents, PartReporter
 from distillers.partition import FILE, Partition
 from distillers.spec import BadSpec
@@ -36,6 +36,7 @@ from distillers.trainer import Interrupted
 from weights.contracts import EVENTS, AnyEvent, StudentManifest
 from weights.families import load
 from weights.students import base_reference
+from weights.version import code_version
 
 POLL_SECONDS = 0.5
 SPENT = (

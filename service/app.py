@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -23,6 +22,7 @@ from service.safety import load_checker
 from service.settings import Settings
 from service.spans import Spans
 from service.tracking import HEADER, Tracking
+from weights.version import code_version
 
 EXPOSED = (
     HEADER,
@@ -40,14 +40,6 @@ def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
         requests_per_minute=requests or settings.requests_per_minute,
         pictures_per_minute=pictures or settings.pictures_per_minute,
     )
-
-
-def code_version() -> str:
-    """The installed version, or 'source' where the tree is run without being installed."""
-    try:
-        return version("fewstep")
-    except PackageNotFoundError:
-        return "source"
 
 
 def create_app(
