@@ -125,6 +125,12 @@ def calibrate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def average(context: typer.Context) -> None:
+    """Publish the mean of several students' weights: average NAME STUDENT[:COUNT]... (see average --help)."""
+    _become("distillers.averaging", _with_store(context.args))
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def distill(context: typer.Context) -> None:
     """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
     asks = context.args[:1] in (["check"], ["methods"])

@@ -248,6 +248,15 @@ class Router(Contract):
         return self
 
 
+class AveragedStudent(Contract):
+    """One of the students whose weights a student's are the mean of."""
+
+    name: Name = Field(description="what it was published as")
+    share: float = Field(gt=0, le=1, description="of the mean")
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
+    job: DistillJob | None = Field(None, description="that made it")
+
+
 class StudentManifest(Contract):
     """``student.json``: what a student is, how to draw with it, and what it was measured to be."""
 
@@ -266,6 +275,9 @@ class StudentManifest(Contract):
         None, description="draw each prompt with one of several other students; there are no weights of its own then"
     )
     job: DistillJob | None = None
+    averaged: list[AveragedStudent] = Field(
+        default_factory=list, description="students whose weights these are the mean of; none for a job's own"
+    )
     metrics: dict[str, Any] = Field(default_factory=dict)
     licence: str = "unspecified"
     code_version: str

@@ -67,6 +67,7 @@ def test_the_help_loads_nothing_heavy() -> None:
         "worker",
         "evaluate",
         "calibrate",
+        "average",
         "distill",
         "jobs",
         "keys",
@@ -127,6 +128,7 @@ def test_a_server_that_could_not_work_does_not_start(
             ["a", "b", "--quick", "--store", "STORE", "--out", "runs/evaluation"],
         ),
         (["calibrate", "a", "--write"], "distillers.evaluation.calibrate", ["a", "--write", "--store", "STORE"]),
+        (["average", "c", "a", "b:2"], "distillers.averaging", ["c", "a", "b:2", "--store", "STORE"]),
         (["evaluate", "--store=x", "--out=y"], "distillers.evaluation", ["--store=x", "--out=y"]),
     ],
 )

@@ -1,0 +1,222 @@
+"""Averages several students of one base into one: a "model soup" (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+
+    python -m distillers.averaging fast-cat cat-dmd2:2 cat-sid --store STORE
+
+Students that were trained from the same weights, by whatever methods and not for too long, lie in one basin: between them
+the loss is no higher, and what each picked up by chance, or from its method's blind spot, cancels out. The mean draws at
+one student's cost. Whether it is better than its parts is for `fewstep evaluate` to say: nothing here measures.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weights.bundled import STUDENTS
+from weights.contracts import AveragedStudent, FileRecord, StudentManifest
+from weights.store import Store, StoreError, StudentFolder, digest_folder
+from weights.student_files import HARMLESS, WEIGHTS
+from weights.version import code_version
+
+METHOD = "average"
+ALIKE = ("family", "base", "schedules", "licence")
+"""Fields of the manifest in which students that are averaged must agree."""
+
+
+class CannotAverage(ValueError):
+    """These students have no mean; the message says which, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One of the students, and its share of the whole, in (0, 1]."""
+
+    folder: StudentFolder
+    share: float
+
+
+def parts_of(store: Store, wanted: Mapping[str, float]) -> list[Part]:
+    """The students, verified, with shares that sum to one.
+
+    Args:
+        store: has them.
+        wanted: how much each counts, above 0, by name.
+
+    Raises:
+        CannotAverage: fewer than two, a count that is not above 0, or students that are not alike.
+        StoreError: one of them is missing, or its files are not what was published.
+    """
+    if len(wanted) < 2:
+        raise CannotAverage(f"an average takes at least two students, got {', '.join(wanted) or 'none'}")
+    for name, weight in wanted.items():
+        if not 0 < weight < float("inf"):
+            raise CannotAverage(f"{name}: counts {weight:g} times; want a number above 0")
+    total = sum(wanted.values())
+    parts = [Part(folder=store.open(name), share=weight / total) for name, weight in wanted.items()]
+    for part in parts:
+        _check(part.folder.manifest, parts[0].folder.manifest)
+    return parts
+
+
+def _check(one: StudentManifest, first: StudentManifest) -> None:
+    if one.router is not None:
+        raise CannotAverage(
+            f"student {one.name!r} has no weights of its own, it routes: name the students it routes to"
+        )
+    if one.adapter != "full":
+        raise CannotAverage(
+            f"student {one.name!r} is a LoRA: the mean of adapters is not the adapter of the mean; average full students"
+        )
+    for field in ALIKE:
+        ours, theirs = getattr(one, field), getattr(first, field)
+        if ours != theirs:
+            raise CannotAverage(f"{one.name!r} and {first.name!r} differ in {field}: {ours} and {theirs}")
+    if (one.guidance.default_scale, one.guidance.embedded) != (first.guidance.default_scale, first.guidance.embedded):
+        raise CannotAverage(
+            f"{one.name!r} and {first.name!r} draw with other guidance: {one.guidance}, {first.guidance}"
+        )
+    files, others = _loaded(one), _loaded(first)
+    if files.keys() != others.keys():
+        odd = ", ".join(sorted(files.keys() ^ others.keys()))
+        raise CannotAverage(f"{one.name!r} and {first.name!r} do not have the same files: {odd}")
+    for path, record in files.items():
+        if not path.endswith(WEIGHTS) and record.sha256 != others[path].sha256:
+            raise CannotAverage(f"{one.name!r} and {first.name!r} have networks of another kind: {path} differs")
+
+
+def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:
+    """The files that a model is loaded from, without those that are for people."""
+    return {path: record for path, record in manifest.files.items() if Path(path).suffix not in HARMLESS}
+
+
+def average_file(parts: Sequence[Part], path: str) -> dict[str, Tensor]:
+    """The weighted means of all tensors of one safetensors file, summed in float64 one tensor at a time.
+
+    Returns:
+        By name, in the first student's dtype.
+
+    Raises:
+        CannotAverage: the students' tensors have other names or shapes.
+    """
+    files = [safe_open(part.folder.path / path, framework="pt") for part in parts]
+    names = [sorted(file.keys()) for file in files]
+    means: dict[str, Tensor] = {}
+    for part, own in zip(parts, names, strict=True):
+        if own != names[0]:
+            raise CannotAverage(f"{part.folder.manifest.name!r}: {path} has other tensors than the first student's")
+    for name in names[0]:
+        tensors = [file.get_tensor(name) for file in files]
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise CannotAverage(f"{path}: {name} has shapes {', '.join(str(tuple(t.shape)) for t in tensors)}")
+        mean = sum(part.share * tensor.double() for part, tensor in zip(parts, tensors, strict=True))
+        assert isinstance(mean, Tensor), "there are at least two"
+        means[name] = mean.to(tensors[0].dtype) if tensors[0].is_floating_point() else tensors[0]
+    return means
+
+
+def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool = False) -> StudentManifest:
+    """Publish the weighted mean of students under a name.
+
+    Args:
+        store: has them, and gets it.
+        name: of the new student.
+        wanted: how much each counts, by name.
+        replace: take the place of a student of that name.
+
+    Returns:
+        The manifest as it was published; its ``averaged`` names the parts.
+
+    Raises:
+        CannotAverage: see `parts_of` and `average_file`.
+        StoreError: as in `Store.open` and `Store.publish`.
+    """
+    parts = parts_of(store, wanted)
+    first = parts[0].folder.manifest
+    scale = sum(part.share * part.folder.manifest.guidance.trained_scale for part in parts)
+    manifest = StudentManifest(
+        name=name,
+        created_at=datetime.now(UTC),
+        method=METHOD,
+        family=first.family,
+        base=first.base,
+        schedules=first.schedules,
+        guidance=first.guidance.model_copy(update={"trained_scale": scale}),
+        averaged=_averaged(parts),
+        licence=first.licence,
+        code_version=code_version(),
+    )
+    with tempfile.TemporaryDirectory(prefix="fewstep-average-") as temporary:
+        for path in _loaded(first):
+            target = Path(temporary, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.endswith(WEIGHTS):
+                save_file(average_file(parts, path), target, metadata={"format": "pt"})
+            else:
+                target.write_bytes((parts[0].folder.path / path).read_bytes())
+        return store.publish(manifest, Path(temporary), replace=replace)
+
+
+def _averaged(parts: Sequence[Part]) -> list[AveragedStudent]:
+    """Where the weights come from; a part that is a mean itself is told by its own parts."""
+    found = []
+    for part in parts:
+        manifest = part.folder.manifest
+        own = AveragedStudent(name=manifest.name, share=1.0, sha256=digest_folder(part.folder.path), job=manifest.job)
+        found += [each.model_copy(update={"share": part.share * each.share}) for each in manifest.averaged or [own]]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        wanted = dict(map(_weighted, options.students))
+        if len(wanted) < len(options.students):
+            raise CannotAverage("a student is named twice: give each once, as NAME:COUNT")
+        manifest = average(Store(options.store, STUDENTS), options.name, wanted, options.replace)
+        shares = ", ".join(f"{each.share:.3g} {each.name}" for each in manifest.averaged)
+        console.print(Text(f"published {manifest.name}: {shares}"))
+    except (StoreError, ValueError, OSError) as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        return 2
+    return 0
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition(":")
+    try:
+        return name, float(weight) if weight else 1.0
+    except ValueError:
+        raise CannotAverage(f"{text!r}: want NAME or NAME:COUNT, such as cat-dmd2:2") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m distillers.averaging",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("name", metavar="NAME", help="of the new student")
+    made.add_argument(
+        "students", nargs="+", metavar="STUDENT[:COUNT]", help="at least two, and how much each counts (1)"
+    )
+    made.add_argument("--store", type=Path, required=True, help="the model store's folder")
+    made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
+    return made
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(os.cpu_count() or 1)
+    sys.exit(main())
