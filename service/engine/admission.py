@@ -1,5 +1,6 @@
 """How requests get their models: at once where those are in memory, else from a thread that loads while others are drawn."""
 
+import atexit
 import logging
 import queue
 import threading
@@ -54,13 +55,15 @@ class Loader:
         self._waits.put(wait)
 
     def stop(self, seconds: float) -> None:
-        """End after the model that is being loaded, for which so many seconds are waited."""
+        """End after the model that is being loaded. So many seconds are waited for that here, the rest at the process's end."""
         self._stopping = True
         self._waits.put(None)
         if self._thread.ident is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
-                log.warning("a model is still being loaded; the server stops without waiting for it any longer")
+                log.warning("a model is still being loaded; the process will end when it is")
+                # A thread that is still in torch's code when Python goes away takes the process down with SIGABRT.
+                atexit.register(self._thread.join)
 
     def _work(self) -> None:
         while (wait := self._waits.get()) is not None and not self._stopping:

@@ -24,7 +24,7 @@ from weights.contracts import StudentManifest
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 30.0
+STOP_SECONDS = 10.0
 """At most, for a model that is being loaded when the engine stops."""
 
 
