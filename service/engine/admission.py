@@ -55,7 +55,7 @@ class Loader:
         self._waits.put(wait)
 
     def stop(self, seconds: float) -> None:
-        """End after the model that is being loaded. So many seconds are waited for that here, the rest at the process's end."""
+        """End after the model that is being loaded; waited for here for so many seconds, and else at the process's end."""
         self._stopping = True
         self._waits.put(None)
         if self._thread.ident is not None:
