@@ -72,7 +72,7 @@ _Paths = list[Path]
 
 @dataclass(frozen=True)
 class StudentFolder:
-    """A verified student."""
+    """A student: from `Store.open` a verified one, from `Store.find` one whose files nobody has looked at."""
 
     path: Path
     """The version's own folder: it stays the same while the name is pointed elsewhere."""
@@ -117,7 +117,16 @@ class Store:
             Forbidden: that is no name, or the manifest lists a file outside its folder or of a forbidden kind.
             Corrupt: the manifest cannot be read.
         """
-        return read_manifest(self._folder(name), name)
+        return self.find(name).manifest
+
+    def find(self, name: str) -> StudentFolder:
+        """The student's folder and manifest; its files are not read.
+
+        Raises:
+            NotFound, Forbidden, Corrupt: as in `manifest`.
+        """
+        folder = self._folder(name)
+        return StudentFolder(folder, read_manifest(folder, name))
 
     def made_by(self, job: DistillJob) -> StudentManifest | None:
         """What this very job published in root, if it did; bundled students are nobody's."""
@@ -135,10 +144,9 @@ class Store:
             Forbidden: as in `manifest`, or a file is a symlink, or an unlisted one could be loaded.
             Corrupt: a file is missing, truncated, or not what was published.
         """
-        folder = self._folder(name)
-        manifest = read_manifest(folder, name)
-        verify(folder, manifest)
-        return StudentFolder(folder, manifest)
+        found = self.find(name)
+        verify(found.path, found.manifest)
+        return found
 
     def publish(self, manifest: StudentManifest, folder: Path, replace: bool = False) -> StudentManifest:
         """Copy a student's files into the store, all or nothing.

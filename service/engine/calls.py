@@ -77,7 +77,10 @@ def to_pixels(pictures: Tensor) -> NDArray[uint8]:
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """torch's deterministic algorithms, where there are such; it warns where there are none."""
+    """torch's deterministic algorithms, where there are such; it warns where there are none.
+
+    In all threads: a model that is loaded meanwhile is the same, only that its fresh memory is filled before it is written.
+    """
     if not wanted:
         yield
         return

@@ -18,6 +18,7 @@ from service.engine.observer import Call, Observer
 from service.engine.pictures import ActiveRequest, Picture, Ticket
 from service.engine.planner import Planner
 from service.engine.preview import LinearPreview
+from service.engine.resident import Resident
 from service.engine.scheduler import Group, batch_of, choose
 from service.engine.text import Prompt, PromptCache
 from weights.denoiser import Cond
@@ -35,7 +36,7 @@ class DrawingLoop:
     """All admitted requests, and the next call. Everything here is used on one thread, which owns torch and the models.
 
     Args:
-        planner: loads models.
+        planner: plans what each request draws.
         costs: of calls; they are kept current.
         prompts: conditions that are encoded already.
         observer: told of every call.
@@ -52,21 +53,17 @@ class DrawingLoop:
         """Whether there is anything to do."""
         return bool(self._active)
 
-    def admit(self, ticket: Ticket) -> None:
-        """Take a request in, its model loaded if need be.
-
-        That is done here, between two calls: while the libraries load, torch's default precision and the way modules make
-        their parameters are other ones, in all threads.
-        """
+    def admit(self, ticket: Ticket, resident: Resident) -> None:
+        """Take a request in, with its model."""
         if ticket.over:
             return
         try:
-            resident, plan = self._planner.load(ticket.request, ticket.model)
+            plan = self._planner.plan_with(ticket.request, ticket.model, resident)
             active = ActiveRequest(ticket, resident, plan, self._costs)
             if ticket.request.previews and not ticket.request.exact_previews:
                 self.preview_of(resident.base)
-        except Exception as error:  # noqa: BLE001 - foreign files fail in any way; it is logged there
-            ticket.end(_told(error))
+        except Exception as error:  # noqa: BLE001 - a bug of ours or of a foreign model; it is logged there
+            ticket.end(told(error))
             return
         for prompt in active.prompts:
             known = self._prompts.get(prompt)
@@ -86,9 +83,9 @@ class DrawingLoop:
             with torch.inference_mode(), calls.determinism(works[0].group.alone):
                 self._call(works)
         except Exception as error:  # noqa: BLE001 - a bug of ours, nobody's in particular; it is logged there
-            told = _told(error)
+            failed = told(error)
             for request in self._active:
-                request.ticket.end(told)
+                request.ticket.end(failed)
 
     def clear(self) -> None:
         """Forget everything, for good."""
@@ -143,9 +140,9 @@ class DrawingLoop:
             answers = self._timed(works, run)
         except Exception as error:  # noqa: BLE001 - as above
             if len(works) == 1:
-                told = _told(error)
+                failed = told(error)
                 for request in self._waiting(works[0]):
-                    request.ticket.end(told)
+                    request.ticket.end(failed)
                 return
             log.warning(
                 "a call for %d failed (%s: %s); it is tried again in halves", len(works), type(error).__name__, error
@@ -210,7 +207,7 @@ class DrawingLoop:
                 picture.request.done(picture, own, now)
 
 
-def _told(error: Exception) -> EngineError:
+def told(error: Exception) -> EngineError:
     """What the client is told: an error of ours as it is; the rest is for the log."""
     if isinstance(error, EngineError):
         return error

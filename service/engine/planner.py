@@ -1,11 +1,10 @@
 """Which model draws a request, and how: what the settings, the store and the models in memory say together."""
 
 import contextlib
-from dataclasses import replace
 
 from service.engine.base import DrawRequest, EngineError
 from service.engine.plan import Plan, check_size, plan_base, plan_student
-from service.engine.residency import Residency
+from service.engine.residency import Found, Residency
 from service.engine.resident import Resident
 from service.settings import Settings
 from weights.contracts import StudentManifest
@@ -49,14 +48,31 @@ class Planner:
         check_size(request, name, info.size)
         return name, info.id, plan_base(request, info)
 
-    def load(self, request: DrawRequest, model: str) -> tuple[Resident, Plan]:
-        """The model, loaded if need be, and the plan again: the student may have been published anew in the meantime.
+    def find(self, request: DrawRequest, model: str) -> Found:
+        """The request's model, if it is in memory; quickly.
 
         Raises:
-            EngineError: the model cannot be loaded, or cannot draw this any more.
+            EngineError: there is no such model any more.
         """
-        resident = self._residency.get(model, request.prompt, request.loras)
-        if resident.manifest is None:
-            return resident, self.plan(replace(request, model=model))[2]
-        check_size(request, resident.manifest.name, resident.model.size)
-        return resident, plan_student(request, resident.manifest)
+        return self._residency.find(model, request.prompt, request.loras)
+
+    def load(self, request: DrawRequest, model: str) -> Resident:
+        """The request's model, loaded if need be.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        return self._residency.get(model, request.prompt, request.loras)
+
+    def plan_with(self, request: DrawRequest, model: str, resident: Resident) -> Plan:
+        """The plan again: the student may have been published anew since the request came.
+
+        Raises:
+            EngineError: the model cannot draw this any more.
+        """
+        info = resident.manifest if resident.manifest is not None else self._residency.info(model)
+        if isinstance(info, StudentManifest):
+            check_size(request, info.name, resident.model.size)
+            return plan_student(request, info)
+        check_size(request, model, info.size)
+        return plan_base(request, info)

@@ -5,33 +5,35 @@ whoever holds it, also when it leaves memory or another one is published under i
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from service.engine.base import BadRequest, EngineError, ModelInfo, UnknownModel
+from service.engine.base import EngineError, ModelInfo
+from service.engine.catalog import Catalog
+from service.engine.gate import Gate
+from service.engine.making import Maker, Wanted
 from service.engine.memory import Held, Shelf, TooLarge
-from service.engine.names import base_info, broken, shown, student_info
-from service.engine.resident import Key, Loras, Prepare, Resident, has_parameters_of, version_of
-from weights.contracts import BaseReference, Router, StudentManifest, check_name
-from weights.families import TextToImage, load
-from weights.store import NotFound, Store, StoreError, StudentFolder
-from weights.students import (
-    NotALora,
-    WrongBase,
-    base_reference,
-    check_base,
-    check_lora,
-    check_member,
-    load_student,
-    network_bytes,
-    route_prompts,
-)
+from service.engine.names import base_info, broken, student_info
+from service.engine.resident import Key, Loras, Prepare, Resident
+from weights.contracts import BaseReference, StudentManifest
+from weights.store import Store, StoreError, StudentFolder
+from weights.students import base_reference, check_base, network_bytes
 
-__all__ = ["Residency", "Resident"]
+__all__ = ["Found", "Residency", "Resident"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What `Residency.find` has found."""
+
+    wants: Hashable
+    """Equal for requests that wait for the same model."""
+    resident: Resident | None
+    """None: the model is to be loaded first."""
 
 
 class Residency:
@@ -47,6 +49,7 @@ class Residency:
         pinned: students that are loaded with the bases, and stay as they do.
         aliases: other names, each for a base or a student.
         prepare: turns what was loaded into what draws, given the prepared base of a student.
+        gate: closed while a base is loaded.
     """
 
     def __init__(
@@ -61,14 +64,14 @@ class Residency:
         pinned: Collection[str] = (),
         aliases: Mapping[str, str] | None = None,
         prepare: Prepare | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._store = store
         self._listed = dict.fromkeys(bases, family)
-        self._device = device
-        self._dtype = dtype
+        self._maker = Maker(device, dtype, prepare, gate if gate is not None else Gate())
         self._aliases = dict(aliases or {})
-        self._pinned = {self._aliases.get(name, name) for name in pinned}
-        self._prepare = prepare
+        self._catalog = Catalog(store, self._listed, self._aliases)
+        self._pinned = set(map(self._catalog.own_name, pinned))
         self._shelf: Shelf[Resident] = Shelf(budget, self._stays)
 
     def load_bases(self) -> None:
@@ -78,11 +81,11 @@ class Residency:
             TooLarge: they are more than the budget.
         """
         for name, family in self._listed.items():
-            self._base(name, family)
+            self._base(Key(name, family))
         for name in sorted(self._pinned - self._listed.keys()):
             try:
                 for member in self._members(name):
-                    self._student(self._store.open(member))
+                    self.get(member, "")
             except TooLarge:
                 raise
             except (EngineError, StoreError):
@@ -90,7 +93,7 @@ class Residency:
 
     def pin(self, name: str) -> None:
         """Let this student stay from now on, once it is loaded."""
-        self._pinned.add(self._aliases.get(name, name))
+        self._pinned.add(self._catalog.own_name(name))
 
     def get(self, name: str, prompt: str, loras: Loras = ()) -> Resident:
         """The model that draws this prompt under that name, loaded if need be.
@@ -105,32 +108,33 @@ class Residency:
             ModelBroken: its files, or its base's, cannot be loaded; or (`TooLarge`) it does not fit into memory.
             BadRequest: one of the LoRAs does not exist, is none, or is of another base.
         """
-        name = self._aliases.get(name, name)
-        loras = tuple(sorted((self._aliases.get(lora, lora), scale) for lora, scale in loras))
-        if name in self._listed:
-            family = self._listed[name]
-            return self._merged_base(name, family, loras) if loras else self._base(name, family)
-        folder = self._open(name)
-        if folder.manifest.router is not None:
-            return self._member(folder, folder.manifest.router, prompt, loras)
-        return self._student(folder, loras)
+        wanted = self._catalog.wanted(name, prompt, loras, self._store.open, self._base_of)
+        assert wanted is not None, "its base is loaded now"
+        if wanted.key == wanted.base:
+            return self._base(wanted.key)
+        try:
+            held = self._shelf.once(wanted.key, wanted.version, lambda: self._make(wanted))
+        except EngineError:
+            raise
+        except Exception as error:  # whatever foreign files can make a loader raise
+            raise broken(wanted.key.name) from error
+        return _told(held.value, wanted)
 
-    def check_loras(self, name: str, loras: Loras) -> None:
-        """Refuse LoRAs that `get` would refuse, without loading anything.
+    def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:
+        """The model that `get` would give if it is in memory; its files are not read. What is found stays valid.
 
         Raises:
-            UnknownModel: nothing has that name.
-            ModelBroken: the model's or a LoRA's files are not what was published.
-            BadRequest: as in `get`.
+            UnknownModel, ModelBroken, BadRequest: as `get`, as far as manifests tell.
         """
-        if not loras:
-            return
-        name = self._aliases.get(name, name)
-        try:
-            base = base_reference(name) if name in self._listed else self._open(name).manifest.base
-        except FileNotFoundError as error:
-            raise broken(name) from error
-        self._adapters(base, loras)
+        wanted = self._catalog.wanted(name, prompt, loras, self._store.find, self._base_in_memory)
+        if wanted is None:  # which student a routed one draws this prompt with cannot be told before its base is there
+            return Found(wants=(name, loras, prompt), resident=None)
+        held = self._shelf.get(wanted.key, wanted.version)
+        return Found(wants=(name, wanted.key), resident=_told(held.value, wanted) if held is not None else None)
+
+    def check_loras(self, name: str, loras: Loras) -> None:
+        """Refuse LoRAs that `get` would refuse, without loading anything: see `Catalog.check_loras`."""
+        self._catalog.check_loras(name, loras)
 
     def info(self, name: str) -> ModelInfo | StudentManifest:
         """What is known of a model without loading it: a base's facts, or a student's manifest.
@@ -139,16 +143,8 @@ class Residency:
             UnknownModel: nothing has that name.
             ModelBroken: the student's manifest cannot be read.
         """
-        name = self._aliases.get(name, name)
-        if name in self._listed:
-            return self._base_info(name)
-        self._check_name(name)
-        try:
-            return self._store.manifest(name)
-        except NotFound as error:
-            raise self._unknown(name) from error
-        except StoreError as error:
-            raise broken(name) from error
+        name = self._catalog.own_name(name)
+        return self._base_info(name) if name in self._listed else self._catalog.folder(name, self._store.find).manifest
 
     def infos(self) -> list[ModelInfo]:
         """Everything that can be drawn with: the bases, then the students, then the aliases of either."""
@@ -163,7 +159,7 @@ class Residency:
 
     def size_of(self, base: BaseReference, family: str) -> int | None:
         """Pixels of a side that this base draws; None while it is not in memory."""
-        held = self._shelf.get(Key(base.id, family))
+        held = self._shelf.get(Key(base.id, family), ())
         return held.value.base.size if held else None
 
     def bytes_by_model(self) -> dict[str, int]:
@@ -191,129 +187,35 @@ class Residency:
             return [name]
         return [name] if router is None else list(router.students)
 
-    def _base(self, name: str, family: str) -> Resident:
-        def make() -> Held[Resident]:
-            log.info("loading base %r (%s) to %s as %s", name, family, self._device, self._dtype)
-            raw = load(family, name, self._device, self._dtype)
-            model = self._prepared(raw, None)
-            return _held(key, Resident(model=model, base=model, raw_base=raw, manifest=None))
+    def _base(self, key: Key) -> Resident:
+        return self._shelf.once(key, (), lambda: _held(key, self._maker.base(key))).value
 
-        key = Key(name, family)
-        return self._shelf.once(key, None, make).value
+    def _base_of(self, folder: StudentFolder) -> Resident:
+        """A student's base, loaded if need be, once it is known to be the right one."""
+        reference = folder.manifest.base
+        check_base(folder, base_reference(reference.id).sha256)
+        return self._base(Key(reference.id, folder.manifest.family))
 
-    def _student(self, folder: StudentFolder, loras: Loras = ()) -> Resident:
-        manifest = folder.manifest
-        adapters = self._adapters(manifest.base, loras)
+    def _base_in_memory(self, folder: StudentFolder) -> Resident | None:
+        held = self._shelf.get(Key(folder.manifest.base.id, folder.manifest.family), ())
+        return held.value if held is not None else None
 
-        def make() -> Held[Resident]:
-            log.info("loading student %r (%s)", manifest.name, manifest.method)
-            check_base(folder, base_reference(manifest.base.id).sha256)
-            base = self._base(manifest.base.id, manifest.family)
-            needs = Key(manifest.base.id, manifest.family)
-            self._shelf.make_room(key, network_bytes(folder, base.raw_base), key.label, [needs])
-            raw = load_student(folder, base.raw_base)
-            return _held(key, self._derived(raw, base, manifest, key, adapters), needs)
-
-        key = Key(manifest.name, None, loras)
-        return self._load(key, (version_of(folder), *map(version_of, adapters)), make)
-
-    def _merged_base(self, name: str, family: str, loras: Loras) -> Resident:
-        try:
-            adapters = self._adapters(base_reference(name), loras)
-        except FileNotFoundError as error:
-            raise broken(name) from error
-
-        def make() -> Held[Resident]:
-            log.info("merging %s", key.label)
-            base = self._base(name, family)
-            return _held(key, self._derived(base.raw_base, base, None, key, adapters), Key(name, family))
-
-        key = Key(name, None, loras)
-        return self._load(key, tuple(map(version_of, adapters)), make)
-
-    def _load(self, key: Key, version: object, make: Callable[[], Held[Resident]]) -> Resident:
-        try:
-            return self._shelf.once(key, version, make).value
-        except EngineError:
-            raise
-        except Exception as error:  # whatever foreign files can make a loader raise
-            raise broken(key.name) from error
-
-    def _derived(
-        self,
-        raw: TextToImage,
-        base: Resident,
-        manifest: StudentManifest | None,
-        key: Key,
-        adapters: Sequence[StudentFolder],
-    ) -> Resident:
-        """A student, or its base itself, with the key's LoRAs merged into a copy, and prepared."""
-        if adapters:
-            if not has_parameters_of(raw, base.raw_base):
-                message = f"loras: {key.name!r} has a network of its own shape, which no adapters of its base fit"
-                raise BadRequest(message, "loras")
-            scales = [scale for _, scale in key.loras]
-            raw = raw.with_loras([(each.path, scale) for each, scale in zip(adapters, scales, strict=True)])
-        model = self._prepared(raw, base.model)
-        return Resident(model=model, base=base.model, raw_base=base.raw_base, manifest=manifest, loras=key.loras)
-
-    def _prepared(self, raw: TextToImage, base: TextToImage | None) -> TextToImage:
-        return raw if self._prepare is None else self._prepare(raw, base)
-
-    def _member(self, folder: StudentFolder, router: Router, prompt: str, loras: Loras) -> Resident:
-        """The student that a routed one draws this prompt with: loaded and kept like any other, since it is one."""
-        manifest = folder.manifest
-        try:
-            check_base(folder, base_reference(manifest.base.id).sha256)
-            base = self._base(manifest.base.id, manifest.family)
-            name = router.students[route_prompts(router, base.raw_base, [prompt])[0]]
-            member = self._store.open(name)
-            check_member(manifest, member.manifest)
-        except EngineError:
-            raise
-        except Exception as error:  # whatever foreign files can make a loader raise
-            raise broken(manifest.name) from error
-        return replace(self._student(member, loras), manifest=manifest, member=name)
-
-    def _adapters(self, base: BaseReference, loras: Loras) -> list[StudentFolder]:
-        """The folders of these LoRAs, if they are such and for this base."""
-        adapters = []
-        for given, _ in loras:
-            name = self._aliases.get(given, given)
-            try:
-                check_name(name)
-                folder = self._store.open(name)
-                check_lora(folder, base)
-            except (NotALora, WrongBase) as error:
-                raise BadRequest(f"loras: {error}", "loras") from error
-            except (ValueError, NotFound) as error:
-                raise BadRequest(f"loras: no student is named {shown(name)}", "loras") from error
-            except StoreError as error:
-                raise broken(name) from error
-            adapters.append(folder)
-        return adapters
+    def _make(self, wanted: Wanted) -> Held[Resident]:
+        if wanted.folder is None:
+            base = self._base(wanted.base)
+        else:
+            base = self._base_of(wanted.folder)
+            needed = network_bytes(wanted.folder, base.raw_base)
+            self._shelf.make_room(wanted.key, needed, wanted.key.label, [wanted.base])
+        return _held(wanted.key, self._maker.derived(wanted, base), wanted.base)
 
     def _base_info(self, name: str) -> ModelInfo:
-        return base_info(name, self._base(name, self._listed[name]).raw_base)
+        return base_info(name, self._base(Key(name, self._listed[name])).raw_base)
 
-    def _open(self, name: str) -> StudentFolder:
-        self._check_name(name)
-        try:
-            return self._store.open(name)
-        except NotFound as error:
-            raise self._unknown(name) from error
-        except StoreError as error:
-            raise broken(name) from error
 
-    def _check_name(self, name: str) -> None:
-        try:
-            check_name(name)
-        except ValueError as error:
-            raise self._unknown(name) from error
-
-    def _unknown(self, name: str) -> UnknownModel:
-        known = ", ".join([*self._listed, *self._store.names(), *self._aliases])
-        return UnknownModel(f"no model is named {shown(name)}; there are: {known}")
+def _told(resident: Resident, wanted: Wanted) -> Resident:
+    """As it was asked for: under its own name, or a routed student's."""
+    return resident if wanted.routed is None else replace(resident, manifest=wanted.routed, member=wanted.key.name)
 
 
 def _held(key: Key, resident: Resident, needs: Key | None = None) -> Held[Resident]:

@@ -27,6 +27,7 @@ from service.engine.base import (
     UnknownModel,
 )
 from service.engine.costs import Costs
+from service.engine.gate import Gate
 from service.engine.line import Line
 from service.engine.loop import DrawingLoop
 from service.engine.memory import default_budget
@@ -72,6 +73,7 @@ class StepEngine:
         self._settings = settings
         device = device_of(settings)
         dtype = dtype_of(settings, device)
+        gate = Gate()
         self._residency = Residency(
             store,
             settings.bases,
@@ -82,13 +84,14 @@ class StepEngine:
             pinned=settings.pinned,
             aliases=settings.aliases,
             prepare=backend.prepare,
+            gate=gate,
         )
         self._planner = Planner(settings, self._residency, Store(bundled).names() if bundled is not None else [])
         self._costs, self._line = costs, line
         self._observer: Observer = observer if observer is not None else Silence()
         prompts = PromptCache(settings.prompt_cache_bytes)
         loop = DrawingLoop(self._planner, costs, prompts, self._observer)
-        self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop, costs)
+        self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop, costs, gate)
         self._tickets: dict[Ticket, asyncio.TimerHandle] = {}
         """Requests that somebody waits for, each with what ends it at its deadline."""
         self._idle = asyncio.Event()

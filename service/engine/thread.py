@@ -6,8 +6,10 @@ import threading
 
 import torch
 
+from service.engine.admission import Admission, Loader, Wait
 from service.engine.base import DrawRequest, EngineError
 from service.engine.costs import Costs
+from service.engine.gate import Gate
 from service.engine.line import Line
 from service.engine.loop import DrawingLoop
 from service.engine.parts import Parts, parts_of
@@ -22,6 +24,9 @@ from weights.contracts import StudentManifest
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 10.0
+"""At most, for a model that is being loaded when the engine stops."""
+
 
 class EngineThread:
     """Owns the drawing loop.
@@ -34,6 +39,7 @@ class EngineThread:
         line: closed where nothing can be drawn.
         loop: the calls.
         costs: of them; measured before the engine is ready.
+        gate: that of the residency; nothing is computed while it is closed.
     """
 
     def __init__(
@@ -45,11 +51,15 @@ class EngineThread:
         line: Line,
         loop: DrawingLoop,
         costs: Costs,
+        gate: Gate,
     ) -> None:
         self._settings, self._device, self._costs = settings, device, costs
         self._residency, self._planner, self._line, self._loop = residency, planner, line, loop
-        self._inbox: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._gate = gate
+        self._inbox: queue.SimpleQueue[Ticket | Wait | None] = queue.SimpleQueue()
         """What to take in; None is the end."""
+        self._loader = Loader(planner, self._inbox.put)
+        self._admission = Admission(planner, loop, self._loader.put)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.warm = False
         """Whether a first picture was drawn."""
@@ -67,10 +77,12 @@ class EngineThread:
         self._inbox.put(ticket)
 
     def stop(self) -> None:
-        """End after the call that is being made, and wait for that."""
+        """End after the call that is being made, and wait for that; for a model that is being loaded, not for ever."""
         self._inbox.put(None)
+        self._loader.stop(STOP_SECONDS)
         if self._thread.ident is not None:
             self._thread.join()
+        self._residency.clear()
 
     def _work(self) -> None:
         try:
@@ -82,21 +94,27 @@ class EngineThread:
             return
         self.warm = True
         log.info("ready to draw on %s", self._device)
+        self._loader.start()
         while self._take_in():
-            self._loop.tick()
+            with self._gate.passing():
+                self._loop.tick()
         self._loop.clear()
-        self._residency.clear()
 
     def _take_in(self) -> bool:
         """All requests that have come, at least one where there is nothing else to do; False at the end."""
         while True:
             try:
-                ticket = self._inbox.get(block=not self._loop.busy)
+                come = self._inbox.get(block=not self._loop.busy)
             except queue.Empty:
                 return True
-            if ticket is None:
+            if come is None:
                 return False
-            self._loop.admit(ticket)
+            with self._gate.passing():
+                if isinstance(come, Wait):
+                    self._admission.back(come)
+                else:
+                    self._admission.take(come)
+            del come  # or an idle thread would hold a model that has left memory
 
     def _prepare(self) -> None:
         set_up(self._device)
@@ -127,7 +145,7 @@ class EngineThread:
         answers: list[Painted | EngineError] = []
         request, place = DrawRequest(prompt=PROMPT, seeds=(0,), steps=steps), self._line.join("", 0.0)
         ticket = Ticket(request=request, model=model, place=place, send=answers.append)
-        self._loop.admit(ticket)
+        self._loop.admit(ticket, self._planner.load(request, model))
         while not ticket.over:
             self._loop.tick()
         place.leave()

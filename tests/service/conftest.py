@@ -213,9 +213,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
 @pytest.fixture
 def loaded_once(tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny base is in memory already; engines here need not load it again. (test_server.py lets one load it.)"""
-    from service.engine import residency
+    from service.engine import making
 
     def load_base(family: str, source: str, device: torch.device, dtype: torch.dtype) -> TextToImage:
         return tiny_base.model if source == tiny_base.id else load(family, source, device, dtype)
 
-    monkeypatch.setattr(residency, "load", load_base)
+    monkeypatch.setattr(making, "load", load_base)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from service.engine import memory, residency
+from service.engine import making, memory
 from service.engine.base import BadRequest, ModelBroken, UnknownModel
 from service.engine.memory import Held, Shelf, TooLarge, default_budget
 from service.engine.names import check_names
@@ -77,7 +77,7 @@ def place(tiny_base: TinyBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def load_base(family: str, source: str, device: torch.device, dtype: torch.dtype) -> TextToImage:
         return tiny_base.model if source == tiny_base.id else load(family, source, device, dtype)
 
-    monkeypatch.setattr(residency, "load", load_base)
+    monkeypatch.setattr(making, "load", load_base)
     return Place(tiny_base, tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_memory_that_a_backend_takes_may_be_too_much(place: Place) -> None:
     place.publish("a")
     made = place.residency()
     made._shelf.budget = place.base_bytes + place.network_bytes + 999
-    made._prepare = Prepared(extra=1000)
+    made._maker._prepare = Prepared(extra=1000)
     with pytest.raises(TooLarge):
         made.get("a", "x")
     assert names(made) == []
@@ -301,7 +301,7 @@ def test_two_that_ask_at_once_load_once_and_others_need_not_wait(place: Place, m
         place.publish(name)
     made = place.residency()
     loads, entered, go_on = [], threading.Event(), threading.Event()
-    load_student: Callable[..., TextToImage] = residency.load_student
+    load_student: Callable[..., TextToImage] = making.load_student
 
     def counted(folder: Any, base: TextToImage) -> TextToImage:
         loads.append(folder.manifest.name)
@@ -310,7 +310,7 @@ def test_two_that_ask_at_once_load_once_and_others_need_not_wait(place: Place, m
             assert go_on.wait(60)
         return load_student(folder, base)
 
-    monkeypatch.setattr(residency, "load_student", counted)
+    monkeypatch.setattr(making, "load_student", counted)
     with ThreadPoolExecutor(3) as pool:
         askers = [pool.submit(made.get, "slow", "red apple") for _ in range(3)]
         assert entered.wait(60)
@@ -326,7 +326,7 @@ def test_a_failure_reaches_everybody_and_is_not_kept(place: Place, monkeypatch: 
     place.publish("a")
     made = place.residency()
     with monkeypatch.context() as patch:
-        patch.setattr(residency, "load_student", lambda *_: 1 / 0)
+        patch.setattr(making, "load_student", lambda *_: 1 / 0)
         with pytest.raises(ModelBroken, match="'a' cannot be loaded"):
             made.get("a", "red apple")
     assert made.get("a", "red apple").manifest is not None

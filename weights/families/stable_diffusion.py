@@ -6,45 +6,27 @@ network predicts eps, v or x0 over a discrete variance-preserving schedule; its 
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from weights.bundled import resolve_base
 from weights.denoiser import GUIDANCE, cond_repeat
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import DiscreteVP
 from weights.families.base import Part, PartName, Programs, TextToImage
+from weights.networks import read_network
+from weights.quiet import quiet
 from weights.unet import GUIDANCE_WIDTH, UNet, UNetDenoiser
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "fewstep.json"
 """Beside model_index.json: a base's default_steps, default_guidance and licence, where they are not the usual ones."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, and their remarks on components that are not Stable Diffusion's usual ones."""
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bar) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
 
 
 FIXED = frozenset({"sample_size", "in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"})
@@ -145,7 +127,7 @@ class StableDiffusion(TextToImage):
         return list(getattr(config, "encoder_block_out_channels", None) or config.block_out_channels)
 
     @classmethod
-    @_quiet()
+    @quiet
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -172,7 +154,7 @@ class StableDiffusion(TextToImage):
     def components(self) -> dict[str, nn.Module]:
         return {"unet": self.network, "vae": self.vae, "text_encoder": self.text_encoder}
 
-    @_quiet()
+    @quiet
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         return super().to(device, dtype)
 
@@ -272,7 +254,7 @@ class StableDiffusion(TextToImage):
     def copy(self) -> Self:
         return self.with_network(copy.deepcopy(self.network))
 
-    @_quiet()
+    @quiet
     def with_random_network(self, changes: Mapping[str, Any]) -> Self:
         """See `TextToImage.with_random_network`; what goes in and out of the network stays as it is."""
         config = {name: value for name, value in cast(Any, self.network).config.items() if not name.startswith("_")}
@@ -286,7 +268,7 @@ class StableDiffusion(TextToImage):
             raise ValueError(f"network: no UNet2DConditionModel has {dict(changes)}: {error}") from error
         return self.with_network(network.to(self.device, self.dtype))
 
-    @_quiet()
+    @quiet
     def with_guidance_embedding(self) -> Self:
         """See `TextToImage.with_guidance_embedding`: LCM's ``time_cond_proj``, which starts at zero here."""
         network = cast(Any, self.network)
@@ -298,21 +280,19 @@ class StableDiffusion(TextToImage):
             nn.init.zeros_(told.get_parameter(_SCALE_WEIGHT))
         return self.with_network(told)
 
-    @_quiet()
+    @quiet
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         network: Any = copy.deepcopy(self.network)
         network.to("cpu", dtype).save_pretrained(folder / self.network_name)
 
-    @_quiet()
+    @quiet
     def load_network(self, folder: Path) -> Self:
         if (folder / LORA_FILE).is_file():
             return self.with_loras([(folder, 1.0)])
-        network: Any = UNet2DConditionModel.from_pretrained(
-            folder / self.network_name, dtype=self.dtype, use_safetensors=True
-        )
-        return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
+        network = read_network(UNet2DConditionModel, folder / self.network_name, self.device, self.dtype)
+        return self.with_network(network)
 
-    @_quiet()
+    @quiet
     def with_loras(self, loras: Sequence[tuple[Path, float]]) -> Self:
         network: Any = copy.deepcopy(self.network)
         for folder, scale in loras:
@@ -324,7 +304,7 @@ class StableDiffusion(TextToImage):
             network.unload_lora()
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
-    @_quiet()
+    @quiet
     def export(self, folder: Path, timesteps: list[int]) -> None:
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))

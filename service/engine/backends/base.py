@@ -7,7 +7,7 @@ from weights.families import TextToImage
 
 
 class Backend(Protocol):
-    """Built once, from the settings; used on the engine's thread alone."""
+    """Built once, from the settings; prepares one model at a time, on any thread, while others are drawn with."""
 
     name: str
     batches: Sequence[int]

@@ -1,0 +1,154 @@
+"""What names stand for: bases, students and their aliases, as the settings and the store have them now."""
+
+from collections.abc import Callable, Mapping
+
+from service.engine.base import BadRequest, EngineError, UnknownModel
+from service.engine.making import Wanted
+from service.engine.names import broken, shown
+from service.engine.resident import Key, Loras, Resident
+from weights.contracts import BaseReference, check_name
+from weights.store import NotFound, Store, StoreError, StudentFolder
+from weights.students import (
+    NotALora,
+    WrongBase,
+    base_reference,
+    check_lora,
+    check_member,
+    route_prompts,
+)
+
+Open = Callable[[str], StudentFolder]
+"""A student's folder, verified or not: `Store.open` or `Store.find`."""
+BaseOf = Callable[[StudentFolder], Resident | None]
+"""A student's base, to embed prompts with; None where it is not in memory and shall not be loaded."""
+
+
+class Catalog:
+    """Models by name; any thread may ask.
+
+    Args:
+        store: the students; it is asked again each time.
+        listed: the settings' bases, each with its family.
+        aliases: other names, each for a base or a student.
+    """
+
+    def __init__(self, store: Store, listed: Mapping[str, str], aliases: Mapping[str, str]) -> None:
+        self._store, self._listed, self._aliases = store, listed, aliases
+
+    def own_name(self, name: str) -> str:
+        """What the name stands for, if it is an alias."""
+        return self._aliases.get(name, name)
+
+    def wanted(
+        self,
+        name: str,
+        prompt: str,
+        loras: Loras,
+        open_student: Open,
+        base_of: BaseOf,
+    ) -> Wanted | None:
+        """What draws this prompt under that name; None where ``base_of`` is needed to tell, and has none.
+
+        Raises:
+            UnknownModel: nothing has that name.
+            ModelBroken: its files are not what was published, as far as ``open_student`` looks; or it has no base.
+            BadRequest: one of the LoRAs does not exist, is none, or is of another base.
+        """
+        name = self._aliases.get(name, name)
+        loras = tuple(sorted((self._aliases.get(lora, lora), scale) for lora, scale in loras))
+        if name in self._listed:
+            base = Key(name, self._listed[name])
+            if not loras:
+                return Wanted(key=base, base=base, folder=None, adapters=())
+            try:
+                adapters = self._adapters(base_reference(name), loras, open_student)
+            except FileNotFoundError as error:
+                raise broken(name) from error
+            return Wanted(key=Key(name, None, loras), base=base, folder=None, adapters=adapters)
+        folder, routed = self.folder(name, open_student), None
+        if folder.manifest.router is not None:
+            routed = folder.manifest
+            member = self._member(folder, prompt, open_student, base_of)
+            if member is None:
+                return None
+            folder = member
+        manifest = folder.manifest
+        return Wanted(
+            key=Key(manifest.name, None, loras),
+            base=Key(manifest.base.id, manifest.family),
+            folder=folder,
+            adapters=self._adapters(manifest.base, loras, open_student),
+            routed=routed,
+        )
+
+    def check_loras(self, name: str, loras: Loras) -> None:
+        """Refuse LoRAs that `get` would refuse, without loading anything.
+
+        Raises:
+            UnknownModel: nothing has that name.
+            ModelBroken: the model's or a LoRA's files are not what was published.
+            BadRequest: as in `get`.
+        """
+        if not loras:
+            return
+        name = self._aliases.get(name, name)
+        try:
+            base = base_reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
+        except FileNotFoundError as error:
+            raise broken(name) from error
+        self._adapters(base, loras, self._store.open)
+
+    def folder(self, name: str, open_student: Open) -> StudentFolder:
+        """The student of that name.
+
+        Raises:
+            UnknownModel, ModelBroken: as in `wanted`.
+        """
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise self._unknown(name) from error
+        try:
+            return open_student(name)
+        except NotFound as error:
+            raise self._unknown(name) from error
+        except StoreError as error:
+            raise broken(name) from error
+
+    def _unknown(self, name: str) -> UnknownModel:
+        known = ", ".join([*self._listed, *self._store.names(), *self._aliases])
+        return UnknownModel(f"no model is named {shown(name)}; there are: {known}")
+
+    def _member(self, folder: StudentFolder, prompt: str, open_student: Open, base_of: BaseOf) -> StudentFolder | None:
+        """The student that a routed one draws this prompt with; None while its base is not in memory."""
+        manifest = folder.manifest
+        assert manifest.router is not None, "callers ask for it"
+        try:
+            base = base_of(folder)
+            if base is None:
+                return None
+            member = open_student(manifest.router.students[route_prompts(manifest.router, base.raw_base, [prompt])[0]])
+            check_member(manifest, member.manifest)
+        except EngineError:
+            raise
+        except Exception as error:  # whatever foreign files can make a loader raise
+            raise broken(manifest.name) from error
+        return member
+
+    def _adapters(self, base: BaseReference, loras: Loras, open_student: Open) -> tuple[StudentFolder, ...]:
+        """The folders of these LoRAs, if they are such and for this base."""
+        adapters = []
+        for given, _ in loras:
+            name = self._aliases.get(given, given)
+            try:
+                check_name(name)
+                folder = open_student(name)
+                check_lora(folder, base)
+            except (NotALora, WrongBase) as error:
+                raise BadRequest(f"loras: {error}", "loras") from error
+            except (ValueError, NotFound) as error:
+                raise BadRequest(f"loras: no student is named {shown(name)}", "loras") from error
+            except StoreError as error:
+                raise broken(name) from error
+            adapters.append(folder)
+        return tuple(adapters)
