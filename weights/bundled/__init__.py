@@ -4,6 +4,7 @@ from pathlib import Path
 
 BUNDLED = Path(__file__).resolve().parent
 STUDENTS = BUNDLED / "students"
+"""Students of the bundled bases. A server that is told of no other default draws with the first by name: the best is it."""
 DATA = BUNDLED / "emoji-data"
 
 
