@@ -64,8 +64,10 @@ def one_gaussian(schedule: Schedule, **config: Any) -> SCM:
         ("sigma_data", 0.0),
         ("time_std", 0.0),
         ("tangent", "backward"),
-        ("finite_difference_step", 0.5),
+        ("finite_difference_step", 1.0),
         ("tangent_offset", 0.0),
+        ("tangent_scale", 0.0),
+        ("target_decay", 1.0),
         ("boundary", -0.1),
         ("betas", (0.9, 1.0)),
     ],
@@ -123,18 +125,19 @@ def test_a_normalized_tangent_is_the_same_for_pictures_of_every_size() -> None:
     assert torch.equal(normalize_tangent(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
-def test_the_loss_moves_the_velocity_along_the_tangent_and_learns_its_size() -> None:
+def test_the_loss_moves_the_velocity_to_the_target_and_learns_its_size() -> None:
     velocity = torch.randn(2, 4, requires_grad=True)
     tangent, weight = torch.randn(2, 4), torch.tensor([2.0, 0.5])
+    target = velocity.detach() + tangent
     log_variance = torch.tensor([0.3, -0.7], requires_grad=True)
-    loss = tangent_loss(velocity, tangent, weight, log_variance)
+    loss = tangent_loss(velocity, target, weight, log_variance)
     size = tangent.square().mean(dim=1)
     scale = weight * torch.exp(-log_variance.detach())
     torch.testing.assert_close(loss, (scale * size + log_variance).mean())
     by_velocity, by_variance = torch.autograd.grad(loss, [velocity, log_variance])
     torch.testing.assert_close(by_velocity, -2 * scale.unsqueeze(1) * tangent / 8)
     torch.testing.assert_close(by_variance, (1 - scale * size) / 2)
-    torch.testing.assert_close(tangent_loss(velocity, tangent, weight), (weight * size).mean())
+    torch.testing.assert_close(tangent_loss(velocity, target, weight), (weight * size).mean())
 
 
 def test_the_log_variance_starts_at_zero_and_can_tell_times_apart() -> None:
@@ -158,7 +161,9 @@ def test_the_log_variance_starts_at_zero_and_can_tell_times_apart() -> None:
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 @pytest.mark.parametrize("schedule", [VP, SD, EDM(), RectifiedFlow(), TrigFlow()], ids=lambda s: type(s).__name__)
 def test_a_true_consistency_function_has_no_tangent(schedule: Schedule, sigma_data: float, tangent: str) -> None:
-    method = one_gaussian(schedule, tangent_warmup=0, sigma_data=sigma_data, tangent=tangent, time_std=1.0)
+    method = one_gaussian(
+        schedule, tangent_warmup=0, sigma_data=sigma_data, tangent=tangent, finite_difference_step=1e-3, time_std=1.0
+    )
     step = step_of(method.setup, 64)
     assert method.consistency_loss(step).metrics["student/tangent"] < 2e-3
     method.student.denoiser = method.teacher  # a denoiser's own estimate is none
@@ -228,16 +233,35 @@ def test_dropout_does_not_disturb_a_difference() -> None:
     assert network.training
 
 
-def test_a_difference_is_taken_in_float32_where_weights_are_not() -> None:
-    """So it is for a LoRA student that stands on the teacher's weights, under bfloat16 training."""
-    method = build(tangent="finite_difference")
-    derivatives = []
-    for dtype in (torch.bfloat16, torch.float32):  # the same weights, held in either
-        method.student.network.to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            metrics = method.loss(TURN, step_of(method.setup, B)).metrics
-        derivatives.append(float(metrics["student/derivative"]))
-    assert derivatives[0] == pytest.approx(derivatives[1], rel=1e-3)
+def test_the_student_learns_from_its_average_and_at_zero_decay_from_itself() -> None:
+    """With a small k the target is F^- itself; where student and average agree, k is all that lies between them."""
+    method = build(target_decay=0.9, tangent_scale=1e-6, adaptive_weighting=False, prior_weighting=False)
+    assert method.average is not None
+    with torch.no_grad():
+        for weight in method.student.network.parameters():
+            weight.add_(0.1)
+    found = method.loss(TURN, step_of(method.setup, B))
+    assert found.metrics["student/lag"] > 0.05
+    found.loss.backward()
+    assert all(weight.grad is None for weight in method.average.network.parameters())
+    loss = float(found.loss.detach())
+    assert loss == pytest.approx(float(found.metrics["student/lag"]) ** 2, rel=1e-3)
+    lone = build(tangent_warmup=0, tangent_scale=0.3, adaptive_weighting=False, prior_weighting=False)
+    lag = [float(lone.loss(TURN, step_of(lone.setup, B)).metrics["student/lag"]) for _ in range(2)]
+    assert lone.average is None and max(lag) < 1e-5
+    assert 0 < float(lone.loss(TURN, step_of(lone.setup, B)).loss.detach()) < 0.3**2
+
+
+def test_the_average_follows_the_student() -> None:
+    method = build(target_decay=0.9)
+    before = {name: value.clone() for name, value in method.state().items()}
+    with torch.no_grad():
+        for weight in method.student.network.parameters():
+            weight.add_(1.0)
+    method.after_step(TURN, 0)
+    assert before and all(
+        torch.allclose(value, before[name] + 0.1, atol=1e-6) for name, value in method.state().items()
+    )
 
 
 # Convergence
