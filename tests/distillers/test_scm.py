@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from distillers.losses.continuous_consistency import (
 from distillers.methods.base import Setup, Turn
 from distillers.methods.scm import MARGIN, SCM, LogVariance, SCMConfig
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
+from tests.distillers.mixtures import VP, MixtureFeed, distances, mixture_setup, step_of, trainer_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.mixture import Mixture
 from weights.diffusion.parameterizations import Prediction
-from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow, expand
+from weights.diffusion.samplers import ddim_step
+from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow, add_noise, expand
 from weights.families.gaussian_mixture import AnalyticDenoiser
 
 B = 6
@@ -266,7 +268,7 @@ def test_the_average_follows_the_student() -> None:
 
 # Convergence
 
-QUICK = {"lr": 1.5e-3, "tangent_warmup": 10, "prior_weighting": False}
+QUICK = {"lr": 1.5e-3, "tangent_warmup": 10, "prior_weighting": False, "finite_difference_step": 0.01}
 
 
 def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -> tuple[float, float]:
@@ -306,3 +308,34 @@ def test_without_its_boundary_a_network_that_predicts_x0_drifts_away(tmp_path: P
     setup = mixture_setup("line", VP, "x0")
     before, after = distance_after(60, tmp_path, setup, tangent="finite_difference", boundary=0.0)
     assert after > 0.7 * before, (before, after)
+
+
+LEVELS = (0.3, 1.0, 3.0)
+
+
+def error_at(method: SCM, level: float) -> float:
+    """How far the student's answer is from where the teacher's trajectory ends, from states at sigma / alpha = level."""
+    schedule, batch = method.teacher.schedule, MixtureFeed(method.setup, 512).batch(99)
+    real, cond = batch.pictures
+    t = schedule.time_of_log_snr(torch.full((len(real),), -math.log(level)))
+    x = x_t = add_noise(schedule, real, torch.randn(real.shape, generator=torch.Generator().manual_seed(1)), t)
+    with torch.no_grad():
+        for at, to in pairwise([1 - part / 20 for part in range(21)]):
+            x = ddim_step(x, method.teacher(x, at * t, cond), at * t, to * t, schedule)
+        return float((method.student.denoiser(x_t, t, cond) - x).square().mean().sqrt())
+
+
+def test_its_average_holds_a_student_to_the_teacher_that_would_run_away_from_it(tmp_path: Path) -> None:
+    """With a small batch, a student that is its own target is soon worse than it began where there is little noise."""
+    errors = {}
+    for decay, scale in ((0.0, 1.0), (0.95, 0.2)):
+        torch.manual_seed(0)
+        given = {**QUICK, "finite_difference_step": 0.1, "target_decay": decay, "tangent_scale": scale}
+        method = build(mixture_setup("ring"), tangent="finite_difference", **given)
+        before = [error_at(method, level) for level in LEVELS]
+        trainer = trainer_of(method, method.setup, tmp_path / str(decay), batch_size=8, iterations=80)
+        trainer.run()
+        with trainer.averaged():
+            errors[decay] = [error_at(method, level) / start for level, start in zip(LEVELS, before, strict=True)]
+    assert max(errors[0.95]) < 0.9, errors
+    assert max(errors[0.0]) > 1.1, errors

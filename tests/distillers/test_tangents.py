@@ -63,7 +63,7 @@ class TestUNet:
 
     def test_in_float32(self) -> None:
         exact = jvp_along(self.ask, self.x, T, self.velocity)[1]
-        assert relative(self.difference(1e-3), exact) < 0.02
+        assert relative(self.difference(1e-4), exact) < 0.05
 
     def test_in_bfloat16_both_are_near_where_the_difference_reaches_far_enough(self) -> None:
         exact, plain = jvp_along(self.ask, self.x, T, self.velocity)[1], self.difference(0.1)
