@@ -1,4 +1,4 @@
-"""Derivatives along a trajectory, without a graph: forward-mode, or by finite differences where a network has none."""
+"""Values and derivatives along a trajectory, without a graph: forward-mode, or by a difference where a network has none."""
 
 import warnings
 from collections.abc import Callable
@@ -29,8 +29,8 @@ class ContiguousNorms(TorchFunctionMode):
 
 
 @torch.no_grad()
-def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-    """``d/dt function(x(t), t)`` where ``dx/dt = velocity``, exactly: about the cost of two evaluations.
+def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    """``function(x, t)``, and ``d/dt function(x(t), t)`` where ``dx/dt = velocity``: exact, for about two evaluations' cost.
 
     Attention runs unfused inside, because its fused kernels have no forward-mode derivative.
 
@@ -47,8 +47,8 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Ten
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), ContiguousNorms():
             # torch loads its derivatives of some operations when it first needs one, by a way it deprecates itself
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
-            derivative: Tensor = torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[1]
-            return derivative
+            value, derivative = torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[:2]
+            return value, derivative
     except RuntimeError as error:
         if not isinstance(error, NotImplementedError) and "autograd.Function" not in str(error):
             raise
@@ -59,24 +59,15 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> Ten
 
 
 @torch.no_grad()
-def difference_along(
-    function: Function, x: Tensor, t: Tensor, velocity: Tensor, step: float = 1e-3, last: float = float("inf")
-) -> Tensor:
-    """The same by a central difference, two evaluations in full precision, whose rounding it would magnify.
+def difference_along(function: Function, x: Tensor, t: Tensor, earlier: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the difference to an earlier point of the trajectory, in one evaluation of twice the rows.
 
     Args:
-        function: of a state and times.
-        x: ``(B, ...)``, float32 at least.
-        t: ``(B,)``, above 0 and at most ``last``.
-        velocity: ``(B, ...)``.
-        step: how far to go either way, as a part of t.
-        last: the largest time; the difference is one-sided there.
+        function: of states and times, here of ``2 B`` rows: those of ``x``, then those of ``earlier``.
+        x: state at t, ``(B, ...)``.
+        t: ``(B,)``.
+        earlier: state at s, ``(B, ...)``.
+        s: ``(B,)``, below t. Rounding is magnified by 1 / (t - s).
     """
-    before, after = t * (1 - step), (t * (1 + step)).clamp(max=last)
-
-    def at(time: Tensor) -> Tensor:
-        return function((x + per_picture((time - t).to(x.dtype), x) * velocity).to(x.dtype), time)
-
-    with torch.autocast(x.device.type, enabled=False):
-        difference = at(after) - at(before)
-        return difference / per_picture((after - before).to(difference.dtype), difference)
+    value, before = function(torch.cat([x, earlier]), torch.cat([t, s])).chunk(2)
+    return value, (value - before) / per_picture((t - s).to(value.dtype), value)

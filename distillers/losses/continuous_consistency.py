@@ -9,7 +9,8 @@ Here t is the angle; sd F is a velocity, dx_t / dt, and f is what a denoiser ans
     g = cos(t) df/dt = -cos^2(t) (sd F - dx_t/dt) - r cos(t) sin(t) (x_t + d(sd F)/dt)        (equation 8, section 4.1)
 
 where r rises from 0 to 1 while training warms up: at 0, g asks for the teacher's own velocity. The loss moves sd F along g,
-which moves f towards its own answer a moment earlier:  ``|| F - sg(F + g / (|g| + c)) ||^2``.
+which moves f towards its own answer a moment earlier:  ``|| F - sg(F^- + k g / (|g| + c)) ||^2``, where F^- is F itself and
+k = 1 in the paper.
 """
 
 import torch
@@ -68,17 +69,17 @@ def normalize_tangent(tangent: Tensor, offset: float = 0.1) -> Tensor:
     return tangent / (per_picture(size, tangent) + offset)
 
 
-def tangent_loss(velocity: Tensor, tangent: Tensor, weight: Tensor, log_variance: Tensor | None = None) -> Tensor:
-    """``mean_B w e^{-u} mean (F - sg(F + g))^2 + u`` (algorithm 1, whose w is -u): its gradient by F is along -g.
+def tangent_loss(velocity: Tensor, target: Tensor, weight: Tensor, log_variance: Tensor | None = None) -> Tensor:
+    """``mean_B w e^{-u} mean (F - sg(target))^2 + u`` (algorithm 1, whose w is -u): its gradient by F is along F - target.
 
     Args:
-        velocity: the student's, with a graph, ``(B, ...)``.
-        tangent: g, normalized, ``(B, ...)``.
+        velocity: the student's F, with a graph, ``(B, ...)``.
+        target: F^- and a step along the normalized g, ``(B, ...)``.
         weight: w, ``(B,)``.
         log_variance: u, ``(B,)``, with a graph to what learns it; 0 when left out.
     """
     velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
-    error = (velocity - (velocity + tangent).detach()).square().flatten(1).mean(dim=1)
+    error = (velocity - target.detach()).square().flatten(1).mean(dim=1)
     if log_variance is None:
         return (weight * error).mean()
     return (weight * torch.exp(-log_variance) * error + log_variance).mean()

@@ -27,20 +27,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distillers.adapters import copy_sharing_frozen
 from distillers.critics import guided_x0
 from distillers.losses.regression import regression_loss
-from distillers.methods.base import Setup, Step, Turn, TurnLoss
-from distillers.methods.few_step import LoneStudent, LoneStudentConfig
+from distillers.methods.base import Step, Turn, TurnLoss
+from distillers.methods.few_step import SelfTaught, SelfTaughtConfig
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention
-from weights.denoiser import GUIDANCE, Cond, Denoiser
+from weights.denoiser import GUIDANCE, Cond
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
 from weights.families.base import TextToImage
 
 
-class ConsistencyConfig(LoneStudentConfig):
+class ConsistencyConfig(SelfTaughtConfig):
     """The defaults are LCM's for SD1.5, but that the guidance scale is fixed unless ``guidance_range`` is given."""
 
     solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
@@ -54,7 +53,6 @@ class ConsistencyConfig(LoneStudentConfig):
         "(6, 16 in this convention); guidance_scale is then what it draws with when a request does not say",
     )
     huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
-    target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
     lr: float = Field(1e-6, gt=0, description="student's learning rate")
 
     @model_validator(mode="after")
@@ -70,21 +68,16 @@ class ConsistencyConfig(LoneStudentConfig):
         return self
 
 
-class Consistency(LoneStudent):
+class Consistency(SelfTaught):
     """See the module's text."""
 
     name = "consistency"
     Config = ConsistencyConfig
     config: ConsistencyConfig
 
-    def __init__(self, config: ConsistencyConfig, setup: Setup) -> None:
-        super().__init__(config, setup)
-        if config.guidance_range is not None:
-            self._student = self._student.with_guidance_embedding()
-        self.average: TextToImage | None = None
-        if config.target_decay > 0:
-            self.average = self._student.with_network(copy_sharing_frozen(self._student.network))
-            self.average.network.requires_grad_(False)
+    def _new_student(self) -> TextToImage:
+        student = super()._new_student()
+        return student if self.config.guidance_range is None else student.with_guidance_embedding()
 
     @classmethod
     def needs_pictures(cls, config: ConsistencyConfig) -> str | None:
@@ -95,11 +88,6 @@ class Consistency(LoneStudent):
         if config.guidance_range is not None:
             return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters do not carry"
         return None
-
-    @property
-    def target(self) -> Denoiser:
-        """Who answers at the trajectory's lower state."""
-        return (self.average or self._student).denoiser
 
     def guidance(self) -> GuidanceConvention:
         scale, embedded = self.config.guidance_scale, self.config.guidance_range
@@ -141,25 +129,3 @@ class Consistency(LoneStudent):
         plain = {name: value for name, value in cond.items() if name != GUIDANCE}
         guided = guided_x0(self.teacher, x_t, t, plain, self.setup.uncond, scale)
         return x_t, guided, ddim_step(x_t, guided, t, s, schedule)
-
-    @torch.no_grad()
-    def after_step(self, turn: Turn, iteration: int) -> None:
-        pairs = self._averaged().values()
-        if pairs:
-            ours, theirs = zip(*pairs, strict=True)
-            torch._foreach_lerp_(ours, theirs, 1 - self.config.target_decay)
-
-    def _averaged(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The target's weights beside the student's, by name, but for the frozen ones, which the two share."""
-        if self.average is None:
-            return {}
-        pairs = zip(self.average.network.named_parameters(), self._student.network.parameters(), strict=True)
-        return {name: (ours, theirs) for (name, ours), theirs in pairs if ours is not theirs}
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"target.{name}": ours for name, (ours, _) in self._averaged().items()}
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        for name, value in self.state().items():
-            value.copy_(tensors[name])

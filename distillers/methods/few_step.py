@@ -1,12 +1,16 @@
-"""What methods share whose student draws in few steps: its schedules and its guidance, and, where nothing else is trained,
-its optimizer."""
+"""What methods share whose student draws in few steps: its schedules and its guidance, where nothing else is trained its
+optimizer, and where it learns from its own answers the average that gives them."""
 
 from typing import ClassVar, Self
 
+import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
+from distillers.adapters import copy_sharing_frozen
 from distillers.methods.base import Betas, Method, MethodConfig, OptimizerKind, OptimizerSettings, Setup, Trained, Turn
 from weights.contracts import GuidanceConvention, StepSchedule
+from weights.denoiser import Denoiser
 from weights.families.base import TextToImage
 
 
@@ -43,8 +47,12 @@ class FewStepMethod(Method):
     def __init__(self, config: FewStepConfig, setup: Setup) -> None:
         """See `Method`; makes the student."""
         self.config, self.setup = config, setup
-        self._student = setup.new_student()
+        self._student = self._new_student()
         self.teacher = setup.teacher
+
+    def _new_student(self) -> TextToImage:
+        """What the student is at first."""
+        return self.setup.new_student()
 
     @property
     def student(self) -> TextToImage:
@@ -85,3 +93,49 @@ class LoneStudent(FewStepMethod):
 
     def turns(self, iteration: int) -> list[Turn]:
         return [Turn(name="student", trains=("student",))]
+
+
+class SelfTaughtConfig(LoneStudentConfig):
+    """Of a method whose student is taught by its own answers at a cleaner state."""
+
+    target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
+
+
+class SelfTaught(LoneStudent):
+    """A student that is taught by its own answers at a cleaner state, or by those of its moving average."""
+
+    config: SelfTaughtConfig
+
+    def __init__(self, config: SelfTaughtConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.average: TextToImage | None = None
+        if config.target_decay > 0:
+            self.average = self._student.with_network(copy_sharing_frozen(self._student.network))
+            self.average.network.requires_grad_(False)
+
+    @property
+    def target(self) -> Denoiser:
+        """Who answers at the cleaner state."""
+        return (self.average or self._student).denoiser
+
+    @torch.no_grad()
+    def after_step(self, turn: Turn, iteration: int) -> None:
+        pairs = self._averaged().values()
+        if pairs and "student" in turn.trains:
+            ours, theirs = zip(*pairs, strict=True)
+            torch._foreach_lerp_(ours, theirs, 1 - self.config.target_decay)
+
+    def _averaged(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The target's weights beside the student's, by name, but for the frozen ones, which the two share."""
+        if self.average is None:
+            return {}
+        pairs = zip(self.average.network.named_parameters(), self._student.network.parameters(), strict=True)
+        return {name: (ours, theirs) for (name, ours), theirs in pairs if ours is not theirs}
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"target.{name}": ours for name, (ours, _) in self._averaged().items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in self.state().items():
+            value.copy_(tensors[name])

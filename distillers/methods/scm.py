@@ -7,28 +7,34 @@ training. There, with t the angle in (0, pi / 2) and sd = ``sigma_data``,
     x_t = cos(t) x + sin(t) sd eps                        x a real picture, ln(sd tan t) ~ N(time_mean, time_std^2)
     sd F = (cos(t) x_t - D(x_t, t)) / sin(t)              F_T of the guided teacher, F of the student
     g = -cos^2(t) sd (F^- - F_T) - r cos(t) sin(t) (x_t + sd dF^-/dt),    dx_t/dt = sd F_T
-    loss = w e^{-u(t)} mean (sd F - sg(sd F + g / (|g| + c)))^2 + u(t),     w = 1 / (sd tan t)
+    loss = w e^{-u(t)} mean (sd F - sg(sd F^- + k g / (|g| + c)))^2 + u(t),     w = 1 / (sd tan t)
 
 (equations 5 to 8 and algorithm 1; see `distillers.losses.continuous_consistency`). r rises from 0 to 1 over
 ``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out: in
 the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture).
 
-F^- is the student without a graph, dF^-/dt its derivative along the teacher's trajectory: a forward-mode product
-(``tangent = "jvp"``), or a central difference (``"finite_difference"``) for networks that have none. A network that is told
-its timestep in 0..999 by sines of it wavers from one timestep to the next, which the exact derivative sees and a difference
-over several of them does not: there ``finite_difference_step`` 0.02 gives a calmer tangent. An iteration costs, in
-evaluations of the network, one trained, two plain of the teacher (one without guidance), and two plain of the student for
-either derivative.
+F^- is the student itself without a graph, as in the paper, where k = ``tangent_scale`` is 1, or its moving average
+(``target_decay``). A network answers alike at t and a moment earlier, so that moving its answer towards the earlier one
+moves that one as well: with small batches a student that is its own target runs away, near the picture first, and its
+pictures get grainier with every step. The average stays behind, and holds the student near itself.
+
+dF^-/dt, along the teacher's trajectory, is a forward-mode product (``tangent = "jvp"``), or the difference to the answer
+after the teacher's DDIM step to (1 - ``finite_difference_step``) t (``"finite_difference"``), for networks that have no such
+product, or waver: one that is told its timestep in 0..999 by sines of it does, from one timestep to the next, which the
+exact derivative sees and a difference over several of them does not. The difference looks back, since what a consistency
+function knows comes from cleaner states, and so far that bfloat16 can tell both answers apart. An iteration costs, in
+evaluations of the network, one trained, two plain of the teacher (one without guidance), and two plain of F^-.
 
 The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
 
 Departures from the paper: sigma_data is 1, since latents have unit variance here (at the paper's 0.5 the same trajectories
-run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. |g| is a root mean square,
-and w multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
-multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance scale
-is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A network
-that predicts x0 is free at t = 0, where the others answer x_t whatever their weights, so that every constant would be a
-consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the teacher's own estimate there.
+run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. k and an average in F^- are not
+in it. |g| is a root mean square, and w multiplies the normalized loss, as in the public code (the paper's w has become the
+cos(t) in g). cos(t) sin(t) is multiplied to the derivative and not to what enters the product, which only half precision
+would notice. The guidance scale is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains
+first, are other networks. A network that predicts x0 is free at t = 0, where the others answer x_t whatever their weights,
+so that every constant would be a consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the
+teacher's own estimate there.
 """
 
 import math
@@ -56,11 +62,12 @@ from distillers.methods.base import (
     Turn,
     TurnLoss,
 )
-from distillers.methods.few_step import LoneStudent, LoneStudentConfig
+from distillers.methods.few_step import SelfTaught, SelfTaughtConfig
 from distillers.rollout import draw_lognormal_times, draw_noise
 from distillers.tangents import Differentiation, difference_along, jvp_along
-from weights.denoiser import Cond
+from weights.denoiser import Cond, cond_cat
 from weights.diffusion.conversion import Converted
+from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import TrigFlow, add_noise
 
 QUARTER_TURN = math.pi / 2
@@ -70,7 +77,7 @@ FREE_BOUNDARY = 0.1
 """sigma / alpha below which a network that predicts x0 follows the teacher's own estimate."""
 
 
-class SCMConfig(LoneStudentConfig):
+class SCMConfig(SelfTaughtConfig):
     """The defaults are the paper's and its public code's, but for the guidance scale, which is one of SANA-Sprint's."""
 
     sigma_data: float = Field(1.0, gt=0, description="TrigFlow's: the latents' standard deviation (the paper's is 0.5)")
@@ -78,12 +85,20 @@ class SCMConfig(LoneStudentConfig):
     time_mean: float = Field(-0.3, description="mean of ln(sigma / alpha) at the times of training")
     time_std: float = Field(1.4, gt=0, description="its standard deviation (1.6 for ImageNet-512 and SANA-Sprint)")
     tangent: Differentiation = Field(
-        "jvp", description="the student's derivative: exact, or finite_difference where the network has no exact one"
+        "jvp", description="the derivative: exact, or finite_difference where the network has no (useful) exact one"
     )
     finite_difference_step: float = Field(
-        1e-3, gt=0, lt=0.5, description="how far a finite difference goes either way, as a part of t"
+        0.1, gt=0, lt=1, description="how far back a finite difference reaches, as a part of t"
     )
     tangent_offset: float = Field(0.1, gt=0, description="c in g / (|g| + c)")
+    tangent_scale: float = Field(
+        1.0,
+        gt=0,
+        description="k, how far the target lies along the normalized tangent; with target_decay 0 all are alike",
+    )
+    target_decay: float = Field(
+        0.0, ge=0, lt=1, description="of the moving average whose answers the student learns; 0 is the student itself"
+    )
     tangent_warmup: int = Field(10_000, ge=0, description="iterations over which r, the tangent's share, rises to 1")
     boundary: float | None = Field(
         None,
@@ -116,7 +131,7 @@ class LogVariance(nn.Module):
         return (terms.float() @ self.series.weight.float().T).squeeze(1)
 
 
-class SCM(LoneStudent):
+class SCM(SelfTaught):
     """See the module's text."""
 
     name = "scm"
@@ -160,13 +175,13 @@ class SCM(LoneStudent):
         x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()
         x0 = Converted(self.student.denoiser, self.trig)(x_t, angle / QUARTER_TURN, cond)
         velocity = trig_velocity(x0, x_t, angle)
-        tangent, metrics = self._tangent(velocity, x_t, angle, cond, step.iteration)
+        target, metrics = self._target(velocity, x_t, angle, cond, step.iteration)
         weight = 1 / (self.config.sigma_data * angle.tan()) if self.config.prior_weighting else torch.ones_like(angle)
         log_variance = None
         if self.log_variance is not None:
             log_variance = self.log_variance(angle)
             metrics["student/log_variance"] = log_variance.detach().mean()
-        return TurnLoss(loss=tangent_loss(velocity, tangent, weight.float(), log_variance), metrics=metrics)
+        return TurnLoss(loss=tangent_loss(velocity, target, weight.float(), log_variance), metrics=metrics)
 
     def _angles(self, count: int, step: Step) -> Tensor:
         """t, ``(count,)`` float64, inside what the teacher's schedule reaches."""
@@ -179,43 +194,40 @@ class SCM(LoneStudent):
         return self.trig.angle(self.trig.time_of_log_snr(self.teacher.schedule.log_snr(t)))
 
     @torch.no_grad()
-    def _teacher_velocity(self, x_t: Tensor, angle: Tensor, cond: Cond) -> Tensor:
-        view = Converted(self.teacher, self.trig)
-        x0 = guided_x0(view, x_t, angle / QUARTER_TURN, cond, self.setup.uncond, self.config.guidance_scale)
-        return trig_velocity(x0, x_t, angle)
-
-    def _derivative(self, x_t: Tensor, angle: Tensor, cond: Cond, velocity: Tensor) -> Tensor:
-        """d(sd F^-)/dt of the student, where dx_t/dt = ``velocity``."""
-        config = self.config
-        view = Converted(self.student.denoiser, self.trig)
-        weights: dict[str, Tensor] = {}
-        if config.tangent == "finite_difference":  # a LoRA student may stand on the teacher's own weights, in bfloat16
-            weights = {key: weight.float() for key, weight in view.named_parameters() if weight.dtype == torch.bfloat16}
-
-        def function(x: Tensor, t: Tensor) -> Tensor:
-            x0 = torch.func.functional_call(view, weights, (x, t / QUARTER_TURN, cond))
-            return trig_velocity(x0, x, t)
-
-        with _evaluating(self.student.network):
-            if config.tangent == "jvp":
-                return jvp_along(function, x_t, angle, velocity)
-            last = float(self._angle(torch.ones(1, dtype=torch.float64)))
-            return difference_along(function, x_t, angle, velocity, config.finite_difference_step, last)
-
-    @torch.no_grad()
-    def _tangent(
+    def _target(
         self, velocity: Tensor, x_t: Tensor, angle: Tensor, cond: Cond, iteration: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """g, normalized, and what to log."""
-        teacher = self._teacher_velocity(x_t, angle, cond)
-        derivative = self._derivative(x_t, angle, cond, teacher)
-        tangent = consistency_tangent(velocity, teacher, derivative, x_t, angle, self._ramp(angle, iteration))
+        """F^- and a step along the normalized g, and what to log."""
+        config, t = self.config, angle / QUARTER_TURN
+        guided = guided_x0(Converted(self.teacher, self.trig), x_t, t, cond, self.setup.uncond, config.guidance_scale)
+        teacher = trig_velocity(guided, x_t, angle)
+        own, derivative = self._derivative(x_t, angle, cond, guided, teacher)
+        tangent = consistency_tangent(own, teacher, derivative, x_t, angle, self._ramp(angle, iteration))
         metrics = {
             "student/tangent": tangent.square().mean().sqrt(),
             "student/derivative": derivative.square().mean().sqrt(),
-            "student/velocity_gap": (velocity - teacher).square().mean().sqrt(),
+            "student/velocity_gap": (own - teacher).square().mean().sqrt(),
+            "student/lag": (velocity - own).square().mean().sqrt(),
         }
-        return normalize_tangent(tangent, self.config.tangent_offset), metrics
+        return own + config.tangent_scale * normalize_tangent(tangent, config.tangent_offset), metrics
+
+    def _derivative(
+        self, x_t: Tensor, angle: Tensor, cond: Cond, guided: Tensor, velocity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """sd F^- and its d/dt along the teacher's trajectory: it estimates x_0 as ``guided``, so dx_t/dt is ``velocity``."""
+        view = Converted(self.target, self.trig)
+        exact = self.config.tangent == "jvp"
+        told = cond if exact else cond_cat([cond, cond])
+
+        def function(x: Tensor, t: Tensor) -> Tensor:
+            return trig_velocity(view(x, t / QUARTER_TURN, told), x, t)
+
+        with _evaluating((self.average or self.student).network):
+            if exact:
+                return jvp_along(function, x_t, angle, velocity)
+            earlier = angle * (1 - self.config.finite_difference_step)
+            x_s = ddim_step(x_t, guided, angle / QUARTER_TURN, earlier / QUARTER_TURN, self.trig)
+            return difference_along(function, x_t, angle, x_s, earlier)
 
     def _ramp(self, angle: Tensor, iteration: int) -> Tensor:
         """r, ``(B,)``."""

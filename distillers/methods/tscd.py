@@ -183,10 +183,6 @@ class TSCD(Consistency):
         discriminator = [Turn(name="discriminator", trains=("heads",))] if self.heads is not None else []
         return [*super().turns(iteration), *discriminator]
 
-    def after_step(self, turn: Turn, iteration: int) -> None:
-        if turn.name == "student":
-            super().after_step(turn, iteration)
-
     def segments(self, iteration: int) -> int:
         """K at an iteration, from 0."""
         for stage in self.config.stages[:-1]:

@@ -60,7 +60,7 @@ def test_the_student_finds_the_teachers_distribution(
 ) -> None:
     method = build(
         schedule, prediction, lr=1.5e-3, head_lr=1e-3, tangent="finite_difference", tangent_warmup=10,
-        prior_weighting=False, adversarial_weight=0.02,
+        prior_weighting=False, finite_difference_step=0.01, adversarial_weight=0.02,
     )  # fmt: skip
     before, after = distances(method, method.setup, tmp_path, 80, batch_size=64)
     assert after < 0.7 * before, (before, after)

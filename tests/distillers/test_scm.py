@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from distillers.losses.continuous_consistency import (
 from distillers.methods.base import Setup, Turn
 from distillers.methods.scm import MARGIN, SCM, LogVariance, SCMConfig
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
+from tests.distillers.mixtures import VP, MixtureFeed, distances, mixture_setup, step_of, trainer_of
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.mixture import Mixture
 from weights.diffusion.parameterizations import Prediction
-from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow, expand
+from weights.diffusion.samplers import ddim_step
+from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow, add_noise, expand
 from weights.families.gaussian_mixture import AnalyticDenoiser
 
 B = 6
@@ -64,8 +66,10 @@ def one_gaussian(schedule: Schedule, **config: Any) -> SCM:
         ("sigma_data", 0.0),
         ("time_std", 0.0),
         ("tangent", "backward"),
-        ("finite_difference_step", 0.5),
+        ("finite_difference_step", 1.0),
         ("tangent_offset", 0.0),
+        ("tangent_scale", 0.0),
+        ("target_decay", 1.0),
         ("boundary", -0.1),
         ("betas", (0.9, 1.0)),
     ],
@@ -123,18 +127,19 @@ def test_a_normalized_tangent_is_the_same_for_pictures_of_every_size() -> None:
     assert torch.equal(normalize_tangent(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
-def test_the_loss_moves_the_velocity_along_the_tangent_and_learns_its_size() -> None:
+def test_the_loss_moves_the_velocity_to_the_target_and_learns_its_size() -> None:
     velocity = torch.randn(2, 4, requires_grad=True)
     tangent, weight = torch.randn(2, 4), torch.tensor([2.0, 0.5])
+    target = velocity.detach() + tangent
     log_variance = torch.tensor([0.3, -0.7], requires_grad=True)
-    loss = tangent_loss(velocity, tangent, weight, log_variance)
+    loss = tangent_loss(velocity, target, weight, log_variance)
     size = tangent.square().mean(dim=1)
     scale = weight * torch.exp(-log_variance.detach())
     torch.testing.assert_close(loss, (scale * size + log_variance).mean())
     by_velocity, by_variance = torch.autograd.grad(loss, [velocity, log_variance])
     torch.testing.assert_close(by_velocity, -2 * scale.unsqueeze(1) * tangent / 8)
     torch.testing.assert_close(by_variance, (1 - scale * size) / 2)
-    torch.testing.assert_close(tangent_loss(velocity, tangent, weight), (weight * size).mean())
+    torch.testing.assert_close(tangent_loss(velocity, target, weight), (weight * size).mean())
 
 
 def test_the_log_variance_starts_at_zero_and_can_tell_times_apart() -> None:
@@ -158,7 +163,9 @@ def test_the_log_variance_starts_at_zero_and_can_tell_times_apart() -> None:
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 @pytest.mark.parametrize("schedule", [VP, SD, EDM(), RectifiedFlow(), TrigFlow()], ids=lambda s: type(s).__name__)
 def test_a_true_consistency_function_has_no_tangent(schedule: Schedule, sigma_data: float, tangent: str) -> None:
-    method = one_gaussian(schedule, tangent_warmup=0, sigma_data=sigma_data, tangent=tangent, time_std=1.0)
+    method = one_gaussian(
+        schedule, tangent_warmup=0, sigma_data=sigma_data, tangent=tangent, finite_difference_step=1e-3, time_std=1.0
+    )
     step = step_of(method.setup, 64)
     assert method.consistency_loss(step).metrics["student/tangent"] < 2e-3
     method.student.denoiser = method.teacher  # a denoiser's own estimate is none
@@ -228,21 +235,40 @@ def test_dropout_does_not_disturb_a_difference() -> None:
     assert network.training
 
 
-def test_a_difference_is_taken_in_float32_where_weights_are_not() -> None:
-    """So it is for a LoRA student that stands on the teacher's weights, under bfloat16 training."""
-    method = build(tangent="finite_difference")
-    derivatives = []
-    for dtype in (torch.bfloat16, torch.float32):  # the same weights, held in either
-        method.student.network.to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            metrics = method.loss(TURN, step_of(method.setup, B)).metrics
-        derivatives.append(float(metrics["student/derivative"]))
-    assert derivatives[0] == pytest.approx(derivatives[1], rel=1e-3)
+def test_the_student_learns_from_its_average_and_at_zero_decay_from_itself() -> None:
+    """With a small k the target is F^- itself; where student and average agree, k is all that lies between them."""
+    method = build(target_decay=0.9, tangent_scale=1e-6, adaptive_weighting=False, prior_weighting=False)
+    assert method.average is not None
+    with torch.no_grad():
+        for weight in method.student.network.parameters():
+            weight.add_(0.1)
+    found = method.loss(TURN, step_of(method.setup, B))
+    assert found.metrics["student/lag"] > 0.05
+    found.loss.backward()
+    assert all(weight.grad is None for weight in method.average.network.parameters())
+    loss = float(found.loss.detach())
+    assert loss == pytest.approx(float(found.metrics["student/lag"]) ** 2, rel=1e-3)
+    lone = build(tangent_warmup=0, tangent_scale=0.3, adaptive_weighting=False, prior_weighting=False)
+    lag = [float(lone.loss(TURN, step_of(lone.setup, B)).metrics["student/lag"]) for _ in range(2)]
+    assert lone.average is None and max(lag) < 1e-5
+    assert 0 < float(lone.loss(TURN, step_of(lone.setup, B)).loss.detach()) < 0.3**2
+
+
+def test_the_average_follows_the_student() -> None:
+    method = build(target_decay=0.9)
+    before = {name: value.clone() for name, value in method.state().items()}
+    with torch.no_grad():
+        for weight in method.student.network.parameters():
+            weight.add_(1.0)
+    method.after_step(TURN, 0)
+    assert before and all(
+        torch.allclose(value, before[name] + 0.1, atol=1e-6) for name, value in method.state().items()
+    )
 
 
 # Convergence
 
-QUICK = {"lr": 1.5e-3, "tangent_warmup": 10, "prior_weighting": False}
+QUICK = {"lr": 1.5e-3, "tangent_warmup": 10, "prior_weighting": False, "finite_difference_step": 0.01}
 
 
 def distance_after(iterations: int, folder: Path, setup: Setup, **config: Any) -> tuple[float, float]:
@@ -282,3 +308,34 @@ def test_without_its_boundary_a_network_that_predicts_x0_drifts_away(tmp_path: P
     setup = mixture_setup("line", VP, "x0")
     before, after = distance_after(60, tmp_path, setup, tangent="finite_difference", boundary=0.0)
     assert after > 0.7 * before, (before, after)
+
+
+LEVELS = (0.3, 1.0, 3.0)
+
+
+def error_at(method: SCM, level: float) -> float:
+    """How far the student's answer is from where the teacher's trajectory ends, from states at sigma / alpha = level."""
+    schedule, batch = method.teacher.schedule, MixtureFeed(method.setup, 512).batch(99)
+    real, cond = batch.pictures
+    t = schedule.time_of_log_snr(torch.full((len(real),), -math.log(level)))
+    x = x_t = add_noise(schedule, real, torch.randn(real.shape, generator=torch.Generator().manual_seed(1)), t)
+    with torch.no_grad():
+        for at, to in pairwise([1 - part / 20 for part in range(21)]):
+            x = ddim_step(x, method.teacher(x, at * t, cond), at * t, to * t, schedule)
+        return float((method.student.denoiser(x_t, t, cond) - x).square().mean().sqrt())
+
+
+def test_its_average_holds_a_student_to_the_teacher_that_would_run_away_from_it(tmp_path: Path) -> None:
+    """With a small batch, a student that is its own target is soon worse than it began where there is little noise."""
+    errors = {}
+    for decay, scale in ((0.0, 1.0), (0.95, 0.2)):
+        torch.manual_seed(0)
+        given = {**QUICK, "finite_difference_step": 0.1, "target_decay": decay, "tangent_scale": scale}
+        method = build(mixture_setup("ring"), tangent="finite_difference", **given)
+        before = [error_at(method, level) for level in LEVELS]
+        trainer = trainer_of(method, method.setup, tmp_path / str(decay), batch_size=8, iterations=80)
+        trainer.run()
+        with trainer.averaged():
+            errors[decay] = [error_at(method, level) / start for level, start in zip(LEVELS, before, strict=True)]
+    assert max(errors[0.95]) < 0.9, errors
+    assert max(errors[0.0]) > 1.1, errors
