@@ -8,10 +8,10 @@ one student's cost. Whether it is better than its parts is for `fewstep evaluate
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,20 +109,27 @@ def average_file(parts: Sequence[Part], path: str) -> dict[str, Tensor]:
     Raises:
         CannotAverage: the students' tensors have other names or shapes.
     """
-    files = [safe_open(part.folder.path / path, framework="pt") for part in parts]
-    names = [sorted(file.keys()) for file in files]
-    means: dict[str, Tensor] = {}
-    for part, own in zip(parts, names, strict=True):
-        if own != names[0]:
-            raise CannotAverage(f"{part.folder.manifest.name!r}: {path} has other tensors than the first student's")
-    for name in names[0]:
-        tensors = [file.get_tensor(name) for file in files]
-        if len({tensor.shape for tensor in tensors}) > 1:
-            raise CannotAverage(f"{path}: {name} has shapes {', '.join(str(tuple(t.shape)) for t in tensors)}")
-        mean = sum(part.share * tensor.double() for part, tensor in zip(parts, tensors, strict=True))
-        assert isinstance(mean, Tensor), "there are at least two"
-        means[name] = mean.to(tensors[0].dtype) if tensors[0].is_floating_point() else tensors[0]
-    return means
+    shares = [part.share for part in parts]
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(part.folder.path / path, framework="pt")) for part in parts]
+        names = sorted(files[0].keys())
+        for part, file in zip(parts, files, strict=True):
+            if sorted(file.keys()) != names:
+                raise CannotAverage(f"{part.folder.manifest.name!r}: {path} has other tensors than the first student's")
+        return {name: _mean([file.get_tensor(name) for file in files], shares, f"{path}: {name}") for name in names}
+
+
+def _mean(tensors: Sequence[Tensor], shares: Sequence[float], what: str) -> Tensor:
+    """The first one where they are no floating-point numbers, such as a counter. Raises: CannotAverage."""
+    first = tensors[0]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise CannotAverage(f"{what} has shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
+    if not first.is_floating_point():
+        return first.clone()
+    mean = torch.zeros(first.shape, dtype=torch.float64)
+    for share, tensor in zip(shares, tensors, strict=True):
+        mean += share * tensor.double()
+    return mean.to(first.dtype)
 
 
 def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool = False) -> StudentManifest:
@@ -218,5 +225,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(os.cpu_count() or 1)
     sys.exit(main())

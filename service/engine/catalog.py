@@ -54,16 +54,13 @@ class Catalog:
             ModelBroken: its files are not what was published, as far as ``open_student`` looks; or it has no base.
             BadRequest: one of the LoRAs does not exist, is none, or is of another base.
         """
-        name = self._aliases.get(name, name)
-        loras = tuple(sorted((self._aliases.get(lora, lora), scale) for lora, scale in loras))
+        name = self.own_name(name)
+        loras = tuple(sorted((self.own_name(lora), scale) for lora, scale in loras))
         if name in self._listed:
             base = Key(name, self._listed[name])
             if not loras:
                 return Wanted(key=base, base=base, folder=None, adapters=())
-            try:
-                adapters = self._adapters(base_reference(name), loras, open_student)
-            except FileNotFoundError as error:
-                raise broken(name) from error
+            adapters = self._adapters(_reference(name), loras, open_student)
             return Wanted(key=Key(name, None, loras), base=base, folder=None, adapters=adapters)
         folder, routed = self.folder(name, open_student), None
         if folder.manifest.router is not None:
@@ -91,11 +88,8 @@ class Catalog:
         """
         if not loras:
             return
-        name = self._aliases.get(name, name)
-        try:
-            base = base_reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
-        except FileNotFoundError as error:
-            raise broken(name) from error
+        name = self.own_name(name)
+        base = _reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
         self._adapters(base, loras, self._store.open)
 
     def folder(self, name: str, open_student: Open) -> StudentFolder:
@@ -139,7 +133,7 @@ class Catalog:
         """The folders of these LoRAs, if they are such and for this base."""
         adapters = []
         for given, _ in loras:
-            name = self._aliases.get(given, given)
+            name = self.own_name(given)
             try:
                 check_name(name)
                 folder = open_student(name)
@@ -152,3 +146,11 @@ class Catalog:
                 raise broken(name) from error
             adapters.append(folder)
         return tuple(adapters)
+
+
+def _reference(base: str) -> BaseReference:
+    """How manifests name a base that is listed. Raises: ModelBroken."""
+    try:
+        return base_reference(base)
+    except FileNotFoundError as error:
+        raise broken(base) from error

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from service.engine.base import DrawRequest, EngineError
+from service.engine.base import DrawRequest, EngineError, ModelInfo
 from service.engine.plan import Plan, check_size, plan_base, plan_student
 from service.engine.residency import Found, Residency
 from service.engine.resident import Resident
@@ -43,10 +43,9 @@ class Planner:
         info = self._residency.info(name)
         self._residency.check_loras(name, request.loras)
         if isinstance(info, StudentManifest):
-            check_size(request, name, self._residency.size_of(info.base, info.family))
-            return name, info.base.id, plan_student(request, info)
-        check_size(request, name, info.size)
-        return name, info.id, plan_base(request, info)
+            size = self._residency.size_of(info.base, info.family)
+            return name, info.base.id, _plan(request, name, info, size)
+        return name, info.id, _plan(request, name, info, info.size)
 
     def find(self, request: DrawRequest, model: str) -> Found:
         """The request's model, if it is in memory; quickly.
@@ -71,8 +70,11 @@ class Planner:
             EngineError: the model cannot draw this any more.
         """
         info = resident.manifest if resident.manifest is not None else self._residency.info(model)
-        if isinstance(info, StudentManifest):
-            check_size(request, info.name, resident.model.size)
-            return plan_student(request, info)
-        check_size(request, model, info.size)
-        return plan_base(request, info)
+        name = info.name if isinstance(info, StudentManifest) else model
+        return _plan(request, name, info, resident.model.size)
+
+
+def _plan(request: DrawRequest, name: str, info: ModelInfo | StudentManifest, size: int | None) -> Plan:
+    """The plan for a model of that name, and of that size if it is known. Raises: BadRequest."""
+    check_size(request, name, size)
+    return plan_student(request, info) if isinstance(info, StudentManifest) else plan_base(request, info)
