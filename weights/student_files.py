@@ -88,7 +88,7 @@ def _sha256(content: _Content) -> str:
 
 
 def read_manifest(folder: Path, name: str) -> StudentManifest:
-    """The manifest in a student's folder.
+    """The manifest in a student's folder; read again only when its size, mtime or inode changes.
 
     Raises:
         Corrupt: it is no JSON, of another format version, incomplete, or another student's.
@@ -96,8 +96,17 @@ def read_manifest(folder: Path, name: str) -> StudentManifest:
     """
     file = folder / MANIFEST
     try:
+        return _manifest(_Content.of(file), name)
+    except OSError as error:
+        raise Corrupt(f"{file} cannot be read ({error}): publish the student again") from error
+
+
+@lru_cache(maxsize=1024)
+def _manifest(written: _Content, name: str) -> StudentManifest:
+    file = written.path
+    try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise Corrupt(f"{file} cannot be read as JSON ({error}): publish the student again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

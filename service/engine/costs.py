@@ -19,6 +19,8 @@ RECENT = 64
 """Calls that estimates are made of. A batch that was not called among them goes by how fast the others are now."""
 ENOUGH = 5
 """Calls of one batch that outweigh its measurement at warm-up: two of them can be outliers without any effect."""
+ALIKE = 0.9
+"""Rates of which the lower is at least so much of the higher are the same: calls' times waver by more."""
 TINY = 1e-9
 """Seconds of a call during which the clock did not move."""
 UNKNOWN_SECONDS = 0.1
@@ -104,8 +106,8 @@ class CostProfile:
     def best(self, ready: int, unit: int = 1) -> tuple[int, int]:
         """How many of the ready rows to take now, and the batch to pad them to: most rows per second within the target.
 
-        Of several as good, the one that takes the most rows, since each call has costs of its own around it; and then
-        the one that pads least.
+        Of several that are about as good (`ALIKE`), the one that takes the most rows, since each call has costs of its
+        own around it; and then the one that pads least.
 
         Args:
             ready: rows, at least ``unit``.
@@ -125,7 +127,7 @@ class CostProfile:
                 rows = min(ready, batch) // unit * unit
                 choices.append((rows / seconds, rows, batch))
         fastest = max(rate for rate, _, _ in choices)
-        good = [(rows, -batch) for rate, rows, batch in choices if math.isclose(rate, fastest)]
+        good = [(rows, -batch) for rate, rows, batch in choices if rate >= ALIKE * fastest]
         rows, negative = max(good)
         return rows, -negative
 

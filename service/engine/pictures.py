@@ -6,7 +6,7 @@ preview is due, also for the decoder in between. All of this is the engine's thr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from numpy import uint8
@@ -21,9 +21,14 @@ from service.engine.plan import Plan
 from service.engine.resident import Resident
 from service.engine.scheduler import Group
 from service.engine.text import Prompt
+from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise
+from weights.diffusion.schedules import Schedule
 from weights.trajectory import Leg, Trajectory, TrajectoryStep, base_trajectory, student_trajectory
+
+WAYS = 256
+"""Trajectories that are kept: a client may ask for any guidance scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,11 @@ class Painted:
     """Of the image's side; the pixels may be fewer."""
     tell: Callable[..., Preview | Drawn]
     """Wants the ``image``."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the pixels are the image, and need no scaling, which is for another thread than the event loop's."""
+        return self.pixels.shape[1] == self.size
 
 
 @dataclass(eq=False, kw_only=True)
@@ -235,15 +245,41 @@ def shown_steps(steps: int, previews: int) -> frozenset[int]:
 
 def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
     base, own = resident.base.denoiser, resident.model.denoiser
-    if plan.schedule is None:
-        return base_trajectory(own.schedule, plan.steps, plan.guidance_scale, tells_guidance=own.embeds_guidance)
-    return student_trajectory(
+    schedule = None if plan.schedule is None else plan.schedule.model_dump_json()
+    return _way(
         own.schedule,
-        plan.schedule,
+        schedule,
+        plan.steps,
         plan.guidance_scale,
-        tells_guidance=own.embeds_guidance,
-        diversity=plan.diversity,
-        base_tells_guidance=base.embeds_guidance,
+        own.embeds_guidance,
+        plan.diversity,
+        base.embeds_guidance,
+    )
+
+
+@lru_cache(maxsize=WAYS)
+def _way(
+    diffusion: Schedule,
+    schedule: str | None,
+    steps: int,
+    guidance_scale: float,
+    tells_guidance: bool,
+    diversity: Diversity | None,
+    base_tells_guidance: bool,
+) -> Trajectory:
+    """The trajectory for these, kept: writing one down takes as long as some calls of a small network do.
+
+    ``schedule`` is a student's as JSON, which can be compared; None for a base, which has ``steps`` alone.
+    """
+    if schedule is None:
+        return base_trajectory(diffusion, steps, guidance_scale, tells_guidance=tells_guidance)
+    return student_trajectory(
+        diffusion,
+        StepSchedule.model_validate_json(schedule),
+        guidance_scale,
+        tells_guidance=tells_guidance,
+        diversity=diversity,
+        base_tells_guidance=base_tells_guidance,
     )
 
 

@@ -171,7 +171,7 @@ class StepEngine:
                 answer = await answers.get()
                 if isinstance(answer, EngineError):
                     raise answer
-                shown = await asyncio.to_thread(_image, answer)
+                shown = _image(answer) if answer.whole else await asyncio.to_thread(_image, answer)
                 left -= isinstance(shown, Drawn)
                 outcome = "cancelled" if left else "done"
                 yield shown
@@ -224,7 +224,7 @@ class StepEngine:
 def _image(painted: Painted) -> Preview | Drawn:
     """With its image, scaled up where it was painted small."""
     image = Image.fromarray(painted.pixels)
-    return painted.tell(image=image if image.width == painted.size else image.resize((painted.size, painted.size)))
+    return painted.tell(image=image if painted.whole else image.resize((painted.size, painted.size)))
 
 
 def _outcome(error: EngineError) -> Outcome:

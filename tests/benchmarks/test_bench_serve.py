@@ -318,7 +318,7 @@ def made_up(ours: float, lock: float, window: float, p95: float, more: float) ->
     ]
     images = {"lock": lock, "window": window, "ours": ours}
     alone_is = {"1 step": Alone.of([(0.02 * (1 + more), 0.02)]), "4 steps": Alone.of([(0.1, 0.1)])}
-    return Round(images_per_second=images, loaded=loaded, alone=alone_is)
+    return Round(images_per_second=images, loaded=loaded, alone=alone_is, answer=0.003)
 
 
 ROUNDS = [made_up(40, 10, 20, 0.8, 0.1), made_up(10, 2, 8, 1.0, 0.2), made_up(90, 30, 45, 1.2, 0.1)]
@@ -331,10 +331,11 @@ def test_ratios_are_taken_within_rounds() -> None:
         "images/s over the lock's": (4.0, True),  # of 4, 5 and 3; the ratio of the medians is 4
         "images/s over the window's": (2.0, True),  # of 2, 1.25 and 2
         "p95 over the lock's, at 70%": (0.5, True),
+        "alone, over the bare calls (all kinds)": (pytest.approx(0.002 / 0.12), True),
         "alone, over the bare calls (worst)": (pytest.approx(0.1), True),
     }
     assert {kind: each.bare for kind, each in alone(ROUNDS).items()} == {"1 step": 0.02, "4 steps": 0.1}
-    worse = {bar.what: bar.holds for bar in bars([made_up(39, 10, 30, 1.1, 0.16)], 0.7)}
+    worse = {bar.what: bar.holds for bar in bars([made_up(39, 10, 30, 1.1, 1.0)], 0.7)}
     assert not any(worse.values())
 
 
@@ -348,7 +349,7 @@ def test_alone_each_answer_is_compared_with_the_calls_beside_it() -> None:
 def test_the_tables_say_all_of_it() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(servers_table(ROUNDS, "serving"))
-    console.print(bars_table(bars([made_up(39, 10, 20, 0.8, 0.1)], 0.7), alone(ROUNDS)))
+    console.print(bars_table(bars([made_up(39, 10, 20, 0.8, 0.1)], 0.7), ROUNDS))
     text = console.export_text()
     for words in (
         "fewstep serve",
@@ -360,6 +361,7 @@ def test_the_tables_say_all_of_it() -> None:
         "holds",
         "+10.0%",
         "22.0 ms over 20.0",
+        "3.0 ms",
     ):
         assert words in text, words
 
@@ -373,7 +375,7 @@ def test_a_missed_bar_is_an_error_where_that_is_wanted(monkeypatch: pytest.Monke
         outcomes[missed, strict] = command.main(["--out", str(out), *(["--strict"] if strict else [])])
     assert outcomes == Counter({(True, True): 1})
     report = json.loads(out.read_text())
-    assert [bar["holds"] for bar in report["bars"]] == [False, True, True, True]
+    assert [bar["holds"] for bar in report["bars"]] == [False, True, True, True, True]
     assert report["rounds"][0]["images_per_second"] == {"lock": 10, "window": 20, "ours": 39}
     assert report["options"]["clients"] == 16
 
@@ -391,6 +393,7 @@ def test_the_whole_comparison_runs(tiny: Setup, tmp_path: Path) -> None:
         assert {(row["server"], row["share"]) for row in each["loaded"]} == set(
             itertools.product(("lock", "window", "ours"), (0.5, 0.7))
         )
+        assert each["answer"] > 0
         assert set(each["alone"]) == {
             f"{steps}, {n}" for steps in ("1 step", "2 steps", "4 steps") for n in ("1 picture", "4 pictures")
         }

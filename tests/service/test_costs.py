@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.costs import ENOUGH, RECENT, CostProfile, Costs, Part
+from service.engine.costs import ALIKE, ENOUGH, RECENT, CostProfile, Costs, Part
 
 BATCHES = [1, 2, 4, 8, 16]
 call_seconds = st.floats(1e-4, 10)
@@ -43,12 +43,11 @@ def test_the_best_batch_keeps_its_promises(profile: CostProfile, ready: int) -> 
     assert batch in profile.batches
     assert batch == 1 or seconds <= profile.target
     rate = rows / seconds
-    assert rate >= 1 / profile.seconds(1) * (1 - 1e-9)
     for other in profile.batches:
         taken = min(ready, other)
         if other == 1 or profile.seconds(other) <= profile.target:
-            assert taken / profile.seconds(other) <= rate * (1 + 1e-8)
-            assert other >= batch or taken < rows or profile.seconds(other) > seconds * (1 - 1e-8), "a needless padding"
+            assert ALIKE * taken / profile.seconds(other) <= rate * (1 + 1e-8)
+            assert other >= batch or taken < rows, "a needless padding"
 
 
 @given(profiles(), st.integers(1, 30), st.integers(2, 4))
@@ -67,6 +66,13 @@ def test_rows_of_one_picture_stay_together(profile: CostProfile, pictures: int, 
 def test_few_are_taken_at_once_where_batches_pay(overhead: float, per_row: float, ready: int) -> None:
     profile = CostProfile({batch: overhead + per_row * batch for batch in range(1, 17)})
     assert profile.best(ready) == (ready, ready)
+
+
+def test_of_batches_about_as_fast_the_one_with_most_rows_is_taken() -> None:
+    assert CostProfile({1: 1.0, 2: 2.1, 4: 4.3}).best(4) == (4, 4)
+    assert CostProfile({1: 1.0, 2: 2.1, 4: 4.6}).best(4) == (2, 2), (
+        "four rows in 4.6 s are too slow beside one a second"
+    )
 
 
 def test_it_pads_only_where_that_is_faster() -> None:

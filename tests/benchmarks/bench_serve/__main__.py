@@ -26,8 +26,8 @@ from rich.console import Console
 from distillers.evaluation.subjects import counted
 from tests.benchmarks.bench_network import machine
 from tests.benchmarks.bench_serve.bare import Bare
-from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, one_by_one, saturate
-from tests.benchmarks.bench_serve.report import Alone, Loaded, Round, alone, bars, bars_table, servers_table
+from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, nothing, one_by_one, saturate
+from tests.benchmarks.bench_serve.report import Alone, Loaded, Round, bars, bars_table, servers_table
 from tests.benchmarks.bench_serve.servers import Setup, our_settings, start_all
 from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
@@ -94,7 +94,8 @@ class Comparison:
         shares = sorted({*self.options.shares, SHARE})
         loaded = [await self.loaded(name, share, rate, seed) for share in shares for name in order]
         images = {name: each.images_per_second for name, each in saturations.items()}
-        return Round(images_per_second=images, loaded=loaded, alone=await self.alone(seed))
+        kinds, answer = await self.alone(seed)
+        return Round(images_per_second=images, loaded=loaded, alone=kinds, answer=answer)
 
     async def saturation(self, name: str, seed: int) -> Saturation:
         """One server under more than it can do."""
@@ -117,9 +118,9 @@ class Comparison:
             server=name, share=share, p50=found.at(0.5), p95=found.at(0.95), requests=len(times), refused=found.refused
         )
 
-    async def alone(self, seed: int) -> dict[str, Alone]:
-        """This server by kind of request: one over HTTP, then the same bare, and again."""
-        found, chance = {}, random.Random(seed)
+    async def alone(self, seed: int) -> tuple[dict[str, Alone], float]:
+        """This server by kind of request: one over HTTP, then the same bare, and again; and an answer that draws nothing."""
+        found, chance, answers = {}, random.Random(seed), list[float]()
         async with client_of(self.urls["ours"]) as client:
             for steps, n in itertools.product(self.options.steps, sorted({1, self.options.pictures})):
                 pairs = []
@@ -129,9 +130,11 @@ class Comparison:
                     answer = await one_by_one(client, self.options.student, one)
                     await asyncio.sleep(REST)
                     pairs.append((answer, self.bare.seconds(one)))
+                    await asyncio.sleep(REST)
+                    answers.append(await nothing(client))
                 found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = Alone.of(pairs[1:])  # the first warms up
         say("alone: " + ", ".join(f"{kind} {each.overhead:+.1%}" for kind, each in found.items()))
-        return found
+        return found, statistics.median(answers)
 
 
 def say(line: str) -> None:
@@ -181,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     threads = "" if options.threads is None else f", {counted(options.threads, 'thread')}"
     title = f"serving {options.student}, {facts['device']}{threads}, {counted(options.clients, 'client')}"
     console.print(servers_table(rounds, title))
-    console.print(bars_table(found, alone(rounds)))
+    console.print(bars_table(found, rounds))
     print(f"written to {options.out}")
     return 1 if options.strict and not all(bar.holds for bar in found) else 0
 

@@ -122,3 +122,12 @@ async def one_by_one(client: httpx.AsyncClient, model: str, one: Ask) -> float:
     if not await ask(client, model, one):
         raise Failed(f"{client.base_url} has no room for a single request")
     return time.perf_counter() - started
+
+
+async def nothing(client: httpx.AsyncClient) -> float:
+    """Seconds of an answer for which nothing is drawn: what HTTP and this client take by themselves."""
+    started = time.perf_counter()
+    response = await client.get("/health/live")
+    if response.status_code != 200:
+        raise Failed(f"{client.base_url} answered {response.status_code} to whether it lives")
+    return time.perf_counter() - started

@@ -50,6 +50,8 @@ class Round:
     loaded: Sequence[Loaded]
     alone: Mapping[str, Alone]
     """This server, by kind of request."""
+    answer: float
+    """Median seconds of this server's answer when nothing is to be drawn, alone as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +94,19 @@ def alone(rounds: Sequence[Round]) -> dict[str, Alone]:
     return {kind: Alone(**{name: median(kind, name) for name in names}) for kind in rounds[0].alone}
 
 
+def overhead(rounds: Sequence[Round]) -> float:
+    """One request of each kind after the other, over the bare calls of all of them, less one."""
+    kinds = alone(rounds).values()
+    return sum(each.ours for each in kinds) / sum(each.bare for each in kinds) - 1
+
+
 def bars(rounds: Sequence[Round], share: float) -> list[Bar]:
     """The promises of the serving engine (docs/architecture.md)."""
     return [
         Bar(what="images/s over the lock's", value=ratio(rounds, "lock"), limit=4.0, at_least=True),
         Bar(what="images/s over the window's", value=ratio(rounds, "window"), limit=1.5, at_least=True),
         Bar(what=f"p95 over the lock's, at {share:.0%}", value=p95_ratio(rounds, share), limit=0.5, at_least=False),
+        Bar(what="alone, over the bare calls (all kinds)", value=overhead(rounds), limit=0.15, at_least=False),
         Bar(
             what="alone, over the bare calls (worst)",
             value=max(each.overhead for each in alone(rounds).values()),
@@ -125,15 +134,17 @@ def servers_table(rounds: Sequence[Round], title: str) -> Table:
     return made
 
 
-def bars_table(found: Sequence[Bar], kinds: Mapping[str, Alone]) -> Table:
-    """The bars, and what alone costs by kind of request."""
+def bars_table(found: Sequence[Bar], rounds: Sequence[Round]) -> Table:
+    """The bars, and what alone costs by kind of request, and without anything to draw."""
     made = Table("bar", title="bars")
     for heading in ("measured", "wanted", ""):
         made.add_column(heading, justify="right")
     for bar in found:
         wanted = f"{'at least' if bar.at_least else 'at most'} {bar.limit:g}"
         made.add_row(bar.what, f"{bar.value:.2f}", wanted, "holds" if bar.holds else "MISSED")
-    for kind, each in kinds.items():
+    for kind, each in alone(rounds).items():
         milliseconds = f"{1000 * each.ours:.1f} ms over {1000 * each.bare:.1f}"
         made.add_row(f"  alone, {kind}", f"{each.overhead:+.1%}", milliseconds)
+    answer = statistics.median(each.answer for each in rounds)
+    made.add_row("  alone, nothing to draw", "", f"{1000 * answer:.1f} ms")
     return made
