@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor
 
-from distillers.adapters import add_adapters, copy_sharing_frozen, save_adapters
+from distillers.adapters import save_adapters
+from distillers.building import Builder
 from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed, cached_embeddings
 from distillers.events import Reporter, now
 from distillers.methods import method
-from distillers.methods.base import Method, MethodConfig, Setup, Workspace
+from distillers.methods.base import Method, Workspace
 from distillers.partition import Partition, part_of, stored_partition
 from distillers.precision import resolve_precision
 from distillers.seeds import seed_of
@@ -26,8 +27,8 @@ from distillers.trainer import Diverged, Interrupted, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
-from weights.store import Store, StoreError, StudentFolder
-from weights.students import base_reference, check_base, load_student
+from weights.store import Store, StoreError
+from weights.students import base_reference
 from weights.version import code_version
 
 STOPPED = 143
@@ -180,7 +181,8 @@ class JobRun:
         if self.shares_cache:  # the next job draws from it too
             draws = math.inf
         feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
-        built = self._build_method(chosen, self.config, base)
+        self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
+        built = self._builder(base).method(chosen, self.config, self.uncond)
         trainer = Trainer(
             built,
             feed,
@@ -225,66 +227,16 @@ class JobRun:
         with self.accelerator.main_process_first():
             return stored_partition(self.shared, spec, corpus, digest, embed, self.with_pictures)
 
-    def _build_method(self, chosen: type[Method], config: MethodConfig, base: TextToImage) -> Method:
-        lora = self.job.lora
-
-        def trainable(model: TextToImage, adapters: bool) -> TextToImage:
-            if adapters and lora is not None:
-                add_adapters(model, lora)
-            else:
-                model.network.requires_grad_(True)
-            model.network.train()
-            return model
-
-        def new_network(adapters: bool) -> TextToImage:
-            if adapters and lora is not None and lora.shared_base:
-                return trainable(base.with_network(copy_sharing_frozen(base.network)), True)
-            return trainable(base.copy(), adapters)
-
-        def new_student() -> TextToImage:
-            start = self.job.start
-            if self.job.network is not None:
-                return trainable(base.with_random_network(self.job.network), True)
-            return new_network(True) if start is None else trainable(self._start(start, base), True)
-
-        self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
-        setup = Setup(
+    def _builder(self, base: TextToImage) -> Builder:
+        return Builder(
+            job=self.job,
             base=base,
-            uncond=self.uncond,
-            latent_shape=base.latent_shape(),
-            new_network=new_network,
-            new_student=new_student,
+            reference=self.reference,
+            store=self.store,
+            centroids=self.centroids,
             device=self.accelerator.device,
+            precision=self.precision,
         )
-        built = chosen(config, setup)
-        base.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
-        if self.precision == "bfloat16":
-            base.network.to(torch.bfloat16)  # frozen: autocast would convert its weights anew at every call
-        return built
-
-    def _start(self, name: str, base: TextToImage) -> TextToImage:
-        """A student's weights to go on from. Whole weights may come from another version of the base; adapters may not."""
-        folder = self._own_member(self.store.open(name))
-        if folder.manifest.adapter == "lora":
-            check_base(folder, self.reference.sha256)
-        return load_student(folder, base)
-
-    def _own_member(self, folder: StudentFolder) -> StudentFolder:
-        """Of a student that routes as this job's partition does, this part's own; any other student as it is.
-
-        Raises:
-            ValueError: it routes otherwise, so that none of its students was made for this part.
-        """
-        router, spec = folder.manifest.router, self.job.partition
-        if router is None or spec is None or spec.part is None:
-            return folder
-        theirs = torch.tensor(router.centroids, dtype=self.centroids.dtype)
-        if theirs.shape != self.centroids.shape or not torch.allclose(theirs, self.centroids, atol=1e-4):
-            raise ValueError(
-                f"start: {folder.manifest.name!r} has {len(theirs)} students for other parts than this job's "
-                f"{spec.students}: use the data and the partition that it was made with, or start from one student"
-            )
-        return self.store.open(router.students[spec.part])
 
     def _sheet(self, feed: Feed, built: Method) -> Sheet:
         prompts = feed.corpus.sheet

@@ -154,7 +154,7 @@ def fingerprint(job: DistillJob, base_digest: str) -> str:
     plain = job.model_dump(
         mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
     )
-    for field in ("partition", "network"):
+    for field in ("partition", "network", "guide"):
         if plain[field] is None:  # so that checkpoints from before there was the field are still of the same job
             del plain[field]
     return hashlib.sha256(json.dumps([plain, base_digest], sort_keys=True).encode()).hexdigest()

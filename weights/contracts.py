@@ -110,6 +110,16 @@ class PartitionSpec(Contract):
         return self
 
 
+class GuideSpec(Contract):
+    """Autoguidance: the teacher is led away from a worse version of itself (`weights.diffusion.guidance.AutoGuided`)."""
+
+    student: Name = Field(
+        description="published student of the same base that denoises as the teacher does, only worse: a smaller one, "
+        "made by the method score_matching"
+    )
+    scale: float = Field(2.0, ge=1, description="w in worse + w (teacher - worse); 1.0 is off")
+
+
 class DistillJob(Contract):
     """One distillation: which base, by which method, on what, for how long, published as what."""
 
@@ -125,6 +135,9 @@ class DistillJob(Contract):
     start: Name | None = Field(
         None,
         description="published student whose weights training goes on from (a later stage); the base's if left out",
+    )
+    guide: GuideSpec | None = Field(
+        None, description="autoguidance of the teacher, with any method; none when left out"
     )
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()

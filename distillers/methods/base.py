@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Cond, Denoiser
+from weights.diffusion.guidance import AutoGuided
 from weights.families.base import TextToImage
 
 
@@ -136,6 +137,15 @@ class TurnLoss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guide:
+    """Autoguidance: see `AutoGuided`."""
+
+    model: TextToImage
+    """A worse version of the teacher; its network is frozen."""
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setup:
     """What a method is built from."""
 
@@ -152,10 +162,14 @@ class Setup:
     new_student: Callable[[], TextToImage]
     """What the student is at first: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
     device: torch.device
+    guide: Guide | None = None
+    """What the teacher is led away from; None where it is not."""
 
     @property
     def teacher(self) -> Denoiser:
-        return self.base.denoiser
+        """The base's own denoiser, or that under autoguidance where the job asks for it."""
+        own, guide = self.base.denoiser, self.guide
+        return own if guide is None else AutoGuided(own, guide.model.denoiser, guide.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

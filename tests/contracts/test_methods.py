@@ -1,5 +1,7 @@
 """What every method keeps, found by being there: a new file in distillers/methods is tested by this one."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,7 +10,7 @@ import torch
 
 from distillers.checkpoint import load_checkpoint
 from distillers.methods import UnknownMethod, method, methods
-from distillers.methods.base import Method, MethodConfig, OptimizerSettings, Step, Turn
+from distillers.methods.base import Guide, Method, MethodConfig, OptimizerSettings, Step, Turn
 from distillers.seeds import generator_of, seed_of
 from distillers.trainer import Trainer
 from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
@@ -108,6 +110,26 @@ class TestMethod:
             not torch.equal(old, new) for old, new in zip(start, built.student.network.parameters(), strict=True)
         )
         assert all(torch.equal(before[key], value) for key, value in setup.base.network.state_dict().items())
+
+    def test_its_teacher_can_be_led_away_from_a_worse_one(self, name: str) -> None:
+        losses = {}
+        for scale in (1.0, 3.0):
+            setup = mixture_setup()
+            guide = Guide(model=setup.new_network(False), scale=scale)
+            guide.model.network.requires_grad_(False)
+            torch.manual_seed(0)
+            found = method(name)
+            built = found(found.Config(**SMALL.get(name, {})), dataclasses.replace(setup, guide=guide))
+            for iteration in range(ITERATIONS):
+                for turn in built.turns(iteration):
+                    loss = built.loss(turn, self.step(setup, iteration, turn.name)).loss
+                    losses[scale, iteration, turn.name] = float(loss.detach())
+                    built.after_step(turn, iteration)
+            loss.backward()
+            assert all(weight.grad is None for weight in guide.model.network.parameters())
+        assert all(math.isfinite(loss) for loss in losses.values())
+        differ = any(loss != losses[1.0, *key[1:]] for key, loss in losses.items())
+        assert differ == (name != "ladd"), "its teacher has features alone, which are its own"
 
     def test_stopped_and_resumed_it_ends_in_the_same_weights(self, name: str, tmp_path: Path) -> None:
         ends = []

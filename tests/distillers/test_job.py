@@ -314,6 +314,42 @@ def test_adapters_are_no_start_for_another_base(raw: dict[str, Any], tmp_path: P
     assert "was made from base" in events(tmp_path / "third")[-1].message
 
 
+def test_the_teacher_is_led_away_from_a_worse_version_of_itself(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    small = {"method": "score_matching", "network": {"layers_per_block": 2}, "config": {"lr": 1e-3}}
+    assert JobRun(raw | small | {"student": "worse"}, tmp_path / "first", store).run(resume=False) == 0
+    guided = raw | {"guide": {"student": "worse", "scale": 3.0}}
+    run = JobRun(guided, tmp_path / "second", store)
+    assert run.run(resume=False) == 0
+    assert run.trainer is not None
+    setup = run.trainer.method.setup  # type: ignore[attr-defined]  # a score distillation keeps what it was built from
+    base, worse = (StableDiffusion.load(raw["base"]), load_student(store.open("worse"), setup.base))
+    x, t = torch.randn(2, *base.latent_shape()), torch.tensor([0.3, 0.8])
+    cond = base.encode_prompts(["red apple", "blue dog"])
+    own, other = (model.denoiser(x, t, cond) for model in (base, worse))
+    assert (own - other).abs().max() > 1e-3
+    torch.testing.assert_close(setup.teacher(x, t, cond), other + 3 * (own - other), rtol=1e-4, atol=1e-4)
+    assert not any(weight.requires_grad for weight in setup.guide.model.network.parameters())
+    manifest = store.manifest("tiny")
+    assert manifest.job is not None and manifest.job.guide is not None and manifest.job.guide.scale == 3.0
+
+
+def test_what_cannot_guide_the_teacher_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    assert problems(raw | {"guide": {"student": "worse", "scale": 0.5}}).keys() == {"guide.scale"}
+    nobody = raw | {"guide": {"student": "nobody"}}
+    assert JobRun(nobody, tmp_path / "first", store).run(resume=False) == 1
+    assert "'nobody'" in events(tmp_path / "first")[-1].message
+    other = tiny_pipeline(tmp_path / "other", seed=1)
+    assert JobRun(raw | {"base": str(other)}, tmp_path / "second", store).run(resume=False) == 0
+    assert JobRun(raw | {"student": "third", "guide": {"student": "tiny"}}, tmp_path / "third", store).run(False) == 1
+    assert "was made from base" in events(tmp_path / "third")[-1].message
+    ranged = {"method": "consistency", "config": {"guidance_range": [6.0, 8.0]}, "student": "told"}
+    assert JobRun(raw | ranged, tmp_path / "fourth", store).run(resume=False) == 0
+    assert JobRun(raw | {"student": "last", "guide": {"student": "told"}}, tmp_path / "last", store).run(False) == 1
+    assert "'told' is told its guidance scale" in events(tmp_path / "last")[-1].message
+
+
 def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\nblue dog\n")

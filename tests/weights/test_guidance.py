@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weights.denoiser import Cond, Denoiser
-from weights.diffusion.guidance import Guided
+from weights.diffusion.guidance import AutoGuided, Guided
 from weights.diffusion.schedules import RectifiedFlow
 
 
@@ -95,3 +95,61 @@ def test_what_makes_no_sense_is_refused() -> None:
         Guided(Recorder(), UNCOND, 2.0, interval=(0.5, 0.2))
     with pytest.raises(ValueError, match=r"uncond has \[2\] rows for a batch of 3"):
         Guided(Recorder(), {"c": torch.zeros(2, 2)}, 2.0)(X_T, T, COND)
+
+
+# Autoguidance
+
+
+class Normal(Denoiser):
+    """The exact denoiser of data ``N(0, deviation^2)`` under rectified flow."""
+
+    def __init__(self, deviation: float) -> None:
+        super().__init__()
+        self.schedule, self.deviation = RectifiedFlow(), deviation
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        alpha, sigma = (f(t).view(-1, 1, 1, 1) for f in (self.schedule.alpha, self.schedule.sigma))
+        variance = self.deviation**2
+        return alpha * variance / (alpha**2 * variance + sigma**2) * x_t
+
+    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        return self(x_t, t, cond), [x_t + 1]
+
+    @property
+    def feature_channels(self) -> list[int]:
+        return [2]
+
+
+def test_autoguidance_at_scale_one_is_the_plain_denoiser() -> None:
+    torch.testing.assert_close(AutoGuided(Normal(1.0), Normal(2.0), 1.0)(X_T, T, COND), Normal(1.0)(X_T, T, COND))
+
+
+@settings(deadline=None, max_examples=25)
+@given(w=st.floats(1, 10), worse=st.floats(1.05, 4))
+def test_autoguidance_leads_away_from_what_is_spread_too_far(w: float, worse: float) -> None:
+    """The worse model believes in wider data, and so pulls less to the middle: the guided one pulls more, in proportion."""
+    own, guide = Normal(1.0)(X_T, T, COND), Normal(worse)(X_T, T, COND)
+    guided = AutoGuided(Normal(1.0), Normal(worse), w)(X_T, T, COND)
+    torch.testing.assert_close(guided - own, (w - 1) * (own - guide))
+    inside = (guided * X_T.sign() <= own * X_T.sign() + 1e-6).all()
+    assert inside, "never farther from the middle than the plain estimate"
+
+
+def test_autoguidance_under_guidance_by_the_prompt() -> None:
+    inner = AutoGuided(Recorder(), Normal(1.0), 2.0)
+    guided = Guided(inner, UNCOND, 3.0)(X_T, T, COND)
+    with_, without = (2 * Recorder()(X_T, T, cond) - Normal(1.0)(X_T, T, cond) for cond in (COND, each(UNCOND)))
+    torch.testing.assert_close(guided, without + 3 * (with_ - without))
+
+
+def test_the_features_under_autoguidance_are_the_models_own() -> None:
+    guided = AutoGuided(Normal(1.0), Normal(2.0), 3.0)
+    x0, features = guided.with_features(X_T, T, COND)
+    torch.testing.assert_close(x0, guided(X_T, T, COND))
+    assert torch.equal(features[0], X_T + 1) and torch.equal(guided.features(X_T, T, COND)[0], X_T + 1)
+    assert guided.feature_channels == [2] and guided.feature_blocks == []
+
+
+def test_a_scale_that_leads_towards_the_worse_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"autoguidance scale 0\.5 is below 1\.0"):
+        AutoGuided(Normal(1.0), Normal(2.0), 0.5)

@@ -3,7 +3,13 @@
 Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6, in the convention that is
 pinned here): ``D = D_uncond + w (D_cond - D_uncond)``; w = 1 is off. x_0 is an affine function of what a network
 predicts, with coefficients that both estimates share, so guiding x_0 equals guiding the network's own output.
+
+Autoguidance (Karras et al. 2024, https://arxiv.org/abs/2406.02507, section 3) does the same with a worse version of the
+model, smaller or trained for less long, in the unconditional one's place: both err in the same directions, the worse one
+further, so that to lead away from it is to lead away from the error.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +78,51 @@ class Guided(Denoiser):
         if rows != {len(x_t)}:
             raise ValueError(f"uncond has {sorted(rows)} rows for a batch of {len(x_t)}: give 1, or one a picture")
         return uncond
+
+
+class AutoGuided(Denoiser):
+    """A denoiser led away from a worse one: ``D = G + w (D - G)``, at the same prompt. Its features are its own.
+
+    Args:
+        denoiser: the one to guide; `Guided` may stand around this, for guidance by the prompt as well.
+        guide: the worse one, over the same schedule.
+        scale: w, at least 1.0, which is off.
+
+    Raises:
+        ValueError: a scale below 1.
+    """
+
+    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float) -> None:
+        super().__init__()
+        if scale < 1:
+            raise ValueError(f"autoguidance scale {scale} is below 1.0, which is off: more than 1.0 guides")
+        self.denoiser, self.schedule, self.guide, self.scale = denoiser, denoiser.schedule, guide, scale
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The guided estimate of x_0; shapes as in `Denoiser.forward`."""
+        return self._guided(self.denoiser(x_t, t, cond), x_t, t, cond)
+
+    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        x0, features = self.denoiser.with_features(x_t, t, cond)
+        return self._guided(x0, x_t, t, cond), features
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        return self.denoiser.features(x_t, t, cond)
+
+    def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
+        return self.denoiser.block_features(x_t, t, cond, blocks)
+
+    @property
+    def feature_channels(self) -> list[int]:
+        return self.denoiser.feature_channels
+
+    @property
+    def feature_blocks(self) -> list[str]:
+        return self.denoiser.feature_blocks
+
+    def _guided(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        worse: Tensor = self.guide(x_t, t, cond)
+        return worse + self.scale * (x0 - worse)
 
 
 class EmbeddedGuidance(Denoiser):

@@ -1,0 +1,122 @@
+"""The networks of a job, and its method on top of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distillers.adapters import add_adapters, copy_sharing_frozen
+from distillers.methods.base import Guide, Method, MethodConfig, Setup
+from weights.contracts import BaseReference, DistillJob
+from weights.denoiser import Cond
+from weights.families.base import TextToImage
+from weights.store import Store, StudentFolder
+from weights.students import check_base, load_student
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """Makes a job's method: teacher, student, and whatever else the method trains."""
+
+    job: DistillJob
+    base: TextToImage
+    """As it was loaded; its network becomes the teacher's, in the precision that it is used in."""
+    reference: BaseReference
+    """Of the base."""
+    store: Store
+    """Where other students that the job names are."""
+    centroids: Tensor
+    """Of the partition that the job is for a part of; empty where it is for none."""
+    device: torch.device
+    precision: str
+
+    def method(self, chosen: type[Method], config: MethodConfig, uncond: Cond) -> Method:
+        """The method, on networks that are trainable where they are to be trained.
+
+        Args:
+            chosen: its class.
+            config: its settings.
+            uncond: conditions of the empty prompt, 1 row.
+
+        Raises:
+            ValueError: a student that the job names does not fit it.
+            StoreError: that student is missing, or its files are not what was published.
+        """
+        guide = self._guide()
+        setup = Setup(
+            base=self.base,
+            uncond=uncond,
+            latent_shape=self.base.latent_shape(),
+            new_network=self._new_network,
+            new_student=self._new_student,
+            device=self.device,
+            guide=guide,
+        )
+        built = chosen(config, setup)
+        for frozen in (self.base,) if guide is None else (self.base, guide.model):
+            frozen.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
+            if self.precision == "bfloat16":
+                frozen.network.to(torch.bfloat16)  # autocast would convert its weights anew at every call
+        return built
+
+    def _trainable(self, model: TextToImage, adapters: bool) -> TextToImage:
+        if adapters and self.job.lora is not None:
+            add_adapters(model, self.job.lora)
+        else:
+            model.network.requires_grad_(True)
+        model.network.train()
+        return model
+
+    def _new_network(self, adapters: bool) -> TextToImage:
+        """See `Setup.new_network`."""
+        base, lora = self.base, self.job.lora
+        if adapters and lora is not None and lora.shared_base:
+            return self._trainable(base.with_network(copy_sharing_frozen(base.network)), True)
+        return self._trainable(base.copy(), adapters)
+
+    def _new_student(self) -> TextToImage:
+        """See `Setup.new_student`."""
+        if self.job.network is not None:
+            return self._trainable(self.base.with_random_network(self.job.network), True)
+        if self.job.start is not None:
+            return self._trainable(self._start(self.job.start), True)
+        return self._new_network(True)
+
+    def _start(self, name: str) -> TextToImage:
+        """A student's weights to go on from. Whole weights may come from another version of the base; adapters may not."""
+        folder = self._own_member(self.store.open(name))
+        if folder.manifest.adapter == "lora":
+            check_base(folder, self.reference.sha256)
+        return load_student(folder, self.base)
+
+    def _own_member(self, folder: StudentFolder) -> StudentFolder:
+        """Of a student that routes as this job's partition does, this part's own; any other student as it is.
+
+        Raises:
+            ValueError: it routes otherwise, so that none of its students was made for this part.
+        """
+        router, spec = folder.manifest.router, self.job.partition
+        if router is None or spec is None or spec.part is None:
+            return folder
+        theirs = torch.tensor(router.centroids, dtype=self.centroids.dtype)
+        if theirs.shape != self.centroids.shape or not torch.allclose(theirs, self.centroids, atol=1e-4):
+            raise ValueError(
+                f"start: {folder.manifest.name!r} has {len(theirs)} students for other parts than this job's "
+                f"{spec.students}: use the data and the partition that it was made with, or start from one student"
+            )
+        return self.store.open(router.students[spec.part])
+
+    def _guide(self) -> Guide | None:
+        spec = self.job.guide
+        if spec is None:
+            return None
+        folder = self.store.open(spec.student)
+        check_base(folder, self.reference.sha256)
+        model = load_student(folder, self.base)
+        if model.denoiser.embeds_guidance:
+            raise ValueError(
+                f"guide: {spec.student!r} is told its guidance scale; name a student that denoises as the teacher does, "
+                "made by score_matching"
+            )
+        model.network.requires_grad_(False).eval()
+        return Guide(model=model, scale=spec.scale)
