@@ -117,7 +117,11 @@ class GuideSpec(Contract):
         description="published student of the same base that denoises as the teacher does, only worse: a smaller one, "
         "made by the method score_matching"
     )
-    scale: float = Field(2.0, ge=1, description="w in worse + w (teacher - worse); 1.0 is off")
+    scale: float = Field(
+        1.4,
+        ge=1,
+        description="w in worse + w (teacher - worse); 1.0 is off; under a guidance scale s, w - 1 counts s times",
+    )
 
 
 class DistillJob(Contract):

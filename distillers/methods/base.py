@@ -169,7 +169,7 @@ class Setup:
     def teacher(self) -> Denoiser:
         """The base's own denoiser, or that under autoguidance where the job asks for it."""
         own, guide = self.base.denoiser, self.guide
-        return own if guide is None else AutoGuided(own, guide.model.denoiser, guide.scale)
+        return own if guide is None else AutoGuided(own, guide.model.denoiser, guide.scale, self.uncond)
 
 
 @dataclass(frozen=True, kw_only=True)

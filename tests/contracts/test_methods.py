@@ -122,7 +122,12 @@ class TestMethod:
             built = found(found.Config(**SMALL.get(name, {})), dataclasses.replace(setup, guide=guide))
             for iteration in range(ITERATIONS):
                 for turn in built.turns(iteration):
-                    loss = built.loss(turn, self.step(setup, iteration, turn.name)).loss
+                    step = self.step(setup, iteration, turn.name)
+                    cond = {
+                        "label": torch.zeros_like(step.batch.cond["label"])
+                    }  # the unconditional prompt is left alone
+                    batch = dataclasses.replace(step.batch, cond=cond, real_cond=cond)
+                    loss = built.loss(turn, dataclasses.replace(step, batch=batch)).loss
                     losses[scale, iteration, turn.name] = float(loss.detach())
                     built.after_step(turn, iteration)
             loss.backward()

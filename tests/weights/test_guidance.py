@@ -121,7 +121,9 @@ class Normal(Denoiser):
 
 
 def test_autoguidance_at_scale_one_is_the_plain_denoiser() -> None:
-    torch.testing.assert_close(AutoGuided(Normal(1.0), Normal(2.0), 1.0)(X_T, T, COND), Normal(1.0)(X_T, T, COND))
+    torch.testing.assert_close(
+        AutoGuided(Normal(1.0), Normal(2.0), 1.0, UNCOND)(X_T, T, COND), Normal(1.0)(X_T, T, COND)
+    )
 
 
 @settings(deadline=None, max_examples=25)
@@ -129,21 +131,25 @@ def test_autoguidance_at_scale_one_is_the_plain_denoiser() -> None:
 def test_autoguidance_leads_away_from_what_is_spread_too_far(w: float, worse: float) -> None:
     """The worse model believes in wider data, and so pulls less to the middle: the guided one pulls more, in proportion."""
     own, guide = Normal(1.0)(X_T, T, COND), Normal(worse)(X_T, T, COND)
-    guided = AutoGuided(Normal(1.0), Normal(worse), w)(X_T, T, COND)
+    guided = AutoGuided(Normal(1.0), Normal(worse), w, UNCOND)(X_T, T, COND)
     torch.testing.assert_close(guided - own, (w - 1) * (own - guide))
     inside = (guided * X_T.sign() <= own * X_T.sign() + 1e-6).all()
     assert inside, "never farther from the middle than the plain estimate"
 
 
-def test_autoguidance_under_guidance_by_the_prompt() -> None:
-    inner = AutoGuided(Recorder(), Normal(1.0), 2.0)
-    guided = Guided(inner, UNCOND, 3.0)(X_T, T, COND)
-    with_, without = (2 * Recorder()(X_T, T, cond) - Normal(1.0)(X_T, T, cond) for cond in (COND, each(UNCOND)))
-    torch.testing.assert_close(guided, without + 3 * (with_ - without))
+@settings(deadline=None, max_examples=25)
+@given(w=st.floats(1, 5), scale=st.floats(1, 10))
+def test_autoguidance_and_guidance_by_the_prompt_add_up(w: float, scale: float) -> None:
+    """The unconditional estimate is left alone: that of a mixed batch's rows, too."""
+    inner = AutoGuided(Recorder(), Normal(1.0), w, UNCOND)
+    own, without, worse = Recorder()(X_T, T, COND), Recorder()(X_T, T, each(UNCOND)), Normal(1.0)(X_T, T, COND)
+    expected = own + scale * (w - 1) * (own - worse) + (scale - 1) * (own - without)
+    torch.testing.assert_close(Guided(inner, UNCOND, scale)(X_T, T, COND), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inner(X_T, T, each(UNCOND)), without)
 
 
 def test_the_features_under_autoguidance_are_the_models_own() -> None:
-    guided = AutoGuided(Normal(1.0), Normal(2.0), 3.0)
+    guided = AutoGuided(Normal(1.0), Normal(2.0), 3.0, UNCOND)
     x0, features = guided.with_features(X_T, T, COND)
     torch.testing.assert_close(x0, guided(X_T, T, COND))
     assert torch.equal(features[0], X_T + 1) and torch.equal(guided.features(X_T, T, COND)[0], X_T + 1)
@@ -152,4 +158,4 @@ def test_the_features_under_autoguidance_are_the_models_own() -> None:
 
 def test_a_scale_that_leads_towards_the_worse_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"autoguidance scale 0\.5 is below 1\.0"):
-        AutoGuided(Normal(1.0), Normal(2.0), 0.5)
+        AutoGuided(Normal(1.0), Normal(2.0), 0.5, UNCOND)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, cond_to
+from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, cond_rows, cond_to
 from weights.diffusion.schedules import expand
 
 
@@ -83,20 +83,25 @@ class Guided(Denoiser):
 class AutoGuided(Denoiser):
     """A denoiser led away from a worse one: ``D = G + w (D - G)``, at the same prompt. Its features are its own.
 
+    Under guidance by the prompt as well (`Guided` around this), the unconditional estimate is left alone, since that
+    guidance leads away from it: they add up, ``D_cond + s (w - 1) (D_cond - G_cond) + (s - 1) (D_cond - D_uncond)``.
+
     Args:
-        denoiser: the one to guide; `Guided` may stand around this, for guidance by the prompt as well.
+        denoiser: the one to guide.
         guide: the worse one, over the same schedule.
         scale: w, at least 1.0, which is off.
+        uncond: the unconditional prompt, one row.
 
     Raises:
         ValueError: a scale below 1.
     """
 
-    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float, uncond: Cond) -> None:
         super().__init__()
         if scale < 1:
             raise ValueError(f"autoguidance scale {scale} is below 1.0, which is off: more than 1.0 guides")
-        self.denoiser, self.schedule, self.guide, self.scale = denoiser, denoiser.schedule, guide, scale
+        self.denoiser, self.schedule, self.guide = denoiser, denoiser.schedule, guide
+        self.scale, self.uncond = scale, uncond
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The guided estimate of x_0; shapes as in `Denoiser.forward`."""
@@ -121,8 +126,19 @@ class AutoGuided(Denoiser):
         return self.denoiser.feature_blocks
 
     def _guided(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        worse: Tensor = self.guide(x_t, t, cond)
-        return worse + self.scale * (x0 - worse)
+        rows = torch.nonzero(~self._unconditional(cond)).flatten()
+        if len(rows) == 0 or self.scale == 1:
+            return x0
+        own = x0[rows]
+        worse: Tensor = self.guide(x_t[rows], t[rows], cond_rows(cond, rows))
+        return x0.index_copy(0, rows, worse + self.scale * (own - worse))
+
+    def _unconditional(self, cond: Cond) -> Tensor:
+        """Which rows are the unconditional prompt's, ``(B,)`` bool."""
+        same = [
+            (cond[name] == one.to(cond[name])).reshape(len(cond[name]), -1).all(1) for name, one in self.uncond.items()
+        ]
+        return torch.stack(same).all(0)
 
 
 class EmbeddedGuidance(Denoiser):
