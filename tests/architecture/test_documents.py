@@ -47,3 +47,14 @@ def test_the_changelog_has_this_version() -> None:
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
     assert newest.group(1) == PROJECT["version"]
+
+
+def test_recipes_tell_what_they_reached_on_the_leaderboard() -> None:
+    rows = re.findall(
+        r"^\| \*\*(\w+)\*\* \| (\d) \| \d \| ([\d.]+) ±", (ROOT / "docs/leaderboard.md").read_text(), re.M
+    )
+    reached = {name: {steps: distance for other, steps, distance in rows if other == name} for name, _, _ in rows}
+    assert len(reached) > 10
+    for name, by_steps in reached.items():
+        told = "{4} at 4 steps, {2} at 2, {1} at 1.".format(*map(by_steps.get, "01234"))
+        assert told in (ROOT / f"distillers/recipes/emoji_{name}.toml").read_text(), f"{name} reached {told}"
