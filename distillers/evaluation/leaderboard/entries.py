@@ -70,7 +70,7 @@ def find(folder: Path, base: str) -> list[Entry]:
     """The folder's recipes ``emoji_*.toml``, by name.
 
     Two kinds cannot be compared at one budget, and are left out with a reason: a recipe of another base, and one that
-    goes on from a published student (``start``), whose training would count for nothing.
+    goes on from a published student (``start``) or is guided by one, whose training would count for nothing.
 
     Args:
         folder: of TOML files.
@@ -87,8 +87,9 @@ def find(folder: Path, base: str) -> list[Entry]:
         reason = None
         if job.base != base:
             reason = f"its base is {job.base}, this board's is {base}"
-        elif job.start is not None:
-            reason = f"it goes on from the student {job.start}, whose training is in no budget"
+        for does, other in (("goes on from", job.start), ("is guided by", job.guide and job.guide.student)):
+            if other is not None and reason is None:
+                reason = f"it {does} the student {other}, whose training is in no budget"
         entries.append(Entry(path.stem.removeprefix(PREFIX), job, raw, reason))
     if not entries:
         raise ValueError(f"{folder} has no recipe {PREFIX}*.toml")

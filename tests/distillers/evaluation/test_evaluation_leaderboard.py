@@ -268,6 +268,12 @@ class TestEntries:
         with pytest.raises(ValueError, match="later cannot be on the board: it goes on from"):
             entries.chosen(list(found.values()), ["later"])
 
+    def test_a_recipe_that_is_guided_by_a_student_is_left_out(self, recipes: Path, tmp_path: Path) -> None:
+        text = (recipes / "emoji_good.toml").read_text()
+        (tmp_path / "emoji_guided.toml").write_text(text + '[guide]\nstudent = "worse"\n')
+        (guided,) = entries.find(tmp_path, str(recipes / "tiny-base"))
+        assert guided.left_out == "it is guided by the student worse, whose training is in no budget"
+
     def test_the_committed_recipes_are_entries(self) -> None:
         found = entries.find(command.RECIPES, "emoji-base")
         assert {"dmd2", "consistency"} <= {entry.name for entry in found if entry.left_out is None}
