@@ -53,7 +53,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse | Even
     created = int(time.time())
     drawn = await finished(engine_of(request).generate(wanted), request)
     metadata = settings_of(request).picture_metadata
-    files = await asyncio.to_thread(lambda: [picture_file(body, item, metadata) for item in drawn])
+    files = await asyncio.gather(*(asyncio.to_thread(picture_file, body, item, metadata) for item in drawn))
     data = [
         Picture(**handed_out(body, request, file), seed=item.seed, flagged=item.flagged or None)
         for item, file in zip(drawn, files, strict=True)
