@@ -121,6 +121,7 @@ def test_a_load_that_fails_ends_the_requests_that_wait_for_it(harness: Harness, 
         brake.on, brake.broken = True, {"bad"}
         failing = [start(engine, model="bad", prompt=prompt) for prompt in ("red apple", "blue dog")]
         await brake.holds("bad")
+        await until(lambda: engine.load().pictures == 2)  # both wait for the same load
         others = [start(engine, model="good"), start(engine)]
         brake.let_go(2)
         results = await asyncio.gather(*failing, *others, return_exceptions=True)
@@ -229,8 +230,10 @@ def test_a_server_that_stops_does_not_wait_for_a_load_for_ever(
         for name in ("new", "next"):
             harness.publish(name)
         brake.on = True
-        waiting = [start(engine, model=name) for name in ("new", "next")]
+        waiting = [start(engine, model="new")]
         await brake.holds("new")
+        waiting.append(start(engine, model="next"))  # not before: which of two is planned first is anybody's guess
+        await until(lambda: engine.load().pictures == 2)
         await engine.stop()
         for each in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(each, NotReady)
