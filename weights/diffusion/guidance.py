@@ -126,8 +126,10 @@ class AutoGuided(Denoiser):
         return self.denoiser.feature_blocks
 
     def _guided(self, x0: Tensor, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.scale == 1:
+            return x0
         rows = torch.nonzero(~self._unconditional(cond)).flatten()
-        if len(rows) == 0 or self.scale == 1:
+        if len(rows) == 0:
             return x0
         own = x0[rows]
         worse: Tensor = self.guide(x_t[rows], t[rows], cond_rows(cond, rows))

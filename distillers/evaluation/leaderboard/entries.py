@@ -69,8 +69,8 @@ class Entry:
 def find(folder: Path, base: str) -> list[Entry]:
     """The folder's recipes ``emoji_*.toml``, by name.
 
-    Two kinds cannot be compared at one budget, and are left out with a reason: a recipe of another base, and one that
-    goes on from a published student (``start``) or is guided by one, whose training would count for nothing.
+    Some cannot be compared at one budget, and are left out with a reason: a recipe of another base, and one that goes on
+    from a published student (``start``) or is guided by one, whose training would count for nothing.
 
     Args:
         folder: of TOML files.
@@ -87,9 +87,10 @@ def find(folder: Path, base: str) -> list[Entry]:
         reason = None
         if job.base != base:
             reason = f"its base is {job.base}, this board's is {base}"
-        for does, other in (("goes on from", job.start), ("is guided by", job.guide and job.guide.student)):
-            if other is not None and reason is None:
-                reason = f"it {does} the student {other}, whose training is in no budget"
+        elif job.start is not None:
+            reason = f"it goes on from the student {job.start}, whose training is in no budget"
+        elif job.guide is not None:
+            reason = f"it is guided by the student {job.guide.student}, whose training is in no budget"
         entries.append(Entry(path.stem.removeprefix(PREFIX), job, raw, reason))
     if not entries:
         raise ValueError(f"{folder} has no recipe {PREFIX}*.toml")
