@@ -7,34 +7,39 @@ training. There, with t the angle in (0, pi / 2) and sd = ``sigma_data``,
     x_t = cos(t) x + sin(t) sd eps                        x a real picture, ln(sd tan t) ~ N(time_mean, time_std^2)
     sd F = (cos(t) x_t - D(x_t, t)) / sin(t)              F_T of the guided teacher, F of the student
     g = -cos^2(t) sd (F^- - F_T) - r cos(t) sin(t) (x_t + sd dF^-/dt),    dx_t/dt = sd F_T
-    loss = w e^{-u(t)} mean (sd F - sg(sd F^- + k g / (|g| + c)))^2 + u(t),     w = 1 / (sd tan t)
+    loss = w e^{-u(t)} mean (sd F - sg(sd F^- + k g / (|g| + c)))^2 / k^2 + u(t),     w = 1 / (sd tan t)
 
 (equations 5 to 8 and algorithm 1; see `distillers.losses.continuous_consistency`). r rises from 0 to 1 over
-``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out: in
-the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture).
+``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out:
+in the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture). What g
+asks for at one time rests on the answer a moment earlier, down to the picture itself: times that are hardly ever drawn
+drift there unheeded, and all noisier ones follow them. ``time_std`` has to reach both ends of the schedule.
 
 F^- is the student itself without a graph, as in the paper, where k = ``tangent_scale`` is 1, or its moving average
 (``target_decay``). A network answers alike at t and a moment earlier, so that moving its answer towards the earlier one
 moves that one as well: with small batches a student that is its own target runs away, near the picture first, and its
 pictures get grainier with every step. The average stays behind, and holds the student near itself.
 
-dF^-/dt, along the teacher's trajectory, is a forward-mode product (``tangent = "jvp"``), or the difference to the answer
-after the teacher's DDIM step to (1 - ``finite_difference_step``) t (``"finite_difference"``), for networks that have no such
-product, or waver: one that is told its timestep in 0..999 by sines of it does, from one timestep to the next, which the
-exact derivative sees and a difference over several of them does not. The difference looks back, since what a consistency
-function knows comes from cleaner states, and so far that bfloat16 can tell both answers apart. An iteration costs, in
-evaluations of the network, one trained, two plain of the teacher (one without guidance), and two plain of F^-.
+dF^-/dt, along the teacher's trajectory, is a forward-mode product (``tangent = "jvp"``), or the difference to the
+answer after the teacher's DDIM step to where ln(sigma / alpha) is ``finite_difference_step`` less
+(``"finite_difference"``), for networks that have no such product, or waver: one that is told its timestep in 0..999 by
+sines of it does, from one timestep to the next, which the exact derivative sees and a difference over several of them
+does not. The difference looks back, since what a consistency function knows comes from cleaner states, and so far that
+bfloat16 can tell both answers apart. In ln(sigma / alpha) the rounding of both is as large in g at all times, and the
+step shrinks towards pure noise, where a guided teacher's estimate turns quickly. An iteration costs, in evaluations of
+the network, one trained, two plain of the teacher (one without guidance), and two plain of F^-.
 
 The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
 
-Departures from the paper: sigma_data is 1, since latents have unit variance here (at the paper's 0.5 the same trajectories
-run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. k and an average in F^- are not
-in it. |g| is a root mean square, and w multiplies the normalized loss, as in the public code (the paper's w has become the
-cos(t) in g). cos(t) sin(t) is multiplied to the derivative and not to what enters the product, which only half precision
-would notice. The guidance scale is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains
-first, are other networks. A network that predicts x0 is free at t = 0, where the others answer x_t whatever their weights,
-so that every constant would be a consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the
-teacher's own estimate there.
+Departures from the paper: sigma_data is 1, since latents have unit variance here (at the paper's 0.5 the same
+trajectories run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. k and an average in
+F^- are not in it; the loss is divided by k^2, so that u starts about where it settles. |g| is a root mean square, and w
+multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
+multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance
+scale is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A
+network that predicts x0 is free at t = 0, where the others answer x_t whatever their weights, so that every constant
+would be a consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the teacher's own
+estimate there.
 """
 
 import math
@@ -88,7 +93,7 @@ class SCMConfig(SelfTaughtConfig):
         "jvp", description="the derivative: exact, or finite_difference where the network has no (useful) exact one"
     )
     finite_difference_step: float = Field(
-        0.1, gt=0, lt=1, description="how far back a finite difference reaches, as a part of t"
+        0.1, gt=0, lt=1, description="how far back a finite difference reaches, in ln(sigma / alpha)"
     )
     tangent_offset: float = Field(0.1, gt=0, description="c in g / (|g| + c)")
     tangent_scale: float = Field(
@@ -181,7 +186,8 @@ class SCM(SelfTaught):
         if self.log_variance is not None:
             log_variance = self.log_variance(angle)
             metrics["student/log_variance"] = log_variance.detach().mean()
-        return TurnLoss(loss=tangent_loss(velocity, target, weight.float(), log_variance), metrics=metrics)
+        weight = weight.float() / self.config.tangent_scale**2
+        return TurnLoss(loss=tangent_loss(velocity, target, weight, log_variance), metrics=metrics)
 
     def _angles(self, count: int, step: Step) -> Tensor:
         """t, ``(count,)`` float64, inside what the teacher's schedule reaches."""
@@ -225,7 +231,7 @@ class SCM(SelfTaught):
         with _evaluating((self.average or self.student).network):
             if exact:
                 return jvp_along(function, x_t, angle, velocity)
-            earlier = angle * (1 - self.config.finite_difference_step)
+            earlier = torch.atan(angle.tan() * math.exp(-self.config.finite_difference_step))
             x_s = ddim_step(x_t, guided, angle / QUARTER_TURN, earlier / QUARTER_TURN, self.trig)
             return difference_along(function, x_t, angle, x_s, earlier)
 

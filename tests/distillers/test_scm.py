@@ -247,11 +247,35 @@ def test_the_student_learns_from_its_average_and_at_zero_decay_from_itself() -> 
     found.loss.backward()
     assert all(weight.grad is None for weight in method.average.network.parameters())
     loss = float(found.loss.detach())
-    assert loss == pytest.approx(float(found.metrics["student/lag"]) ** 2, rel=1e-3)
+    assert loss == pytest.approx((float(found.metrics["student/lag"]) / 1e-6) ** 2, rel=1e-3)
     lone = build(tangent_warmup=0, tangent_scale=0.3, adaptive_weighting=False, prior_weighting=False)
     lag = [float(lone.loss(TURN, step_of(lone.setup, B)).metrics["student/lag"]) for _ in range(2)]
     assert lone.average is None and max(lag) < 1e-5
-    assert 0 < float(lone.loss(TURN, step_of(lone.setup, B)).loss.detach()) < 0.3**2
+    assert 0 < float(lone.loss(TURN, step_of(lone.setup, B)).loss.detach()) < 1
+
+
+def test_the_loss_is_as_large_whatever_k() -> None:
+    """So that the adaptive weighting starts about where it settles, and another loss beside it weighs the same."""
+    losses = []
+    for scale in (0.05, 1.0):
+        torch.manual_seed(0)
+        method = build(tangent_scale=scale, prior_weighting=False)
+        losses.append(float(method.loss(TURN, step_of(method.setup, B)).loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and 0.01 < losses[1] < 1
+
+
+def test_a_difference_reaches_back_as_far_in_the_level_of_noise_at_all_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = build(tangent="finite_difference", finite_difference_step=0.2, time_std=2.0)
+    seen: list[torch.Tensor] = []
+    right = module.difference_along
+
+    def watched(function: Any, x: torch.Tensor, t: torch.Tensor, earlier: torch.Tensor, s: torch.Tensor) -> Any:
+        seen.append(t.tan().log() - s.tan().log())
+        return right(function, x, t, earlier, s)
+
+    monkeypatch.setattr(module, "difference_along", watched)
+    method.loss(TURN, step_of(method.setup, B))
+    torch.testing.assert_close(seen[0], torch.full_like(seen[0], 0.2))
 
 
 def test_the_average_follows_the_student() -> None:
