@@ -17,7 +17,7 @@ from service.routes import (
     client_of,
     drawing_info,
     engine_of,
-    file_of,
+    files_of,
     pictures_of,
     request_id_of,
     running_of,
@@ -52,8 +52,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse | Even
         return await stream_pictures(body, wanted, request)
     created = int(time.time())
     drawn = await finished(engine_of(request).generate(wanted), request)
-    metadata = settings_of(request).picture_metadata
-    files = await asyncio.gather(*(asyncio.to_thread(picture_file, body, item, metadata) for item in drawn))
+    files = await files_of(body, [(item.image, told_facts(body, request, item)) for item in drawn])
     data = [
         Picture(**handed_out(body, request, file), seed=item.seed, flagged=item.flagged or None)
         for item, file in zip(drawn, files, strict=True)
@@ -133,9 +132,9 @@ def _seeds(body: ImageRequest) -> tuple[int, ...]:
     return tuple((body.seed + index) % (MAX_SEED + 1) for index in range(body.n))
 
 
-def picture_file(body: ImageRequest, drawn: Drawn, metadata: bool) -> bytes:
-    """The picture as a file, which tells how it was drawn where it may."""
-    return file_of(body, drawn.image, facts_of(drawn, body.prompt, body.negative_prompt) if metadata else None)
+def told_facts(body: ImageRequest, request: Request, drawn: Drawn) -> dict[str, Any] | None:
+    """What the picture's file tells of how it was drawn; None where it may tell nothing."""
+    return facts_of(drawn, body.prompt, body.negative_prompt) if settings_of(request).picture_metadata else None
 
 
 def handed_out(

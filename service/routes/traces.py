@@ -2,12 +2,15 @@
 
 import asyncio
 import time
+from itertools import islice
+from typing import Any
 
 from fastapi import APIRouter, Request
+from PIL.Image import Image
 
 from service.pictures import encode
-from service.routes import ERRORS, drawing_info, engine_of, file_of, settings_of, size_of
-from service.routes.images import draw_request, finished, handed_out, picture_file
+from service.routes import ERRORS, drawing_info, engine_of, files_of, size_of
+from service.routes.images import draw_request, finished, handed_out, told_facts
 from service.schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
 from service.tracing import Way, draw_strip, title_of, trace
 
@@ -22,8 +25,7 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     """
     created = int(time.time())
     ways = await finished(trace(engine_of(request), draw_request(body, request)), request)
-    metadata = settings_of(request).picture_metadata
-    files = await asyncio.to_thread(lambda: [_files(body, way, metadata) for way in ways])
+    files = iter(await files_of(body, [each for way in ways for each in _shown(body, request, way)]))
     strip = None
     if body.strip:
         png = await asyncio.to_thread(lambda: encode(draw_strip(title_of(body.prompt, ways), ways), "png"))
@@ -31,7 +33,7 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     first = ways[0].drawn
     return TraceResponse(
         created=created,
-        data=[_trace(body, request, way, made) for way, made in zip(ways, files, strict=True)],
+        data=[_trace(body, request, way, list(islice(files, len(way.images)))) for way in ways],
         strip=strip,
         model=first.model,
         size=size_of(first.image),
@@ -40,9 +42,9 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     )
 
 
-def _files(body: TraceRequest, way: Way, metadata: bool) -> list[bytes]:
-    """Every prediction as a file; the last is the picture, and tells how it was drawn as it does elsewhere."""
-    return [*(file_of(body, image) for image in way.images[:-1]), picture_file(body, way.drawn, metadata)]
+def _shown(body: TraceRequest, request: Request, way: Way) -> list[tuple[Image, dict[str, Any] | None]]:
+    """Every prediction; the last is the picture, whose file tells how it was drawn as it does elsewhere."""
+    return [*((image, None) for image in way.images[:-1]), (way.drawn.image, told_facts(body, request, way.drawn))]
 
 
 def _trace(body: TraceRequest, request: Request, way: Way, files: list[bytes]) -> Trace:

@@ -3,16 +3,18 @@
 import asyncio
 import io
 import json
+import threading
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from service import routes
 from service.app import create_app
 from service.engine.base import DiversityWish
 from service.pictures import PictureStore
-from service.schemas import MAX_SEED
+from service.schemas import MAX_SEED, ImageRequest
 from service.settings import Settings
 from tests.service import answers
 from tests.service.answers import picture
@@ -284,3 +286,31 @@ def test_a_client_that_goes_away_is_forgotten(settings: Settings, engine: FakeEn
     asyncio.run(call())
     assert engine.dropped.is_set()
     assert sent[0]["status"] == 499
+
+
+@pytest.mark.parametrize(
+    ("output_format", "side", "elsewhere"),
+    [("png", 64, False), ("jpeg", 64, False), ("png", 128, True), ("webp", 32, True)],
+)
+def test_small_pictures_are_encoded_at_once_and_others_on_threads_of_their_own(
+    output_format: str, side: int, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = ImageRequest(prompt="x", output_format=output_format)
+    colours = ["red", "green", "blue", "white"]
+    pictures = [(Image.new("RGB", (side, side), colour), {"seed": number}) for number, colour in enumerate(colours)]
+    wanted = [routes.file_of(body, *each) for each in pictures]
+    assert len(set(wanted)) == len(colours)
+    threads: list[threading.Thread] = []
+    together = threading.Barrier(len(pictures), timeout=30)
+    right = routes.file_of
+
+    def watched(*given: Any) -> bytes:
+        threads.append(threading.current_thread())
+        if elsewhere:
+            together.wait()  # passes only where all of them are at it at the same time
+        return right(*given)
+
+    monkeypatch.setattr(routes, "file_of", watched)
+    assert asyncio.run(routes.files_of(body, pictures)) == wanted
+    assert (threading.main_thread() not in threads) == elsewhere
+    assert len(set(threads)) == (len(pictures) if elsewhere else 1)

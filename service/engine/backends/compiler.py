@@ -73,7 +73,9 @@ class Compiler:
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,  # other processes use the cores as well, and two servers would pin the same ones
+            # Left to itself, a system wakes both of two streams on one core, where they wait for each other. Fewer threads
+            # than cores stay free to go where nothing else runs: two servers would pin the same ones.
+            "ENABLE_CPU_PINNING": threads is None,
             "CACHE_MODE": "OPTIMIZE_SIZE",  # exported programs refer to the weights' file
             # A pass that makes kernels of several operations; it crashes the process on the bundled UNet in f32 (2026.4.1,
             # Zen 4), and without it programs took no longer.

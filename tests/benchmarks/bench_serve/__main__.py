@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +27,14 @@ from rich.console import Console
 from distillers.evaluation.subjects import counted
 from tests.benchmarks.bench_network import machine
 from tests.benchmarks.bench_serve.bare import Bare
-from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, client_of, nothing, one_by_one, saturate
+from tests.benchmarks.bench_serve.load import Failed, Saturation, arrive, connection_to, nothing, one_by_one, saturate
 from tests.benchmarks.bench_serve.report import Alone, Loaded, Round, bars, bars_table, servers_table
 from tests.benchmarks.bench_serve.servers import Setup, our_settings, start_all
 from tests.benchmarks.bench_serve.traffic import Ask, Mixture, poisson, prompt
 
 SHARE = 0.7
 """Of the lock's saturation: the load that the bar on latency is about."""
-REST = 0.05
+REST = 0.2
 """Seconds before what is timed alone: the threads of whoever worked last may spin for a while before they sleep."""
 
 
@@ -94,7 +95,7 @@ class Comparison:
         shares = sorted({*self.options.shares, SHARE})
         loaded = [await self.loaded(name, share, rate, seed) for share in shares for name in order]
         images = {name: each.images_per_second for name, each in saturations.items()}
-        kinds, answer = await self.alone(seed)
+        kinds, answer = self.alone(seed)
         return Round(images_per_second=images, loaded=loaded, alone=kinds, answer=answer)
 
     async def saturation(self, name: str, seed: int) -> Saturation:
@@ -118,20 +119,20 @@ class Comparison:
             server=name, share=share, p50=found.at(0.5), p95=found.at(0.95), requests=len(times), refused=found.refused
         )
 
-    async def alone(self, seed: int) -> tuple[dict[str, Alone], float]:
+    def alone(self, seed: int) -> tuple[dict[str, Alone], float]:
         """This server by kind of request: one over HTTP, then the same bare, and again; and an answer that draws nothing."""
         found, chance, answers = {}, random.Random(seed), list[float]()
-        async with client_of(self.urls["ours"]) as client:
+        with connection_to(self.urls["ours"]) as connection:
             for steps, n in itertools.product(self.options.steps, sorted({1, self.options.pictures})):
                 pairs = []
                 for number in range(self.options.alone + 1):
                     one = Ask(prompt=prompt(chance), seed=number, steps=steps, n=n, guidance_scale=1.0)
-                    await asyncio.sleep(REST)
-                    answer = await one_by_one(client, self.options.student, one)
-                    await asyncio.sleep(REST)
+                    time.sleep(REST)
+                    answer = one_by_one(connection, self.options.student, one)
+                    time.sleep(REST)
                     pairs.append((answer, self.bare.seconds(one)))
-                    await asyncio.sleep(REST)
-                    answers.append(await nothing(client))
+                    time.sleep(REST)
+                    answers.append(nothing(connection))
                 found[f"{counted(steps, 'step')}, {counted(n, 'picture')}"] = Alone.of(pairs[1:])  # the first warms up
         say("alone: " + ", ".join(f"{kind} {each.overhead:+.1%}" for kind, each in found.items()))
         return found, statistics.median(answers)

@@ -1,10 +1,12 @@
 """The load: clients that wait for each answer before they ask again, and clients that ask when they want to."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 
 import httpx
 
@@ -38,6 +40,17 @@ class Latencies:
     def at(self, share: float) -> float:
         """A percentile; infinite where as many were refused, which is worse than any wait."""
         return percentile([*self.seconds, *[float("inf")] * self.refused], share)
+
+
+@contextmanager
+def connection_to(url: str) -> Iterator[HTTPConnection]:
+    """One connection of Python's plainest client, kept open: what is timed alone is the server, not a client's own work."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = HTTPConnection(host, int(port), timeout=PATIENCE)
+    try:
+        yield connection
+    finally:
+        connection.close()
 
 
 @asynccontextmanager
@@ -116,18 +129,27 @@ async def arrive(url: str, model: str, schedule: Sequence[tuple[float, Ask]]) ->
     return found
 
 
-async def one_by_one(client: httpx.AsyncClient, model: str, one: Ask) -> float:
-    """Seconds of one request while there is no other."""
+def one_by_one(connection: HTTPConnection, model: str, one: Ask) -> float:
+    """Seconds of one request while there is no other: until the whole answer is read."""
     started = time.perf_counter()
-    if not await ask(client, model, one):
-        raise Failed(f"{client.base_url} has no room for a single request")
-    return time.perf_counter() - started
+    status, content = _answered(connection, "POST", DRAW, json.dumps(one.body(model)))
+    seconds = time.perf_counter() - started
+    if status != 200 or content.count(b'"b64_json"') != one.n:
+        raise Failed(f"{connection.host}:{connection.port} answered {status} to {one}: {content[:300]!r}")
+    return seconds
 
 
-async def nothing(client: httpx.AsyncClient) -> float:
-    """Seconds of an answer for which nothing is drawn: what HTTP and this client take by themselves."""
+def nothing(connection: HTTPConnection) -> float:
+    """Seconds of an answer for which nothing is drawn: what HTTP takes by itself."""
     started = time.perf_counter()
-    response = await client.get("/health/live")
-    if response.status_code != 200:
-        raise Failed(f"{client.base_url} answered {response.status_code} to whether it lives")
-    return time.perf_counter() - started
+    status, _ = _answered(connection, "GET", "/health/live", None)
+    seconds = time.perf_counter() - started
+    if status != 200:
+        raise Failed(f"{connection.host}:{connection.port} answered {status} to whether it lives")
+    return seconds
+
+
+def _answered(connection: HTTPConnection, method: str, path: str, body: str | None) -> tuple[int, bytes]:
+    connection.request(method, path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, response.read()
