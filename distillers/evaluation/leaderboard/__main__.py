@@ -6,6 +6,9 @@ Entries are found: distillers/recipes/emoji_*.toml. Each is trained in a process
 tells how many iterations the budget buys. A board that was stopped goes on where it was: what is finished is not made
 again, a training goes on from its checkpoint. The document is written anew after every entry. The budget's minutes are
 the processor's on a CPU, so that other work on the machine takes nothing from a method, and the clock's with a GPU.
+
+The document's figures are kept beside it in leaderboard.json. With --only, the methods that are not named, and the teacher,
+stand as they are there, if its budget, protocol and teacher are this board's.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from distillers.evaluation.features import EfficientNetLite0, Unavailable, extra
 from distillers.evaluation.leaderboard import document, entries, figure
 from distillers.evaluation.leaderboard.entries import Entry
 from distillers.evaluation.leaderboard.measuring import Measurer, machine
-from distillers.evaluation.leaderboard.records import Result, Settings, Teacher, read
+from distillers.evaluation.leaderboard.records import Kept, Result, Settings, Teacher, read
 from distillers.evaluation.leaderboard.training import Busy, Stale, Trainee, TrainingFailed, locked
 from distillers.evaluation.models import DEFAULT_BASE
 from distillers.spec import RECIPES
@@ -36,6 +39,7 @@ from weights.bundled import resolve_base
 from weights.store import StoreError, digest_folder
 
 PROBE_SECONDS = 60.0
+KEPT = "leaderboard.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,12 +80,14 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--threads", type=int, default=1, help="CPU threads of training and measuring (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of every training (%(default)s)")
-    made.add_argument("--only", nargs="+", default=[], metavar="NAME", help="train and measure these alone")
+    made.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="train and measure these alone; the others stand as kept"
+    )
     made.add_argument("--list", "--dry-run", action="store_true", help="say what would be done, and do nothing")
     made.add_argument("--table-only", action="store_true", help="write the document from what is finished")
     made.add_argument("--quick", action="store_true", help="measure a small sample, for a look")
     made.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="the board's folder (%(default)s)")
-    made.add_argument("--docs", type=Path, default=Path("docs"), help="where leaderboard.md and .png go (%(default)s)")
+    made.add_argument("--docs", type=Path, default=Path("docs"), help="where the document goes (%(default)s)")
     made.add_argument(
         "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
     )
@@ -105,6 +111,7 @@ class Board:
         self.entries = entries.find(options.recipes, options.base)
         self.chosen = entries.chosen(self.entries, options.only)
         self.settings = self._settings()
+        self.kept = self._kept()
         self._measurer: Measurer | None = None
 
     def _settings(self) -> Settings:
@@ -127,6 +134,11 @@ class Board:
             others = ", ".join(f"{key} {old[key]} (now {new[key]})" for key in old if old[key] != new[key])
             raise ValueError(f"{self.work} holds a board with other settings: {others}. Use them, or another --out")
         return wanted
+
+    def _kept(self) -> Kept | None:
+        """What stands in the documents' folder, where its figures can be compared with this board's."""
+        known = read(Kept, self.options.docs / KEPT)
+        return known if known is not None and known.settings == self.settings else None
 
     def run(self) -> int:
         """Trains, measures and writes; returns the exit status."""
@@ -197,14 +209,18 @@ class Board:
         """Its figures; None where they are not known and not to be measured."""
         path = self.work / "teacher.json"
         known = read(Teacher, path)
+        if known is None and self.kept is not None and (self.options.only or not measure):
+            known = self.kept.teacher
         if known is not None or not measure:
             return known
         return self.measurer.teacher().write(path)
 
     def results(self) -> list[Result]:
         """Of every entry that has one, whoever was chosen now; one of another version of its recipe is none."""
-        found = [(entry, read(Result, self._folder(entry) / "result.json")) for entry in self.entries]
-        return [known for entry, known in found if known is not None and known.recipe_sha256 == entry.sha256]
+        kept = {result.name: result for result in self.kept.results} if self.kept is not None else {}
+        found = [(e, read(Result, self._folder(e) / "result.json"), kept.get(e.name)) for e in self.entries]
+        fitting = [[r for r in known if r is not None and r.recipe_sha256 == e.sha256] for e, *known in found]
+        return [results[0] for results in fitting if results]
 
     def write(self) -> None:
         """The document and the figure, from what there is."""
@@ -218,6 +234,7 @@ class Board:
         left_out = [(e.name, e.left_out or "not finished yet") for e in self.entries if e.name not in there]
         text = document.markdown(self.settings, self.protocol, teacher, results, left_out)
         (docs / "leaderboard.md").write_text(text, encoding="utf-8")
+        Kept(settings=self.settings, teacher=teacher, results=results).write(docs / KEPT)
         self._say(f"{len(results)} methods: {docs / 'leaderboard.md'}")
 
     def listing(self) -> Table:
@@ -231,7 +248,9 @@ class Board:
         if entry.left_out is not None:
             return f"left out: {entry.left_out}"
         if entry not in self.chosen:
-            return "not asked for"
+            return "not asked for" + (
+                ", stands as it is kept" if entry.name in {r.name for r in self.results()} else ""
+            )
         folder = self._folder(entry)
         result = read(Result, folder / "result.json")
         if result is not None and result.recipe_sha256 != entry.sha256:

@@ -33,10 +33,10 @@ class Record(BaseModel):
         return self
 
 
-Kept = TypeVar("Kept", bound=Record)
+Kind = TypeVar("Kind", bound=Record)
 
 
-def read(kind: type[Kept], path: Path) -> Kept | None:
+def read(kind: type[Kind], path: Path) -> Kind | None:
     """The record in ``path``; None where there is none.
 
     Raises:
@@ -140,3 +140,11 @@ class Result(Record):
 
     def at(self, steps: int) -> Row | None:
         return next((row for row in self.rows if row.steps == steps), None)
+
+
+class Kept(Record):
+    """A whole board, kept beside its document, so that one method can be made anew and the others stand."""
+
+    settings: Settings
+    teacher: Teacher
+    results: list[Result]

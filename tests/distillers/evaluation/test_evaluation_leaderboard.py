@@ -16,7 +16,7 @@ from distillers.evaluation import protocol as protocol_
 from distillers.evaluation.leaderboard import __main__ as command
 from distillers.evaluation.leaderboard import bars, document, entries, figure
 from distillers.evaluation.leaderboard import training as training_
-from distillers.evaluation.leaderboard.records import Machine, Result, Row, Settings, Teacher, Training, read
+from distillers.evaluation.leaderboard.records import Kept, Machine, Result, Row, Settings, Teacher, Training, read
 from distillers.evaluation.leaderboard.training import Busy, Trainee, locked
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.subjects import Subject
@@ -382,6 +382,26 @@ def test_the_board_trains_measures_and_goes_on(
     assert board(recipes, out, "--only", "good") == 0
     assert runs.jobs == []
     check_refusals(recipes, out, runs, capsys)
+    assert board(recipes, out, "--table-only") == 0
+    check_one_anew(recipes, docs, tmp_path / "anew", runs)
+
+
+def check_one_anew(recipes: Path, docs: Path, out: Path, runs: Runs) -> None:
+    """In another folder one method is made again; the teacher and the others stand as they are kept beside the document."""
+    before = read(Kept, docs / command.KEPT)
+    assert before is not None and [each.name for each in before.results] == ["good", "wild"]
+    assert board(recipes, out, "--docs", str(docs), "--only", "good") == 0
+    assert runs.jobs == ["good probe", "good job"]
+    after = read(Kept, docs / command.KEPT)
+    assert after is not None and not (out / "teacher.json").exists()
+    assert (after.settings, after.teacher, after.results[1]) == (before.settings, before.teacher, before.results[1])
+    assert after.results[0] == read(Result, out / "good" / "result.json") != before.results[0]
+    assert "failed: iteration" in (docs / "leaderboard.md").read_text()
+
+    # Of another budget they say nothing.
+    other = out.with_name("other")
+    assert board(recipes, other, "--docs", str(docs), "--minutes", "0.01", "--table-only") == 0
+    assert read(Kept, docs / command.KEPT) == after
 
 
 def check_refusals(recipes: Path, out: Path, runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
