@@ -10,7 +10,7 @@ from distillers.methods.base import Guide, Method, MethodConfig, Setup
 from weights.contracts import BaseReference, DistillJob
 from weights.denoiser import Cond
 from weights.families.base import TextToImage
-from weights.store import Store, StudentFolder
+from weights.store import Store, StudentFolder, digest_folder
 from weights.students import check_base, load_student
 
 
@@ -58,6 +58,15 @@ class Builder:
             if self.precision == "bfloat16":
                 frozen.network.to(torch.bfloat16)  # autocast would convert its weights anew at every call
         return built
+
+    def teaching(self) -> list[str]:
+        """sha256 of the weights that teach: the base's, and the guide's where there is one.
+
+        Raises:
+            StoreError: the guide is missing, or its files are not what was published.
+        """
+        guide = self.job.guide
+        return [self.reference.sha256, *([] if guide is None else [digest_folder(self.store.open(guide.student).path)])]
 
     def _trainable(self, model: TextToImage, adapters: bool) -> TextToImage:
         if adapters and self.job.lora is not None:

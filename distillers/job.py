@@ -182,7 +182,8 @@ class JobRun:
             draws = math.inf
         feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
         self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
-        built = self._builder(base).method(chosen, self.config, self.uncond)
+        builder = self._builder(base)
+        built = builder.method(chosen, self.config, self.uncond)
         trainer = Trainer(
             built,
             feed,
@@ -190,7 +191,7 @@ class JobRun:
             accelerator=self.accelerator,
             folder=self.folder,
             reporter=self.reporter,
-            fingerprint=fingerprint(job, self.reference.sha256),
+            fingerprint=fingerprint(job, *builder.teaching()),
             sheet=self._sheet(feed, built),
         )
         self._resume(trainer, resume)

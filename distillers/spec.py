@@ -149,15 +149,20 @@ def _has_pictures(job: DistillJob) -> bool:
     return job.data.source == "emoji" or Path(job.data.source, "metadata.jsonl").is_file()
 
 
-def fingerprint(job: DistillJob, base_digest: str) -> str:
-    """Of all that a resumed run must have in common with its checkpoint: the job's settings and its base's weights."""
+def fingerprint(job: DistillJob, *digests: str) -> str:
+    """Of all that a resumed run must have in common with its checkpoint.
+
+    Args:
+        job: its settings count, but for those that say how far it goes and what is told on the way.
+        digests: of the weights that teach: the base's, and the guide's where there is one.
+    """
     plain = job.model_dump(
         mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
     )
     for field in ("partition", "network", "guide"):
         if plain[field] is None:  # so that checkpoints from before there was the field are still of the same job
             del plain[field]
-    return hashlib.sha256(json.dumps([plain, base_digest], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([plain, *digests], sort_keys=True).encode()).hexdigest()
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -365,8 +365,8 @@ class Trainer:
         tensors, state = load_checkpoint(path)
         if state["fingerprint"] != self.fingerprint:
             raise BadCheckpoint(
-                f"{path} was written with other settings or another version of the base, so that going on from it would "
-                "mix two jobs: restore them, or start in an empty folder"
+                f"{path} was written with other settings, or another version of the base or the guide, so that going on "
+                "from it would mix two jobs: restore them, or start in an empty folder"
             )
         for name, network in self.networks.items():
             with torch.no_grad():

@@ -334,6 +334,24 @@ def test_the_teacher_is_led_away_from_a_worse_version_of_itself(raw: dict[str, A
     assert manifest.job is not None and manifest.job.guide is not None and manifest.job.guide.scale == 3.0
 
 
+def test_a_guide_that_was_published_anew_is_another_job_s(raw: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    small = {"method": "score_matching", "network": {"layers_per_block": 2}, "config": {"lr": 1e-3}, "student": "worse"}
+    guided = raw | {"guide": {"student": "worse", "scale": 3.0}}
+    longer = guided | {"train": {**raw["train"], "iterations": raw["train"]["iterations"] + 2}}
+    assert JobRun(raw | small, tmp_path / "first", store).run(resume=False) == 0
+    assert JobRun(guided, tmp_path / "second", store).run(resume=False) == 0
+    assert JobRun(longer | {"train": {**longer["train"], "seed": 7}}, tmp_path / "second", store).run(resume=True) == 1
+    anew = raw | small | {"train": {**raw["train"], "seed": 7}}
+    assert JobRun(anew, tmp_path / "third", store, replace=True).run(resume=False) == 0
+    assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 1
+    assert "another version of the base or the guide" in events(tmp_path / "second")[-1].message
+    assert (
+        JobRun(raw | small, tmp_path / "fourth", store, replace=True).run(resume=False) == 0
+    )  # the first one's weights
+    assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 0
+
+
 def test_what_cannot_guide_the_teacher_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     assert problems(raw | {"guide": {"student": "worse", "scale": 0.5}}).keys() == {"guide.scale"}
