@@ -53,7 +53,7 @@ def request_id_of(request: Request) -> str:
 
 
 def file_of(body: ImageRequest, image: Image, facts: dict[str, Any] | None = None) -> bytes:
-    """The picture as a file of the kind that was asked for; it takes milliseconds, so not on the event loop."""
+    """The picture as a file of the kind that was asked for; it takes milliseconds and more: see `files_of`."""
     quality = 100 if body.output_compression is None else body.output_compression
     return encode(image, body.output_format, quality, facts)
 

@@ -346,9 +346,8 @@ def test_a_guide_that_was_published_anew_is_another_job_s(raw: dict[str, Any], t
     assert JobRun(anew, tmp_path / "third", store, replace=True).run(resume=False) == 0
     assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 1
     assert "another version of the base or the guide" in events(tmp_path / "second")[-1].message
-    assert (
-        JobRun(raw | small, tmp_path / "fourth", store, replace=True).run(resume=False) == 0
-    )  # the first one's weights
+    # The same job makes the first one's weights again.
+    assert JobRun(raw | small, tmp_path / "fourth", store, replace=True).run(resume=False) == 0
     assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 0
 
 

@@ -217,10 +217,13 @@ class Board:
 
     def results(self) -> list[Result]:
         """Of every entry that has one, whoever was chosen now; one of another version of its recipe is none."""
-        kept = {result.name: result for result in self.kept.results} if self.kept is not None else {}
-        found = [(e, read(Result, self._folder(e) / "result.json"), kept.get(e.name)) for e in self.entries]
-        fitting = [[r for r in known if r is not None and r.recipe_sha256 == e.sha256] for e, *known in found]
-        return [results[0] for results in fitting if results]
+        return [known for entry in self.entries if (known := self._result(entry)) is not None]
+
+    def _result(self, entry: Entry) -> Result | None:
+        """The entry's own, of this version of its recipe: from the board's folder, or else as it is kept."""
+        kept = [] if self.kept is None else [result for result in self.kept.results if result.name == entry.name]
+        known = [read(Result, self._folder(entry) / "result.json"), *kept]
+        return next((r for r in known if r is not None and r.recipe_sha256 == entry.sha256), None)
 
     def write(self) -> None:
         """The document and the figure, from what there is."""
@@ -248,9 +251,7 @@ class Board:
         if entry.left_out is not None:
             return f"left out: {entry.left_out}"
         if entry not in self.chosen:
-            return "not asked for" + (
-                ", stands as it is kept" if entry.name in {r.name for r in self.results()} else ""
-            )
+            return "not asked for" if self._result(entry) is None else "not asked for, stands as it is"
         folder = self._folder(entry)
         result = read(Result, folder / "result.json")
         if result is not None and result.recipe_sha256 != entry.sha256:
