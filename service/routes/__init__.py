@@ -8,7 +8,7 @@ from fastapi import Request
 from PIL.Image import Image
 
 from service.engine.base import Drawn, Engine
-from service.pictures import PictureStore, encode
+from service.pictures import PictureStore, encode, facts_of
 from service.running import Running
 from service.schemas import DiversityUsed, DrawingInfo, ErrorBody, ImageRequest, LoraOption
 from service.settings import Settings
@@ -63,6 +63,11 @@ async def files_of(body: ImageRequest, pictures: Sequence[tuple[Image, dict[str,
     if body.output_format != "webp" and sum(image.width * image.height for image, _ in pictures) <= QUICK:
         return [file_of(body, *picture) for picture in pictures]
     return await asyncio.gather(*(asyncio.to_thread(file_of, body, *picture) for picture in pictures))
+
+
+def told_facts(body: ImageRequest, drawn: Drawn, metadata: bool) -> dict[str, Any] | None:
+    """What the picture's file tells of how it was drawn; None where it may tell nothing."""
+    return facts_of(drawn, body.prompt, body.negative_prompt) if metadata else None
 
 
 def drawing_info(drawn: Drawn) -> DrawingInfo:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.engine.base import DiversityWish, Drawn, DrawRequest
+from service.engine.base import DiversityWish, DrawRequest
 from service.errors import ApiError, shorten
-from service.pictures import Format, facts_of
+from service.pictures import Format
 from service.routes import (
     ERRORS,
     client_of,
@@ -23,6 +23,7 @@ from service.routes import (
     running_of,
     settings_of,
     size_of,
+    told_facts,
 )
 from service.routes.streaming import stream_pictures
 from service.running import wait_for
@@ -52,7 +53,8 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse | Even
         return await stream_pictures(body, wanted, request)
     created = int(time.time())
     drawn = await finished(engine_of(request).generate(wanted), request)
-    files = await files_of(body, [(item.image, told_facts(body, request, item)) for item in drawn])
+    metadata = settings_of(request).picture_metadata
+    files = await files_of(body, [(item.image, told_facts(body, item, metadata)) for item in drawn])
     data = [
         Picture(**handed_out(body, request, file), seed=item.seed, flagged=item.flagged or None)
         for item, file in zip(drawn, files, strict=True)
@@ -130,11 +132,6 @@ def _seeds(body: ImageRequest) -> tuple[int, ...]:
     if body.seed is None:
         return tuple(secrets.randbelow(2**32) for _ in range(body.n))
     return tuple((body.seed + index) % (MAX_SEED + 1) for index in range(body.n))
-
-
-def told_facts(body: ImageRequest, request: Request, drawn: Drawn) -> dict[str, Any] | None:
-    """What the picture's file tells of how it was drawn; None where it may tell nothing."""
-    return facts_of(drawn, body.prompt, body.negative_prompt) if settings_of(request).picture_metadata else None
 
 
 def handed_out(

@@ -15,7 +15,6 @@ from fastapi import Request
 
 from service.engine.base import Drawn, DrawRequest, EngineError, Preview
 from service.errors import ApiError, error_body, logged
-from service.pictures import facts_of
 from service.routes import (
     client_of,
     drawing_info,
@@ -25,6 +24,7 @@ from service.routes import (
     running_of,
     settings_of,
     size_of,
+    told_facts,
 )
 from service.running import cancelled_error, wait_for
 from service.schemas import CompletedImage, ImageRequest, PartialImage
@@ -104,9 +104,7 @@ class _Events:
 
     def frame(self, item: Item) -> bytes:
         """The item as an event: encodes its picture, so not on the event loop."""
-        facts = None
-        if isinstance(item, Drawn) and self.metadata:
-            facts = facts_of(item, self.body.prompt, self.body.negative_prompt)
+        facts = told_facts(self.body, item, self.metadata) if isinstance(item, Drawn) else None
         common = {
             "b64_json": base64.b64encode(file_of(self.body, item.image, facts)).decode("ascii"),
             "created_at": int(time.time()),

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from PIL.Image import Image
 
 from service.pictures import encode
-from service.routes import ERRORS, drawing_info, engine_of, files_of, size_of
-from service.routes.images import draw_request, finished, handed_out, told_facts
+from service.routes import ERRORS, drawing_info, engine_of, files_of, settings_of, size_of, told_facts
+from service.routes.images import draw_request, finished, handed_out
 from service.schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
 from service.tracing import Way, draw_strip, title_of, trace
 
@@ -25,7 +25,8 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     """
     created = int(time.time())
     ways = await finished(trace(engine_of(request), draw_request(body, request)), request)
-    files = iter(await files_of(body, [each for way in ways for each in _shown(body, request, way)]))
+    metadata = settings_of(request).picture_metadata
+    files = iter(await files_of(body, [each for way in ways for each in _shown(body, way, metadata)]))
     strip = None
     if body.strip:
         png = await asyncio.to_thread(lambda: encode(draw_strip(title_of(body.prompt, ways), ways), "png"))
@@ -42,9 +43,9 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
     )
 
 
-def _shown(body: TraceRequest, request: Request, way: Way) -> list[tuple[Image, dict[str, Any] | None]]:
+def _shown(body: TraceRequest, way: Way, metadata: bool) -> list[tuple[Image, dict[str, Any] | None]]:
     """Every prediction; the last is the picture, whose file tells how it was drawn as it does elsewhere."""
-    return [*((image, None) for image in way.images[:-1]), (way.drawn.image, told_facts(body, request, way.drawn))]
+    return [*((image, None) for image in way.images[:-1]), (way.drawn.image, told_facts(body, way.drawn, metadata))]
 
 
 def _trace(body: TraceRequest, request: Request, way: Way, files: list[bytes]) -> Trace:
