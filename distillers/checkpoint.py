@@ -62,7 +62,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[
                 tensors[f"{prefix}.{index}.{key}"] = value
             else:
                 plain[f"{index}.{key}"] = value
-    return tensors, {"param_groups": state["param_groups"], "plain": plain}
+    # Numbers that lie on the device, as a captured step's learning rate does, are numbers here.
+    groups = [
+        {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return tensors, {"param_groups": groups, "plain": plain}
 
 
 def unpack_optimizer(

@@ -5,7 +5,7 @@ Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,19 +26,25 @@ def is_matrix(weight: Tensor) -> bool:
     return weight.ndim in (2, 4) and min(weight.shape[0], weight[0].numel()) >= SMALLEST
 
 
-def orthogonalised(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About ``U V^T`` of ``matrix = U S V^T``: its singular values come out between about 0.7 and 1.2.
+def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """About ``U V^T`` of each ``M = U S V^T``: its singular values come out between about 0.7 and 1.2.
 
     Newton-Schulz iteration with the quintic ``3.4445 x - 4.7750 x^3 + 2.0315 x^5`` (Jordan et al. 2024), which need not
     converge; in bfloat16 where the device computes in it. Singular values far below the largest stay small.
+
+    Args:
+        matrices: one, ``(R, C)``, or several, ``(N, R, C)``.
+        iterations: of the quintic.
     """
-    x = matrix.to(torch.bfloat16 if computes_in_bfloat16(matrix.device) else torch.float32)
-    x = x.T if x.shape[0] > x.shape[1] else x
-    x = x / x.norm().clamp_min(1e-7)  # no singular value above 1
+    x = matrices.to(torch.bfloat16 if computes_in_bfloat16(matrices.device) else torch.float32)
+    x = x if x.ndim == 3 else x.unsqueeze(0)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # no singular value above 1
     for _ in range(iterations):
-        square = x @ x.T
-        x = 3.4445 * x + torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype)
+        square = x @ x.mT
+        x = 3.4445 * x + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.AdamW):
@@ -60,22 +66,41 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before the step")
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None and is_matrix(weight):
-                    self._step_matrix(weight, weight.grad, group["lr"], group["weight_decay"])
+                    alike.setdefault(weight.shape, []).append(weight)
+            for weights in alike.values():
+                self._step_matrices(weights, group["lr"], group["weight_decay"])
+                for weight in weights:
                     weight.grad = None  # AdamW passes over it
         return super().step()
 
-    def _step_matrix(self, weight: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    def _step_matrices(self, weights: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
+        """One step of weights of one shape, all at once: a GPU would spend longer starting kernels than in them."""
+        gradients = [cast(Tensor, weight.grad) for weight in weights]
+        momenta = [self._momentum(weight) for weight in weights]
+        torch._foreach_mul_(momenta, self.momentum)
+        torch._foreach_add_(momenta, gradients)
+        ahead = torch._foreach_add(gradients, momenta, alpha=self.momentum)
+        directions = orthogonalised(torch.stack([as_matrix(each) for each in ahead]))
+        directions *= lr * 0.2 * max(directions.shape[1:]) ** 0.5
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+        torch._foreach_sub_(weights, [_as_weight(each, weights[0].shape) for each in directions.unbind()])
+
+    def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
-            state["step"] = torch.tensor(0.0)  # AdamW, when it is loaded, expects one of everybody
+            # AdamW, when it is loaded, expects a step of everybody, and one that it can capture lies on the device.
+            state["step"] = torch.tensor(0.0, device=weight.device if self.defaults["capturable"] else None)
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1
-        momentum = state["momentum"].mul_(self.momentum).add_(gradient)
-        direction = orthogonalised(as_matrix(gradient.add(momentum, alpha=self.momentum)))
-        size = 0.2 * max(direction.shape) ** 0.5
-        if weight.ndim == 4:
-            out, into, *kernel = weight.shape
-            direction = direction.view(out, *kernel, into).permute(0, 3, 1, 2)
-        weight.mul_(1 - lr * weight_decay).add_(direction, alpha=-lr * size)
+        return cast(Tensor, state["momentum"])
+
+
+def _as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `as_matrix`."""
+    if len(shape) == 2:
+        return matrix
+    out, into, *kernel = shape
+    return matrix.view(out, *kernel, into).permute(0, 3, 1, 2)

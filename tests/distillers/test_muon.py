@@ -32,6 +32,34 @@ def test_a_matrix_is_orthogonalised(shape: tuple[int, int]) -> None:
     assert orthogonalised(torch.zeros(shape)).abs().max() == 0
 
 
+def test_matrices_of_one_shape_are_orthogonalised_together_as_each_alone() -> None:
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    together = orthogonalised(matrices)
+    for one, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, orthogonalised(one), rtol=0, atol=0.02)
+
+
+def test_weights_of_one_shape_step_each_by_its_own_gradient() -> None:
+    def step(weights: list[torch.Tensor], lr: float | torch.Tensor) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        Muon(weights, lr=lr, weight_decay=0.1).step()
+
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(2, 3, 16, 32, 3, 3, generator=generator)
+    together = [nn.Parameter(each.clone()) for each in start]
+    step([*together], 1e-2)
+    alone = [nn.Parameter(each.clone()) for each in start]
+    for weight, gradient in zip(alone, gradients, strict=True):
+        weight.grad = gradient.clone()
+        Muon([weight], lr=1e-2, weight_decay=0.1).step()
+    on_device = [nn.Parameter(each.clone()) for each in start]
+    step([*on_device], torch.tensor(1e-2))
+    for one, other, third in zip(together, alone, on_device, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+        torch.testing.assert_close(one, third, rtol=0, atol=1e-6)
+
+
 def test_what_is_a_matrix() -> None:
     network = with_gradients()
     names = [name for name, weight in network.named_parameters() if is_matrix(weight)]
