@@ -22,9 +22,9 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from distillers.emoji import autoencoder, finished
+from distillers.emoji.batches import Batches, cached
 from distillers.emoji.data import load_pictures, load_records, to_range
 from distillers.emoji.resume import load_run, save_run
-from distillers.emoji.teacher import Batches, cached
 from distillers.precision import training_format
 from weights.families.stable_diffusion import StableDiffusion
 
@@ -66,9 +66,9 @@ class Data:
     batch: int
 
     @classmethod
-    def load(cls, work: Path, teacher: StableDiffusion, batch: int) -> Self:
+    def load(cls, work: Path, base: Path, teacher: StableDiffusion, batch: int) -> Self:
         """The training pictures; latents are made once and kept in the folder ``work``."""
-        batches = Batches(work, teacher.vae, batch)
+        batches = Batches(work, base, batch)
         made = cached(work / "finished.safetensors", lambda: {"finished": finished.make(teacher, batches)})
         pictures = load_pictures([r for r in load_records() if r.split == "train"])
         return cls(pictures, batches.latents, made["finished"], batches.weights, batch)
@@ -127,7 +127,7 @@ class Training:
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     teacher = StableDiffusion.load(options.base)
-    data, training = Data.load(options.work, teacher, options.batch), Training(teacher.vae, options.work)
+    data, training = Data.load(options.work, options.base, teacher, options.batch), Training(teacher.vae, options.work)
     held_out = load_pictures([r for r in load_records() if r.split == "held_out"][:128])
     budget, last, saved, seen = options.minutes * 60, time.monotonic(), training.seconds, list[tuple[float, float]]()
     while training.seconds < budget:

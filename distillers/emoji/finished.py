@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distillers.emoji.teacher import Batches
+from distillers.emoji.batches import Batches
 from distillers.precision import training_format
 from weights.denoiser import Denoiser
 from weights.diffusion.samplers import ddim_step

