@@ -1,10 +1,13 @@
 """Averages several students of one base into one: a "model soup" (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
 
     python -m distillers.averaging fast-cat cat-dmd2:2 cat-sid --store STORE
+    python -m distillers.averaging fast-cat cat-dmd2 --base 0.7 --store STORE
 
 Students that were trained from the same weights, by whatever methods and not for too long, lie in one basin: between them
 the loss is no higher, and what each picked up by chance, or from its method's blind spot, cancels out. The mean draws at
-one student's cost. Whether it is better than its parts is for `fewstep evaluate` to say: nothing here measures.
+one student's cost. The base lies in that basin as well, where students started from it: a share of its own weights brings
+back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). Whether a mean is
+better than its parts is for `fewstep evaluate` to say: nothing here measures.
 """
 
 import argparse
@@ -23,13 +26,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from weights.bundled import STUDENTS
-from weights.contracts import AveragedStudent, FileRecord, StudentManifest
+from weights.bundled import STUDENTS, resolve_base
+from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest
 from weights.store import Store, StoreError, StudentFolder, digest_folder
 from weights.student_files import HARMLESS, WEIGHTS
 from weights.version import code_version
 
 METHOD = "average"
+BASE = "base"
+"""What the base's own share is called among a mean's parts."""
 ALIKE = ("family", "base", "schedules", "licence")
 """Fields of the manifest in which students that are averaged must agree."""
 
@@ -46,23 +51,37 @@ class Part:
     share: float
 
 
-def parts_of(store: Store, wanted: Mapping[str, float]) -> list[Part]:
-    """The students, verified, with shares that sum to one.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Weights that a mean is taken of: a folder, its share, and what it is called in errors."""
+
+    name: str
+    path: Path
+    share: float
+
+
+def parts_of(store: Store, wanted: Mapping[str, float], base_share: float = 0.0) -> list[Part]:
+    """The students, verified, with shares that sum to what the base leaves of one.
 
     Args:
         store: has them.
         wanted: how much each counts, above 0, by name.
+        base_share: of the base's own weights, in [0, 1).
 
     Raises:
-        CannotAverage: fewer than two, a count that is not above 0, or students that are not alike.
+        CannotAverage: nothing to average, a count that is not above 0, a share out of range, or students that are not alike.
         StoreError: one of them is missing, or its files are not what was published.
     """
-    if len(wanted) < 2:
-        raise CannotAverage(f"an average takes at least two students, got {', '.join(wanted) or 'none'}")
+    if not 0 <= base_share < 1:
+        raise CannotAverage(f"--base {base_share:g}: want a share in [0, 1)")
+    if len(wanted) < (1 if base_share else 2):
+        raise CannotAverage(
+            f"an average takes at least two students, or one and a share of its base, got {', '.join(wanted) or 'none'}"
+        )
     for name, weight in wanted.items():
         if not 0 < weight < float("inf"):
             raise CannotAverage(f"{name}: counts {weight:g} times; want a number above 0")
-    total = sum(wanted.values())
+    total = sum(wanted.values()) / (1 - base_share)
     parts = [Part(folder=store.open(name), share=weight / total) for name, weight in wanted.items()]
     for part in parts:
         _check(part.folder.manifest, parts[0].folder.manifest)
@@ -100,22 +119,45 @@ def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:
     return {path: record for path, record in manifest.files.items() if Path(path).suffix not in HARMLESS}
 
 
-def average_file(parts: Sequence[Part], path: str) -> dict[str, Tensor]:
+def _sources(parts: Sequence[Part], base_share: float) -> list[Source]:
+    """The students', and the base's behind them where it has a share.
+
+    Raises:
+        CannotAverage: the base is not the one that the students were made from.
+        FileNotFoundError: there is no such base.
+    """
+    found = [Source(name=p.folder.manifest.name, path=p.folder.path, share=p.share) for p in parts]
+    if base_share:
+        base = parts[0].folder.manifest.base
+        folder = resolve_base(base.id)
+        if digest_folder(folder) != base.sha256:
+            raise CannotAverage(
+                f"base {base.id!r} is another version than the one {found[0].name!r} was made from: leave out --base, or "
+                "restore it"
+            )
+        found.append(Source(name=BASE, path=folder, share=base_share))
+    return found
+
+
+def average_file(sources: Sequence[Source], path: str) -> dict[str, Tensor]:
     """The weighted means of all tensors of one safetensors file, summed in float64 one tensor at a time.
 
     Returns:
-        By name, in the first student's dtype.
+        By name, in the first source's dtype.
 
     Raises:
-        CannotAverage: the students' tensors have other names or shapes.
+        CannotAverage: a source has no such file, or tensors of other names or shapes.
     """
-    shares = [part.share for part in parts]
+    for source in sources:
+        if not (source.path / path).is_file():
+            raise CannotAverage(f"{source.name!r} has no file {path}, as the first student has")
+    shares = [source.share for source in sources]
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(part.folder.path / path, framework="pt")) for part in parts]
+        files = [stack.enter_context(safe_open(source.path / path, framework="pt")) for source in sources]
         names = sorted(files[0].keys())
-        for part, file in zip(parts, files, strict=True):
+        for source, file in zip(sources, files, strict=True):
             if sorted(file.keys()) != names:
-                raise CannotAverage(f"{part.folder.manifest.name!r}: {path} has other tensors than the first student's")
+                raise CannotAverage(f"{source.name!r}: {path} has other tensors than the first student's")
         return {name: _mean([file.get_tensor(name) for file in files], shares, f"{path}: {name}") for name in names}
 
 
@@ -132,7 +174,9 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float], what: str) -> Tens
     return mean.to(first.dtype)
 
 
-def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool = False) -> StudentManifest:
+def average(
+    store: Store, name: str, wanted: Mapping[str, float], replace: bool = False, base_share: float = 0.0
+) -> StudentManifest:
     """Publish the weighted mean of students under a name.
 
     Args:
@@ -140,17 +184,20 @@ def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool 
         name: of the new student.
         wanted: how much each counts, by name.
         replace: take the place of a student of that name.
+        base_share: of the base's own weights, in [0, 1); the students share the rest.
 
     Returns:
         The manifest as it was published; its ``averaged`` names the parts.
 
     Raises:
-        CannotAverage: see `parts_of` and `average_file`.
+        CannotAverage: see `parts_of` and `average_file`; or the base is another version.
+        FileNotFoundError: the base cannot be had.
         StoreError: as in `Store.open` and `Store.publish`.
     """
-    parts = parts_of(store, wanted)
+    parts = parts_of(store, wanted, base_share)
+    sources = _sources(parts, base_share)
     first = parts[0].folder.manifest
-    scale = sum(part.share * part.folder.manifest.guidance.trained_scale for part in parts)
+    scale = sum(part.share * part.folder.manifest.guidance.trained_scale for part in parts) / (1 - base_share)
     manifest = StudentManifest(
         name=name,
         created_at=datetime.now(UTC),
@@ -159,7 +206,7 @@ def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool 
         base=first.base,
         schedules=first.schedules,
         guidance=first.guidance.model_copy(update={"trained_scale": scale}),
-        averaged=_averaged(parts),
+        averaged=_averaged(parts, first.base, base_share),
         licence=first.licence,
         code_version=code_version(),
     )
@@ -168,19 +215,21 @@ def average(store: Store, name: str, wanted: Mapping[str, float], replace: bool 
             target = Path(temporary, path)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.endswith(WEIGHTS):
-                save_file(average_file(parts, path), target, metadata={"format": "pt"})
+                save_file(average_file(sources, path), target, metadata={"format": "pt"})
             else:
                 target.write_bytes((parts[0].folder.path / path).read_bytes())
         return store.publish(manifest, Path(temporary), replace=replace)
 
 
-def _averaged(parts: Sequence[Part]) -> list[AveragedStudent]:
+def _averaged(parts: Sequence[Part], base: BaseReference, base_share: float) -> list[AveragedStudent]:
     """Where the weights come from; a part that is a mean itself is told by its own parts."""
     found = []
     for part in parts:
         manifest = part.folder.manifest
         own = AveragedStudent(name=manifest.name, share=1.0, sha256=digest_folder(part.folder.path), job=manifest.job)
         found += [each.model_copy(update={"share": part.share * each.share}) for each in manifest.averaged or [own]]
+    if base_share:
+        found.append(AveragedStudent(name=BASE, share=base_share, sha256=base.sha256))
     return found
 
 
@@ -192,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = dict(map(_weighted, options.students))
         if len(wanted) < len(options.students):
             raise CannotAverage("a student is named twice: give each once, as NAME:COUNT")
-        manifest = average(Store(options.store, STUDENTS), options.name, wanted, options.replace)
+        manifest = average(Store(options.store, STUDENTS), options.name, wanted, options.replace, options.base)
         shares = ", ".join(f"{each.share:.3g} {each.name}" for each in manifest.averaged)
         console.print(Text(f"published {manifest.name}: {shares}"))
     except (StoreError, ValueError, OSError) as error:
@@ -217,7 +266,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("name", metavar="NAME", help="of the new student")
     made.add_argument(
-        "students", nargs="+", metavar="STUDENT[:COUNT]", help="at least two, and how much each counts (1)"
+        "students",
+        nargs="+",
+        metavar="STUDENT[:COUNT]",
+        help="at least two (one with --base), and how much each counts (1)",
+    )
+    made.add_argument(
+        "--base", type=float, default=0.0, metavar="SHARE", help="of the base's own weights, in [0, 1) (0)"
     )
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
     made.add_argument("--replace", action="store_true", help="take the place of a student of that name")

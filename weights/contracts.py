@@ -268,7 +268,7 @@ class Router(Contract):
 class AveragedStudent(Contract):
     """One of the students whose weights a student's are the mean of."""
 
-    name: Name = Field(description="what it was published as")
+    name: Name = Field(description="what it was published as; 'base' is the base's own weights")
     share: float = Field(gt=0, le=1, description="of the mean")
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
     job: DistillJob | None = Field(None, description="that made it")

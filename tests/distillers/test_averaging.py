@@ -104,6 +104,34 @@ def test_a_mean_of_a_mean_is_told_by_its_own_parts(store: Store, publish: Publis
         torch.testing.assert_close(mean, weights_of(store, "flat")[name], rtol=2e-3, atol=2e-3)
 
 
+def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    (base / "unet").mkdir(parents=True)
+    (base / "model_index.json").write_text("{}")
+    save_file(tensors(9), base / WEIGHTS)
+    reference = {"id": str(base), "sha256": digest_folder(base)}
+    publish("a", 1, base=reference)
+    publish("b", 2, base=reference)
+    made = average(store, "mean", {"a": 3, "b": 1}, base_share=0.6)
+    assert [each.name for each in made.averaged] == ["a", "b", "base"]
+    assert [each.share for each in made.averaged] == pytest.approx([0.3, 0.1, 0.6])
+    assert (made.averaged[2].sha256, made.averaged[2].job) == (reference["sha256"], None)
+    assert made.guidance.trained_scale == pytest.approx(2.5), "of the students: the base was trained for none"
+    for name, mean in weights_of(store, "mean").items():
+        expected = sum(share * tensors(seed)[name].double() for share, seed in ((0.3, 1), (0.1, 2), (0.6, 9)))
+        assert name == "steps" or torch.equal(mean, torch.as_tensor(expected).to(mean.dtype))
+    alone = average(store, "alone", {"a": 1}, base_share=0.5)
+    assert [each.name for each in alone.averaged] == ["a", "base"]
+
+    save_file(tensors(8), base / WEIGHTS)
+    with pytest.raises(CannotAverage, match=r"is another version than the one 'a' was made from"):
+        average(store, "other", {"a": 1}, base_share=0.5)
+    (base / WEIGHTS).rename(base / "unet" / "model.fp16.safetensors")
+    publish("c", 1, base={"id": str(base), "sha256": digest_folder(base)})
+    with pytest.raises(CannotAverage, match=r"'base' has no file unet/model\.safetensors"):
+        average(store, "other", {"c": 1}, base_share=0.5)
+
+
 @given(counts=st.lists(st.floats(0.01, 100), min_size=2, max_size=4))
 def test_the_shares_are_one_whole(tmp_path_factory: pytest.TempPathFactory, counts: list[float]) -> None:
     folder = tmp_path_factory.mktemp("shares")
@@ -152,7 +180,9 @@ def test_other_files_are_refused(store: Store, publish: Publish, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mean", "a"], "at least two students, got a"),
+        (["mean", "a"], "at least two students, or one and a share of its base, got a"),
+        (["mean", "a", "--base", "1"], "--base 1: want a share in [0, 1)"),
+        (["mean", "a", "--base", "0.5"], "base 'line' is not bundled"),
         (["mean", "a", "a:2"], "named twice"),
         (["mean", "a", "b:x"], "want NAME or NAME:COUNT"),
         (["mean", "a", "b:0"], "b: counts 0 times; want a number above 0"),
