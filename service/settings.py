@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     )
     aliases: dict[str, str] = Field(
         {},
-        description='Other names of models, such as `{"gpt-image-1": "emoji-dmd2"}` for clients that send one of their own.',
+        description='Other names of models, such as `{"gpt-image-1": "my-student"}` for clients that send one of their own.',
     )
     # A minute is what proxies and impatient clients commonly wait: work beyond it would be drawn for nobody.
     queue_seconds: float = Field(

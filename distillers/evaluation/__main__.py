@@ -1,6 +1,6 @@
 """Measures students against their base, under the one protocol, and writes JSON, sheets, curves and an HTML report.
 
-    python -m distillers.evaluation emoji-dmd2 --store STORE --out evaluation [--quick]
+    python -m distillers.evaluation emoji-average --store STORE --out evaluation [--quick]
 
 NAMES are students of the store (or the bundled ones); a base's name or folder among them only says which base to
 use. The base is measured in any case. An evaluation that was stopped goes on where it was.

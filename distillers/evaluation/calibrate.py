@@ -1,6 +1,6 @@
 """Calibrates a student's diversity: which first steps by its base make its pictures most different, at what price.
 
-    python -m distillers.evaluation.calibrate emoji-dmd2 --store STORE [--quick] [--write]
+    python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
 Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default) draws the coarse prompts in place of
 the student's first step, at each of the student's step counts. Chosen is the one that gains the most diversity over the

@@ -79,7 +79,7 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """For people: ``"emoji-dmd2, 4 steps, base first step"``."""
+        """For people: ``"emoji-average, 4 steps, base first step"``."""
         leg = "" if self.leg == "plain" else f", {self.leg}"
         return f"{self.model.name}, {counted(self.steps, 'step')}{leg}"
 

@@ -97,7 +97,7 @@ def test_the_bundled_teacher_draws_the_same(bundled: Pair, steps: int, guidance_
 
 
 def test_the_bundled_student_draws_the_same(bundled: Pair, backend: OpenVinoBackend) -> None:
-    folder = Store(STUDENTS).open("emoji-dmd2")
+    folder = Store(STUDENTS).open("emoji-average")
     student = load_student(folder, bundled.plain)
     prepared = backend.prepare(load_student(folder, bundled.plain), bundled.prepared)
     for name in ("decoder", "text_encoder"):

@@ -99,10 +99,10 @@ def model(name: str, base: str | None = "emoji-base", steps: tuple[int, ...] = (
 
 
 def test_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.demo._bundled_names", lambda: ["emoji-dmd2", "of-another-base"])
+    monkeypatch.setattr("service.demo._bundled_names", lambda: ["emoji-average", "of-another-base"])
     models = [
         model("emoji-base", None, ()),
-        model("emoji-dmd2"),
+        model("emoji-average"),
         model("of-another-base", "x"),
         model("fresh", steps=(1, 4)),
     ]
@@ -112,11 +112,11 @@ def test_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fresh", 1, False),
         ("fresh", 4, False),
         ("fresh", 4, True),
-        ("emoji-dmd2", 1, False),
-        ("emoji-dmd2", 2, False),
-        ("emoji-dmd2", 2, True),
-        ("emoji-dmd2", 4, False),
-        ("emoji-dmd2", 4, True),
+        ("emoji-average", 1, False),
+        ("emoji-average", 2, False),
+        ("emoji-average", 2, True),
+        ("emoji-average", 4, False),
+        ("emoji-average", 4, True),
     ]
     assert "2.5 minutes" in chosen[1].label
     with pytest.raises(DemoFailed, match="'emoji-base' of the fresh student is not served"):

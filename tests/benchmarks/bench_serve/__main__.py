@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--guidance", type=float, default=1.5, help="their scale (%(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--base", default="emoji-base")
-    made.add_argument("--student", default="emoji-dmd2")
+    made.add_argument("--student", default="emoji-average")
     made.add_argument("--store", type=Path, help="folder of the student; the bundled ones need none")
     made.add_argument("--device", default="auto")
     made.add_argument("--threads", type=int, help="CPU threads of each server; torch's choice when left out")

@@ -178,8 +178,8 @@ def test_what_could_not_be_written_is_refused_before_it_is_measured(
 ) -> None:
     monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
     for given, says in [
-        (["emoji-dmd2", "--store", str(tmp_path), "--write"], "bundled with the code and read-only"),
-        (["emoji-dmd2", "--write"], "without --write the choice is shown"),
+        (["emoji-average", "--store", str(tmp_path), "--write"], "bundled with the code and read-only"),
+        (["emoji-average", "--write"], "without --write the choice is shown"),
         (arguments(store, tmp_path, "--write", "--quick"), "--quick is a look"),
         (["nobody", "--store", str(store)], "no student is named 'nobody'"),
         (arguments(store, tmp_path, "--batch", "0"), "at least 1 picture"),
