@@ -166,8 +166,9 @@ def train(options: argparse.Namespace) -> None:
             print(f"step {training.step} loss {mean:.4f} lr {rate:.1e} {training.seconds / 60:.1f} min", flush=True)
         training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
         if training.seconds - saved > options.save_minutes * 60 or training.seconds >= budget:
+            unseen = check(training.held_out_loss(*held_out), training.step)  # before what is good is written over
             training.save()
-            print(f"step {training.step} held-out loss {training.held_out_loss(*held_out):.4f}; saved", flush=True)
+            print(f"step {training.step} held-out loss {unseen:.4f}; saved", flush=True)
             last, saved = time.monotonic(), training.seconds
 
 
