@@ -32,7 +32,7 @@ from distillers.evaluation.leaderboard import document, entries, figure
 from distillers.evaluation.leaderboard.entries import Entry
 from distillers.evaluation.leaderboard.measuring import Measurer, machine
 from distillers.evaluation.leaderboard.records import Kept, Result, Settings, Teacher, read
-from distillers.evaluation.leaderboard.training import Busy, Stale, Trainee, TrainingFailed, locked
+from distillers.evaluation.leaderboard.training import COST, Busy, Stale, Trainee, TrainingFailed, locked
 from distillers.evaluation.models import DEFAULT_BASE
 from distillers.spec import RECIPES
 from weights.bundled import resolve_base
@@ -260,7 +260,7 @@ class Board:
             return f"failed, to be tried again: {result.failure}" if result.failure else "finished"
         if (folder / "training.json").is_file():
             return "trained, to be measured"
-        return "begun, to go on" if (folder / "probe.json").is_file() else "to be trained"
+        return "begun, to go on" if (folder / COST).is_file() else "to be trained"
 
     def _folder(self, entry: Entry) -> Path:
         return self.work / entry.name

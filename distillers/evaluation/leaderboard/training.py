@@ -23,6 +23,8 @@ from distillers.evaluation.leaderboard.records import OFF, Probe, Settings, Trai
 from distillers.evaluation.watch import Watched, watched
 from weights.contracts import EVENTS, AnyEvent, Failed, Finished
 
+COST = "cost.json"
+"""Where what a probe has measured is kept; the probe's own spec is probe.json."""
 ENDLESS = 10**6
 """Iterations of a probe, which the clock stops."""
 CHECKPOINT_SECONDS = 60
@@ -111,7 +113,7 @@ class Trainee:
         Raises:
             Stale: of another version of the recipe.
         """
-        known = read(Probe, self.folder / "probe.json")
+        known = read(Probe, self.folder / COST)
         if known is not None and known.recipe_sha256 != self.entry.sha256:
             raise Stale(f"the recipe of {self.entry.name} has changed since: delete {self.folder} to train it anew")
         return known
@@ -151,7 +153,7 @@ class Trainee:
             preparation_seconds=preparation,
             iterations=int(budget / cost),
             corrected=corrected,
-        ).write(self.folder / "probe.json")
+        ).write(self.folder / COST)
 
     def _spent(self, done: Finished, what: Literal["", "preparation_"]) -> float:
         """Seconds of training, or of what comes before it, as the budget is told."""

@@ -363,7 +363,7 @@ def test_the_board_trains_measures_and_goes_on(
     assert runs.jobs[:2] == ["good job", "wild probe"]
     good, wild = (read(Result, out / name / "result.json") for name in ("good", "wild"))
     assert good is not None and wild is not None and good.training is not None
-    probe = json.loads((out / "good" / "probe.json").read_text())
+    probe = json.loads((out / "good" / training_.COST).read_text())
     assert good.training.iterations == probe["iterations"] == int(0.3 / probe["seconds_per_iteration"])
     assert good.training.peak_bytes == 123 * 2**20 and good.training.pictures == 4
     assert [r.steps for r in good.rows] == [1, 2, 4] and [r.evaluations for r in good.rows] == [1, 2, 4]
@@ -434,6 +434,15 @@ def test_a_budget_too_small_for_an_iteration_is_a_failure_with_the_numbers(
     failed = read(Result, tmp_path / "good" / "result.json")
     assert failed is not None and "that is more than the budget of 1e-06 minutes" in (failed.failure or "")
     assert runs.jobs == ["good probe"]
+
+
+def test_a_board_stopped_while_it_probes_goes_on(recipes: Path, tmp_path: Path, runs: Runs) -> None:
+    runs.stop = "probe"
+    with pytest.raises(KeyboardInterrupt):
+        board(recipes, tmp_path, "--only", "good")
+    runs.stop = None
+    assert board(recipes, tmp_path, "--only", "good") == 0
+    assert runs.jobs == ["good probe", "good probe", "good job"]
 
 
 class Clockwork(Trainee):
