@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
@@ -93,8 +92,8 @@ class Batches:
         self.latents = self._latents("latents", records)
         self.states = self._states("captions", [*texts, ""])
         row = {text: index for index, text in enumerate(texts)}
-        self.rows = np.array([[row[c] for c in captions(r)] + [len(texts)] for r in records])
-        self._rows = torch.from_numpy(self.rows).to(self.device)
+        rows = [[row[c] for c in captions(r)] + [len(texts)] for r in records]
+        self.rows = torch.tensor(rows, device=self.device)
         self.weights = sampling_weights(records).to(self.device)
         self.odds = torch.tensor([*CAPTION_ODDS, 1 - sum(CAPTION_ODDS)], device=self.device)
 
@@ -116,7 +115,7 @@ class Batches:
         generator = torch.Generator(self.device).manual_seed(7919 * step + 1)
         pictures = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator)
         levels = torch.multinomial(self.odds, self.batch, replacement=True, generator=generator)
-        return self._noised(self.latents[pictures], self.states[self._rows[pictures, levels]], generator)
+        return self._noised(self.latents[pictures], self.states[self.rows[pictures, levels]], generator)
 
     def held_out(self) -> Drawn:
         """Every picture that training never sees, with the caption that names it; the same whenever it is asked for."""
