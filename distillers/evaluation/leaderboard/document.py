@@ -12,7 +12,7 @@ from distillers.evaluation.leaderboard.bars import (
     of_full,
     of_same,
 )
-from distillers.evaluation.leaderboard.records import OFF, Result, Row, Settings, Teacher
+from distillers.evaluation.leaderboard.records import OFF, UNTRAINED, Result, Row, Settings, Teacher
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import counted
@@ -46,7 +46,14 @@ def markdown(
         "(Methods that take the same number of evaluations are drawn side by side.)",
         "## Quality",
         _legend(teacher),
-        _table(_HEAD, [*_teacher_rows(teacher), *_method_rows(teacher, measured)]),
+        _table(
+            _HEAD,
+            [
+                *_teacher_rows(teacher),
+                *_rows(UNTRAINED, teacher.untrained, teacher),
+                *(row for result in measured for row in _rows(f"**{result.name}**", result.rows, teacher)),
+            ],
+        ),
         "## Bars",
         _table(
             ("bar", "bound", "measured", "by", "holds"),
@@ -117,7 +124,8 @@ def _legend(teacher: Teacher) -> str:
         f"'/ teacher's' is the ratio to the teacher at {teacher.full.steps} steps ('full'), or at as many steps as the row. "
         "✓ and ✗ say whether the row is on the right side of a bar: kernel distance below the teacher's at the same steps; "
         f"R-precision and diversity at least {LEAST:g} of the full teacher's. Real pictures score a kernel distance of "
-        f"{_pm(floor, 3)} and an R-precision of {_pm(real, 3)}."
+        f"{_pm(floor, 3)} and an R-precision of {_pm(real, 3)}. '{UNTRAINED}' is the control: the teacher's own weights, "
+        "without guidance, drawn with as every method's student is before its first iteration."
     )
 
 
@@ -147,10 +155,9 @@ def _teacher_rows(teacher: Teacher) -> Iterable[tuple[str, ...]]:
         yield (f"`{teacher.name}`", *_cells(row, teacher, marked=False))
 
 
-def _method_rows(teacher: Teacher, results: Sequence[Result]) -> Iterable[tuple[str, ...]]:
-    for result in results:
-        for row in sorted(result.rows, key=lambda row: -row.steps):
-            yield (f"**{result.name}**", *_cells(row, teacher, marked=True))
+def _rows(name: str, rows: Sequence[Row], teacher: Teacher) -> Iterable[tuple[str, ...]]:
+    for row in sorted(rows, key=lambda row: -row.steps):
+        yield (name, *_cells(row, teacher, marked=True))
 
 
 def _training(settings: Settings, results: Sequence[Result]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from distillers.evaluation.leaderboard.document import ranking
-from distillers.evaluation.leaderboard.records import Result, Row, Settings, Teacher
+from distillers.evaluation.leaderboard.records import UNTRAINED, Result, Row, Settings, Teacher
 from distillers.evaluation.subjects import counted
 
 MARKERS, DASHES = "osD^vPX*<>p", ("-", "--", ":")
@@ -31,6 +31,7 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
     colours = colormaps["tab10"]
     teacher_style = {"marker": "o", "color": "black", "linewidth": 2, "zorder": 2}
     _line(axes, teacher.rows, f"{teacher.name} (teacher)", shift=0.0, **teacher_style)
+    _line(axes, teacher.untrained, UNTRAINED, shift=0.0, marker="o", color="grey", linewidth=2, zorder=2)
     apart = min(SPREAD, WIDEST / max(1, len(shown)))
     for number, result in enumerate(shown):
         style = {
@@ -76,7 +77,8 @@ def _line(axes: Any, rows: Sequence[Row], label: str, *, shift: float, **style: 
 
 
 def _scales(axes: Any, teacher: Teacher, results: Sequence[Result]) -> None:
-    counts = sorted({row.evaluations for rows in (teacher.rows, *(r.rows for r in results)) for row in rows})
+    lines = [teacher.rows, teacher.untrained, *(result.rows for result in results)]
+    counts = sorted({row.evaluations for rows in lines for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()

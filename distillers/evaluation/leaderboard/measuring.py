@@ -1,19 +1,23 @@
 """Measures the teacher and the students of a board by the one protocol (`distillers.evaluation.measure`)."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from distillers.evaluation import report
 from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import Extractor
-from distillers.evaluation.leaderboard.records import Machine, Row, Teacher
+from distillers.evaluation.leaderboard.records import UNTRAINED, Machine, Row, Teacher
 from distillers.evaluation.measure import Evaluation, Track
 from distillers.evaluation.models import student_model
 from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import STEPS, Model, Subject
+from distillers.methods.few_step import default_schedules
 from weights.bundled import resolve_base
+from weights.contracts import BaseReference, StudentManifest
 from weights.families import load
 from weights.store import Store, digest_folder
 from weights.students import check_base
+from weights.version import code_version
 
 CURVE_STEPS = (8, 16)
 """Beside 1, 2 and 4 and its full step count, where the teacher is drawn for the figure's line."""
@@ -29,6 +33,27 @@ def machine(device: str) -> Machine:
         torch=facts["torch"],
         finished=report.now(),
     )
+
+
+def untrained_student(base: Model, sha256: str) -> Model:
+    """The base's own weights, drawn with as a student's are: without guidance, through the students' sampler.
+
+    The control of every method, whose student starts as this: what is no better has learned nothing that the protocol sees.
+
+    Args:
+        base: the teacher.
+        sha256: of its folder.
+    """
+    manifest = StudentManifest(
+        name=UNTRAINED,
+        created_at=datetime.now(UTC),
+        method=UNTRAINED,
+        family=base.pipeline.family,
+        base=BaseReference(id=base.name, sha256=sha256),
+        schedules=default_schedules(),
+        code_version=code_version(),
+    )
+    return Model(UNTRAINED, base.pipeline, manifest)
 
 
 class Measurer:
@@ -70,11 +95,13 @@ class Measurer:
         few, between = ([steps for steps in some if steps < full] for some in (STEPS, CURVE_STEPS))
         rows = [self._row(self.base, steps, with_diversity=True) for steps in (full, *few)]
         rows += [self._row(self.base, steps, with_diversity=False) for steps in between]
+        untrained = untrained_student(self.base, self.sha256)
         real = self.evaluation.real()
         return Teacher(
             name=self.base.name,
             guidance=self.base.pipeline.default_guidance,
             rows=rows,
+            untrained=[self._row(untrained, steps, with_diversity=True) for steps in untrained.steps],
             floor_kernel_distance=real.floor[self.extractor.name].kernel_distance,
             real_r_precision=real.r_precision,
             machine=machine(self.device),

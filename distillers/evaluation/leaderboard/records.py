@@ -8,6 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from distillers.evaluation.metrics import Estimate
 
+UNTRAINED = "untrained"
+"""What the control is called: the teacher's own weights, drawn with as a student's are."""
 OFF = 0.1
 """Share of the budget by which a training may miss it. By more, it is done once more; by more again, it is marked."""
 
@@ -113,6 +115,7 @@ class Teacher(Record):
     name: str
     guidance: float
     rows: list[Row]
+    untrained: list[Row] = Field(description="its own weights as a student's: where every method starts")
     floor_kernel_distance: Figure
     real_r_precision: Figure
     machine: Machine

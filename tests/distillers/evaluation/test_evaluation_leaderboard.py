@@ -66,6 +66,7 @@ def teacher() -> Teacher:
         name="base",
         guidance=3.0,
         rows=[*rows, row(16, 0.11, diversity=None, guided=True)],
+        untrained=[row(1, 0.32), row(4, 0.12)],
         floor_kernel_distance=figure_of(0.001),
         real_r_precision=figure_of(0.5),
         machine=MACHINE,
@@ -142,6 +143,7 @@ class TestDocument:
         assert "0.050 ± 0.005 | 0.50 | 0.33 ✓ | 50 | 0.200" in at["**good** 4 "]
         assert "1.33 ✗" in at["**worse** 4 "] and "| 0.50 ✗ |" in at["**worse** 4 "]
         assert "1.03 ✗" in at["**worse** 1 "]
+        assert "1.20 | 0.80 ✓" in at["untrained 4 "] and "1.07 ✗" in at["untrained 1 "] and "is the control" in text
         assert "✓" not in at["`base` 50 "] and "✗" not in at["`base` 50 "]
         order = [text.index(f"| **{name}** | 4") for name in ("good", "worse")]
         assert order == sorted(order)
@@ -378,6 +380,7 @@ def test_the_board_trains_measures_and_goes_on(
     assert "**good**" in text and "failed: iteration" in text and "`later`: it goes on" in text
     known = read(Teacher, out / "teacher.json")
     assert known is not None and [r.steps for r in known.rows] == [3, 1, 2]  # full first; 4 is more than that
+    assert [(r.steps, r.evaluations) for r in known.untrained] == [(1, 1), (2, 2), (4, 4)]  # as a student draws
 
     runs.jobs = []
     (docs / "leaderboard.md").unlink()
