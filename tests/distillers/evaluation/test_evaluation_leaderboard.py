@@ -292,7 +292,7 @@ class TestEntries:
         ("name", "field", "value"),
         [
             ("disback", "degradation_iterations", 20),
-            ("scm", "tangent_warmup", 40),
+            ("scm", "tangent_warmup", 10),
             ("tscd", "stages", [{"segments": 8, "iterations": 25}, {"segments": 4, "iterations": 33}]),
         ],
     )
