@@ -49,7 +49,7 @@ def markdown(
         _table(
             _HEAD,
             [
-                *_teacher_rows(teacher),
+                *_rows(f"`{teacher.name}`", teacher.rows, teacher, marked=False),
                 *_rows(UNTRAINED, teacher.untrained, teacher),
                 *(row for result in measured for row in _rows(f"**{result.name}**", result.rows, teacher)),
             ],
@@ -150,14 +150,9 @@ def _cells(row: Row, teacher: Teacher, *, marked: bool) -> tuple[str, ...]:
     )
 
 
-def _teacher_rows(teacher: Teacher) -> Iterable[tuple[str, ...]]:
-    for row in sorted(teacher.rows, key=lambda row: -row.steps):
-        yield (f"`{teacher.name}`", *_cells(row, teacher, marked=False))
-
-
-def _rows(name: str, rows: Sequence[Row], teacher: Teacher) -> Iterable[tuple[str, ...]]:
+def _rows(name: str, rows: Sequence[Row], teacher: Teacher, *, marked: bool = True) -> Iterable[tuple[str, ...]]:
     for row in sorted(rows, key=lambda row: -row.steps):
-        yield (name, *_cells(row, teacher, marked=True))
+        yield (name, *_cells(row, teacher, marked=marked))
 
 
 def _training(settings: Settings, results: Sequence[Result]) -> str:
