@@ -98,6 +98,7 @@ class Metrics:
             registry=self.registry,
         )
         """By outcome."""
+        self._of_call: dict[tuple[Call, str], tuple[Histogram, Histogram, Counter, Counter]] = {}
 
     def watch(self, engine: Engine) -> None:
         """Ask this engine for its load at every scrape."""
@@ -105,10 +106,20 @@ class Metrics:
 
     def called(self, call: Call, model: str, rows: int, batch: int, seconds: float) -> None:
         """See `Observer.called`."""
-        self.call_seconds.labels(call, model).observe(seconds)
-        self.batch_size.labels(call).observe(batch)
-        self.rows.labels(call, model).inc(rows)
-        self.slots.labels(call, model).inc(batch)
+        counts = self._of_call.get((call, model))
+        if counts is None:  # looking them up takes longer than counting
+            of_model = (call, model)
+            counts = self._of_call[call, model] = (
+                self.call_seconds.labels(*of_model),
+                self.batch_size.labels(call),
+                self.rows.labels(*of_model),
+                self.slots.labels(*of_model),
+            )
+        timed, sizes, used, made = counts
+        timed.observe(seconds)
+        sizes.observe(batch)
+        used.inc(rows)
+        made.inc(batch)
 
     def ended(self, outcome: Outcome, pictures: int, waited: float, seconds: float) -> None:
         """See `Observer.ended`."""

@@ -72,7 +72,7 @@ class Trajectory:
 
     def first_state(self, noise: Tensor) -> Tensor:
         """Unit normal noise ``(B, ...)`` as the state that the first step denoises, float32."""
-        return (self.start * noise.double()).float()
+        return noise.float() if self.start == 1 else (self.start * noise.double()).float()
 
 
 def evaluations_per_call(guidance_scale: float) -> int:
@@ -172,11 +172,15 @@ def advance(x_t: Tensor, x0: Tensor, steps: Sequence[TrajectoryStep], noise: Ten
         ``(B, ...)`` float32, computed in float64. A row does not depend on the others, nor on their number.
     """
 
-    def column(values: list[float]) -> Tensor:
+    def column(values: list[float]) -> Tensor | float:
+        if len(set(values)) == 1:
+            return values[0]
         return expand(torch.tensor(values, dtype=torch.float64, device=x_t.device), x_t)
 
-    x_s = column([step.keep for step in steps]) * x_t.double() + column([step.estimate for step in steps]) * x0.double()
-    fresh = [step.fresh for step in steps]
+    keep, fresh = [step.keep for step in steps], [step.fresh for step in steps]
+    x_s = column([step.estimate for step in steps]) * x0.double()
+    if any(keep):
+        x_s = column(keep) * x_t.double() + x_s
     if any(fresh):
         assert noise is not None, "a step with fresh noise was not given any"
         x_s = x_s + column(fresh) * noise.double()

@@ -5,6 +5,7 @@ not fit into one, as a guided one does not where a batch is one row.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
@@ -46,16 +47,19 @@ def denoise(pictures: Sequence[Picture], batch: int) -> Tensor:
     counts = [len(own) for own in conditions]
     cond = cond_cat([row for own in conditions for row in own])
     steps = [picture.next_step for picture in pictures]
-    repeats = torch.tensor(counts)
-    x_t = torch.stack([picture.x for picture in pictures]).repeat_interleave(repeats.to(pictures[0].x.device), dim=0)
-    t = torch.tensor([step.t for step in steps]).repeat_interleave(repeats).to(x_t.device)
+    x_t = torch.stack([picture.x for picture, count in zip(pictures, counts, strict=True) for _ in range(count)])
+    t = torch.tensor(
+        [step.t for step, count in zip(steps, counts, strict=True) for _ in range(count)], device=x_t.device
+    )
     denoiser = pictures[0].denoiser
     rows = _in_batches(lambda index: denoiser(x_t[index], t[index], cond_rows(cond, index)), x_t, batch)
-    guided = [
-        own[0] if len(own) == 1 else own[0] + step.guidance_scale * (own[1] - own[0])
-        for own, step in zip(rows.split(counts), steps, strict=True)
-    ]
-    return _check(torch.stack(guided))
+    if len(rows) > len(pictures):
+        guided = [
+            own[0] if len(own) == 1 else own[0] + step.guidance_scale * (own[1] - own[0])
+            for own, step in zip(rows.split(counts), steps, strict=True)
+        ]
+        rows = torch.stack(guided)
+    return _check(rows)
 
 
 def decode(pictures: Sequence[Picture], batch: int) -> NDArray[uint8]:
@@ -92,8 +96,10 @@ def determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _in_batches(call: Callable[[Tensor], Tensor], rows: Tensor, batch: int) -> Tensor:
+def _in_batches(call: Callable[[Tensor | slice], Tensor], rows: Tensor, batch: int) -> Tensor:
     """The call for all rows, ``batch`` at a time; where fewer are left, the last one is repeated."""
+    if len(rows) == batch:
+        return call(slice(None))
     answers = []
     for start in range(0, len(rows), batch):
         index = torch.arange(start, start + batch, device=rows.device).clamp(max=len(rows) - 1)
@@ -103,6 +109,7 @@ def _in_batches(call: Callable[[Tensor], Tensor], rows: Tensor, batch: int) -> T
 
 def _check(tensor: Tensor) -> Tensor:
     """The tensor, once the device has computed it."""
-    if not bool(tensor.isfinite().all()):
+    # A sum is finite where all that is added is: one pass, and one number from the device.
+    if not math.isfinite(float(tensor.sum(dtype=torch.float32))):
         raise NotFinite("the model's answer is not finite")
     return tensor

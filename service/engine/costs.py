@@ -58,7 +58,9 @@ class CostProfile:
         self.target = target
         # As if ENOUGH calls had taken what was measured, so that the first ones observed are outvoted if they are odd.
         self._recent: deque[tuple[int, float]] = deque([(0, 1.0)] * ENOUGH, maxlen=RECENT)
-        self._current = self._estimate()
+        self._estimated = self._estimate()
+        self._stale = False
+        """Whether there was a call since: an estimate is made when it is asked for, and takes as long as a small layer."""
 
     @classmethod
     def measure(
@@ -156,18 +158,26 @@ class CostProfile:
         warm-up as the rest is: one that looked slow once is not shunned for ever.
         """
         self._recent.append((batch, max(seconds, TINY) / _on_the_curve(self.measured, batch)))
-        self._current = self._estimate()
+        self._stale = True
 
     def scaled(self, factor: float) -> "CostProfile":
         """A profile of its own for something that costs ``factor`` times as much."""
         return CostProfile({b: s * factor for b, s in self._current.items()}, self.batches, self.target)
 
-    def _estimate(self) -> dict[int, float]:
+    @property
+    def _current(self) -> dict[int, float]:
         """Seconds now by measured batch size, rising."""
+        if self._stale:
+            self._stale = False
+            self._estimated = self._estimate()
+        return self._estimated
+
+    def _estimate(self) -> dict[int, float]:
+        recent = list(self._recent)  # at once: another thread may be observing
         of_batch: dict[int, list[float]] = {}
-        for batch, ratio in self._recent:
+        for batch, ratio in recent:
             of_batch.setdefault(batch, []).append(ratio)
-        common = median(ratio for _, ratio in self._recent)
+        common = median(ratio for _, ratio in recent)
         drift = {batch: median(own) for batch, own in of_batch.items() if len(own) >= ENOUGH}
         now = [seconds * drift.get(batch, common) for batch, seconds in self.measured.items()]
         return dict(zip(self.measured, accumulate(now, max), strict=True))

@@ -7,6 +7,7 @@ preview is due, also for the decoder in between. All of this is the engine's thr
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Literal, NamedTuple, Self
 
 import torch
 from numpy import uint8
@@ -243,12 +244,33 @@ def shown_steps(steps: int, previews: int) -> frozenset[int]:
     return frozenset(number * steps // (count + 1) for number in range(1, count + 1))
 
 
+class _Times(NamedTuple):
+    """A step schedule that can be a key."""
+
+    timesteps: tuple[float, ...]
+    network_times: tuple[float, ...]
+    sampler: Literal["consistency", "ddim"]
+    eta: float
+
+    @classmethod
+    def of(cls, schedule: StepSchedule) -> Self:
+        return cls(tuple(schedule.timesteps), tuple(schedule.network_times), schedule.sampler, schedule.eta)
+
+    @property
+    def schedule(self) -> StepSchedule:
+        return StepSchedule(
+            timesteps=list(self.timesteps),
+            conditioning=list(self.network_times),
+            sampler=self.sampler,
+            eta=self.eta,
+        )
+
+
 def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
     base, own = resident.base.denoiser, resident.model.denoiser
-    schedule = None if plan.schedule is None else plan.schedule.model_dump_json()
     return _way(
         own.schedule,
-        schedule,
+        None if plan.schedule is None else _Times.of(plan.schedule),
         plan.steps,
         plan.guidance_scale,
         own.embeds_guidance,
@@ -260,7 +282,7 @@ def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
 @lru_cache(maxsize=WAYS)
 def _way(
     diffusion: Schedule,
-    schedule: str | None,
+    times: "_Times | None",
     steps: int,
     guidance_scale: float,
     tells_guidance: bool,
@@ -269,13 +291,13 @@ def _way(
 ) -> Trajectory:
     """The trajectory for these, kept: writing one down takes as long as some calls of a small network do.
 
-    ``schedule`` is a student's as JSON, which can be compared; None for a base, which has ``steps`` alone.
+    ``times`` are a student's schedule; None for a base, which has ``steps`` alone.
     """
-    if schedule is None:
+    if times is None:
         return base_trajectory(diffusion, steps, guidance_scale, tells_guidance=tells_guidance)
     return student_trajectory(
         diffusion,
-        StepSchedule.model_validate_json(schedule),
+        times.schedule,
         guidance_scale,
         tells_guidance=tells_guidance,
         diversity=diversity,

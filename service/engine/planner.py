@@ -47,6 +47,13 @@ class Planner:
             return name, info.base.id, _plan(request, name, info, size)
         return name, info.id, _plan(request, name, info, info.size)
 
+    def at_hand(self, request: DrawRequest) -> bool:
+        """Whether `plan` takes no time: it would neither ask the disk nor load anything."""
+        if request.loras:
+            return False
+        names = [request.model] if request.model is not None else self._candidates()
+        return all(map(self._residency.at_hand, names))
+
     def find(self, request: DrawRequest, model: str) -> Found:
         """The request's model, if it is in memory; quickly.
 
@@ -72,6 +79,10 @@ class Planner:
         info = resident.manifest if resident.manifest is not None else self._residency.info(model)
         name = info.name if isinstance(info, StudentManifest) else model
         return _plan(request, name, info, resident.model.size)
+
+    def _candidates(self) -> list[str]:
+        """What `default_model` looks at, at most."""
+        return self._bundled if self._settings.default_model is None else [self._settings.default_model]
 
 
 def _plan(request: DrawRequest, name: str, info: ModelInfo | StudentManifest, size: int | None) -> Plan:

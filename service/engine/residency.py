@@ -16,6 +16,7 @@ from service.engine.gate import Gate
 from service.engine.making import Maker, Wanted
 from service.engine.memory import Held, Shelf, TooLarge
 from service.engine.names import base_info, broken, student_info
+from service.engine.recent import Recent
 from service.engine.resident import Key, Loras, Prepare, Resident
 from weights.contracts import BaseReference, StudentManifest
 from weights.store import Store, StoreError, StudentFolder
@@ -40,7 +41,7 @@ class Residency:
     """Bases and students by name, loaded when they are first asked for.
 
     Args:
-        store: the students; it is asked again each time, so that a new student needs no restart.
+        store: the students; it is asked again and again, so that a new student needs no restart.
         bases: bases that always stay in memory.
         family: their family.
         device: where everything is loaded to.
@@ -50,6 +51,7 @@ class Residency:
         aliases: other names, each for a base or a student.
         prepare: turns what was loaded into what draws, given the prepared base of a student.
         gate: closed while a base is loaded.
+        recent: what is known of the store without asking it; None asks it each time.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Residency:
         aliases: Mapping[str, str] | None = None,
         prepare: Prepare | None = None,
         gate: Gate | None = None,
+        recent: Recent | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._recent = store, recent
+        self._seen = store.find if recent is None else recent.find
         self._listed = dict.fromkeys(bases, family)
         self._maker = Maker(device, dtype, prepare, gate if gate is not None else Gate())
         self._aliases = dict(aliases or {})
@@ -126,7 +130,7 @@ class Residency:
         Raises:
             UnknownModel, ModelBroken, BadRequest: as `get`, as far as manifests tell.
         """
-        wanted = self._catalog.wanted(name, prompt, loras, self._store.find, self._base_in_memory)
+        wanted = self._catalog.wanted(name, prompt, loras, self._seen, self._base_in_memory)
         if wanted is None:  # which student a routed one draws this prompt with cannot be told before its base is there
             return Found(wants=(name, loras, prompt), resident=None)
         held = self._shelf.get(wanted.key, wanted.version)
@@ -144,7 +148,14 @@ class Residency:
             ModelBroken: the student's manifest cannot be read.
         """
         name = self._catalog.own_name(name)
-        return self._base_info(name) if name in self._listed else self._catalog.folder(name, self._store.find).manifest
+        return self._base_info(name) if name in self._listed else self._catalog.folder(name, self._seen).manifest
+
+    def at_hand(self, name: str) -> bool:
+        """Whether `info` would tell of this model without asking the disk, nor loading anything."""
+        name = self._catalog.own_name(name)
+        if name in self._listed:
+            return self._shelf.get(Key(name, self._listed[name]), ()) is not None
+        return self._recent is not None and self._recent.knows(name)
 
     def infos(self) -> list[ModelInfo]:
         """Everything that can be drawn with: the bases, then the students, then the aliases of either."""

@@ -78,6 +78,8 @@ def choose(ready: Sequence[W], profile: Callable[[Group], Profile], after: Call 
     if first.group.alone or first.rows > own.batches[-1]:
         return [first]
     alike = [work for work in ready if work.group == first.group and work.rows <= own.batches[-1]]
+    if len(alike) == 1:
+        return alike
     # Rows are taken by twos where everybody brings two; where some bring one, they fill what is left.
     most, _ = own.best(sum(work.rows for work in alike), min(work.rows for work in alike))
     chosen, taken = [first], first.rows

@@ -35,6 +35,7 @@ from service.engine.observer import Observer, Outcome, Silence
 from service.engine.parts import UNKNOWN
 from service.engine.pictures import Painted, Ticket
 from service.engine.planner import Planner
+from service.engine.recent import Recent
 from service.engine.residency import Residency
 from service.engine.startup import check_models, device_of, dtype_of
 from service.engine.text import PromptCache
@@ -74,6 +75,7 @@ class StepEngine:
         device = device_of(settings)
         dtype = dtype_of(settings, device)
         gate = Gate()
+        self._recent = Recent(store)
         self._residency = Residency(
             store,
             settings.bases,
@@ -85,6 +87,7 @@ class StepEngine:
             aliases=settings.aliases,
             prepare=backend.prepare,
             gate=gate,
+            recent=self._recent,
         )
         self._planner = Planner(settings, self._residency, Store(bundled).names() if bundled is not None else [])
         self._costs, self._line = costs, line
@@ -125,6 +128,7 @@ class StepEngine:
 
     async def start(self) -> None:
         """See `Engine.start`."""
+        self._recent.start()
         self._thread.start()
 
     async def drain(self, seconds: float) -> None:
@@ -139,6 +143,7 @@ class StepEngine:
         self._line.close()
         for ticket in self._tickets:
             ticket.end(NotReady("the server is stopping"))
+        self._recent.stop()
         await asyncio.to_thread(self._thread.stop)
 
     def load(self) -> Load:
@@ -188,8 +193,11 @@ class StepEngine:
     async def _admit(self, request: DrawRequest, answers: "asyncio.Queue[Painted | EngineError]") -> Ticket:
         """A place in the line, and what is asked for on its way to the engine's thread."""
         self._check_ready()
-        model, base, plan = await asyncio.to_thread(self._planner.plan, request)
-        self._check_ready()  # no longer, where a drain began in the meantime
+        if self._planner.at_hand(request):  # mostly: to tell a thread takes longer than to plan
+            model, base, plan = self._planner.plan(request)
+        else:
+            model, base, plan = await asyncio.to_thread(self._planner.plan, request)
+            self._check_ready()  # no longer, where a drain began in the meantime
         limit = min(self._settings.request_timeout, math.inf if request.seconds is None else request.seconds)
         work = self._thread.parts.get(base, UNKNOWN).work(plan, request)
         place = self._line.join(request.client, self._costs.predict(work), limit)

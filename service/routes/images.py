@@ -29,7 +29,6 @@ from service.routes.streaming import stream_pictures
 from service.running import wait_for
 from service.schemas import MAX_SEED, ImageRequest, ImageResponse, Picture
 from service.settings import Settings
-from service.streaming import EventStream
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
@@ -39,10 +38,9 @@ T = TypeVar("T")
 @router.post(
     "/generations",
     response_model=ImageResponse,
-    response_model_exclude_none=True,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
-async def generate(body: ImageRequest, request: Request) -> ImageResponse | EventStream:
+async def generate(body: ImageRequest, request: Request) -> Response:
     """Draw n pictures of a prompt.
 
     With ``stream`` the answer is server-sent events: ``image_generation.partial_image`` (see `PartialImage`),
@@ -60,7 +58,7 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse | Even
         for item, file in zip(drawn, files, strict=True)
     ]
     first = drawn[0]
-    return ImageResponse(
+    answer = ImageResponse(
         created=created,
         data=data,
         model=first.model,
@@ -68,6 +66,8 @@ async def generate(body: ImageRequest, request: Request) -> ImageResponse | Even
         output_format=body.output_format,
         drawing=drawing_info(first),
     )
+    # Written here: FastAPI would check the whole answer once more, which takes as long as a PNG.
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 @router.delete("/generations/{request_id}", status_code=204)

@@ -13,6 +13,7 @@ from service.engine.base import Drawn, DrawRequest, Preview
 from service.engine.costs import CostProfile, Costs, Part
 from service.engine.line import Line
 from service.engine.observer import Call, Outcome
+from service.engine.recent import FRESH_SECONDS
 from service.engine.step_engine import StepEngine
 from service.settings import Settings
 from tests.service.as_loaded import AsLoaded
@@ -31,6 +32,11 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(120):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.002)
+
+
+async def until_seen() -> None:
+    """From here on the engine knows what the store held when this was called."""
+    await asyncio.sleep(FRESH_SECONDS)
 
 
 def pixels(drawn: list[Drawn]) -> list[bytes]:

@@ -12,7 +12,7 @@ from service.engine.calls import to_pixels
 from service.engine.plan import plan_student
 from service.engine.step_engine import StepEngine
 from tests.service.conftest import SCHEDULES, TinyBase
-from tests.service.engine_help import Harness, pixels, request, until
+from tests.service.engine_help import Harness, pixels, request, until, until_seen
 from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router
 from weights.denoiser import cond_repeat
 from weights.drawing import draw
@@ -69,8 +69,10 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
         # One of them is published anew: its new weights draw, but no other kind of student.
         before = await engine.generate(request(model="msd"))
         await asyncio.to_thread(harness.publish, "msd-0", change=0.8)
+        await until_seen()
         assert pixels(await engine.generate(request(model="msd"))) != pixels(before)
         await asyncio.to_thread(harness.publish, "msd-0", schedules={1: SCHEDULES[1]})
+        await until_seen()
         with pytest.raises(ModelBroken, match="'msd'"):
             await engine.generate(request(model="msd"))
         await engine.generate(request(model="msd", prompt="blue dog"))
@@ -175,9 +177,11 @@ def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None
         assert [info.id for info in engine.models()] == [harness.base.id, "another", "tiny"]
         assert pixels(await engine.generate(request(model="another"))) == pixels(before)
         await asyncio.to_thread(harness.publish, "tiny", change=0.9)
+        await until_seen()
         after = await engine.generate(request())
         assert pixels(after) != pixels(before)
         harness.store.delete("tiny")
+        await until_seen()
         with pytest.raises(UnknownModel):
             await engine.generate(request())
 

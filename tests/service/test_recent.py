@@ -1,0 +1,174 @@
+"""What is remembered of the store: fresh, without the disk, and right whatever the disk does."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.engine.recent import AGAIN_SECONDS, FRESH_SECONDS, IN_USE_SECONDS, Recent
+from service.engine.step_engine import StepEngine
+from tests.service.conftest import TinyBase
+from tests.service.engine_help import Harness, request, until
+from weights.store import NotFound, Store, StudentFolder
+
+
+class Slow(Store):
+    """A store that counts how often it is asked, and does not answer while it is told not to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: list[str] = []
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def find(self, name: str) -> StudentFolder:
+        self.asked.append(name)
+        assert self.answers.wait(120)
+        return super().find(name)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def store(tiny_base: TinyBase, tmp_path: Path) -> Slow:
+    store = Slow(tmp_path / "store")
+    tiny_base.publish(store, tmp_path / "work")
+    return store
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def recent(store: Slow, clock: Clock) -> Iterator[Recent]:
+    made = Recent(store, clock)
+    yield made
+    made.stop()
+
+
+def test_the_disk_is_asked_once_while_an_answer_is_fresh(recent: Recent, store: Slow, clock: Clock) -> None:
+    assert not recent.knows("tiny")
+    first = recent.find("tiny")
+    assert first.manifest == store.manifest("tiny")
+    asked = len(store.asked)
+    clock.now += FRESH_SECONDS
+    assert recent.knows("tiny")
+    assert recent.find("tiny") is first
+    assert len(store.asked) == asked
+    clock.now += 0.01
+    assert not recent.knows("tiny")
+    recent.find("tiny")
+    assert len(store.asked) == asked + 1
+
+
+def test_what_is_there_no_more_is_an_error_once_it_is_not_fresh(recent: Recent, store: Slow, clock: Clock) -> None:
+    with pytest.raises(NotFound):
+        recent.find("nobody")
+    assert not recent.knows("nobody")
+    recent.find("tiny")
+    store.delete("tiny")
+    recent.look_again()
+    assert not recent.knows("tiny")
+    with pytest.raises(NotFound):
+        recent.find("tiny")
+
+
+def test_what_is_in_use_stays_fresh_until_nobody_asks(recent: Recent, clock: Clock) -> None:
+    recent.find("tiny")
+    started = clock.now
+    while clock.now + AGAIN_SECONDS < started + IN_USE_SECONDS:
+        clock.now += AGAIN_SECONDS
+        recent.look_again()
+        assert recent.knows("tiny")
+    clock.now = started + IN_USE_SECONDS + 1
+    recent.look_again()
+    assert not recent.knows("tiny")
+
+
+def test_a_student_published_anew_is_seen(
+    recent: Recent, store: Slow, clock: Clock, tiny_base: TinyBase, tmp_path: Path
+) -> None:
+    before = recent.find("tiny")
+    tiny_base.publish(store, tmp_path / "other", method="another")
+    assert recent.find("tiny") is before, "it is fresh"
+    recent.look_again()
+    assert recent.find("tiny").manifest.method == "another"
+
+
+def test_a_look_that_took_long_hides_no_later_one(
+    recent: Recent, store: Slow, clock: Clock, tiny_base: TinyBase, tmp_path: Path
+) -> None:
+    recent.find("tiny")
+    old = Store.find(store, "tiny")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def late(name: str) -> StudentFolder:
+        begun.set()
+        assert go_on.wait(120)
+        return old
+
+    store.find = late  # type: ignore[method-assign]
+    looking = threading.Thread(target=recent.look_again)
+    looking.start()
+    assert begun.wait(120)
+    del store.find  # type: ignore[method-assign]
+    clock.now += 2 * FRESH_SECONDS
+    tiny_base.publish(store, tmp_path / "other", method="another")
+    assert recent.find("tiny").manifest.method == "another"
+    go_on.set()
+    looking.join()
+    assert recent.find("tiny").manifest.method == "another"
+
+
+def test_the_thread_looks_again_and_an_error_does_not_end_it(store: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.recent.AGAIN_SECONDS", 0.001)
+    recent, looks = Recent(store), threading.Semaphore(0)
+
+    def fail() -> None:
+        looks.release()
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(recent, "look_again", fail)
+    recent.start()
+    try:
+        recent.find("tiny")
+        assert all(looks.acquire(timeout=120) for _ in range(3))
+    finally:
+        recent.stop()
+        recent._thread.join(120)
+    assert not recent._thread.is_alive()
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_a_disk_that_hangs_holds_up_nobody_whose_student_is_in_use(
+    tiny_base: TinyBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.engine.recent.FRESH_SECONDS", 1000.0)  # as if every look had just been made
+    harness = Harness(tiny_base, tmp_path, max_batch=2)
+    harness.publish()
+    harness.publish("other")
+    harness.engine._recent._store = store = Slow(harness.store.root)
+
+    async def scenario(engine: StepEngine) -> None:
+        await engine.generate(request())
+        store.answers.clear()
+        try:
+            await engine.generate(request())
+            waiting = asyncio.create_task(engine.generate(request(model="other")))
+            await until(lambda: "other" in store.asked)
+            await engine.generate(request())
+            assert not waiting.done()
+        finally:
+            store.answers.set()
+        await waiting
+
+    harness.run(scenario)
