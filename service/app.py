@@ -100,7 +100,7 @@ def create_app(
         )
     app.add_middleware(Tracking, metrics=counts, spans=Spans() if settings.otel else None)
     errors.install(app)
-    for module in (health, models, images, traces, metrics):
+    for module in (images, traces, models, health, metrics):  # in the order in which paths are tried
         app.include_router(module.router)
     if jobs is not None:
         from service.routes import jobs as job_routes  # its dependencies are for servers that have jobs
