@@ -26,12 +26,7 @@ class Planner:
         """The model of requests that name none."""
         if self._settings.default_model is not None:
             return self._settings.default_model
-        for name in self._bundled:
-            with contextlib.suppress(EngineError):  # one that cannot be read is nobody's default
-                info = self._residency.info(name)
-                if isinstance(info, StudentManifest) and info.base.id in self._settings.bases:
-                    return name
-        return self._settings.bases[0]
+        return next(filter(self._can_be_default, self._bundled), self._settings.bases[0])
 
     def plan(self, request: DrawRequest) -> tuple[str, str, Plan]:
         """Model, its base, and the plan, from the disk's manifest alone: refuses a wrong request before it waits.
@@ -51,8 +46,14 @@ class Planner:
         """Whether `plan` takes no time: it would neither ask the disk nor load anything."""
         if request.loras:
             return False
-        names = [request.model] if request.model is not None else self._candidates()
-        return all(map(self._residency.at_hand, names))
+        if request.model is not None or self._settings.default_model is not None:
+            return self._residency.at_hand(request.model or self.default_model())
+        for name in self._bundled:  # as `default_model` does
+            if not self._residency.at_hand(name):
+                return False
+            if self._can_be_default(name):
+                return True
+        return self._residency.at_hand(self._settings.bases[0])
 
     def find(self, request: DrawRequest, model: str) -> Found:
         """The request's model, if it is in memory; quickly.
@@ -80,9 +81,12 @@ class Planner:
         name = info.name if isinstance(info, StudentManifest) else model
         return _plan(request, name, info, resident.model.size)
 
-    def _candidates(self) -> list[str]:
-        """What `default_model` looks at, at most."""
-        return self._bundled if self._settings.default_model is None else [self._settings.default_model]
+    def _can_be_default(self, name: str) -> bool:
+        """Whether a bundled student can be read, and its base is served."""
+        with contextlib.suppress(EngineError):
+            info = self._residency.info(name)
+            return isinstance(info, StudentManifest) and info.base.id in self._settings.bases
+        return False
 
 
 def _plan(request: DrawRequest, name: str, info: ModelInfo | StudentManifest, size: int | None) -> Plan:

@@ -17,8 +17,8 @@ from weights.store import NotFound, Store, StudentFolder
 class Slow(Store):
     """A store that counts how often it is asked, and does not answer while it is told not to."""
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
+    def __init__(self, root: Path, bundled: Path | None = None) -> None:
+        super().__init__(root, bundled)
         self.asked: list[str] = []
         self.answers = threading.Event()
         self.answers.set()
@@ -149,23 +149,26 @@ def test_the_thread_looks_again_and_an_error_does_not_end_it(store: Slow, monkey
 
 
 @pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("model", ["tiny", None], ids=["by its name", "as the default"])
 def test_a_disk_that_hangs_holds_up_nobody_whose_student_is_in_use(
-    tiny_base: TinyBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str | None, tiny_base: TinyBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.engine.recent.FRESH_SECONDS", 1000.0)  # as if every look had just been made
-    harness = Harness(tiny_base, tmp_path, max_batch=2)
-    harness.publish()
+    bundled = Store(tmp_path / "bundled")
+    tiny_base.publish(bundled, tmp_path / "work", "tiny")
+    tiny_base.publish(bundled, tmp_path / "work-too", "tiny-too")  # another that could be the default
+    harness = Harness(tiny_base, tmp_path, bundled=bundled.root, max_batch=2)
     harness.publish("other")
-    harness.engine._recent._store = store = Slow(harness.store.root)
+    harness.engine._recent._store = store = Slow(harness.store.root, bundled.root)
 
     async def scenario(engine: StepEngine) -> None:
-        await engine.generate(request())
+        await engine.generate(request(model=model))
         store.answers.clear()
         try:
-            await engine.generate(request())
+            await engine.generate(request(model=model))
             waiting = asyncio.create_task(engine.generate(request(model="other")))
             await until(lambda: "other" in store.asked)
-            await engine.generate(request())
+            await engine.generate(request(model=model))
             assert not waiting.done()
         finally:
             store.answers.set()
