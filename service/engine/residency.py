@@ -70,7 +70,7 @@ class Residency:
         recent: Recent | None = None,
     ) -> None:
         self._store, self._recent = store, recent
-        self._seen = store.find if recent is None else recent.find
+        self._find_student = store.find if recent is None else recent.find
         self._listed = dict.fromkeys(bases, family)
         self._maker = Maker(device, dtype, prepare, gate if gate is not None else Gate())
         self._aliases = dict(aliases or {})
@@ -130,7 +130,7 @@ class Residency:
         Raises:
             UnknownModel, ModelBroken, BadRequest: as `get`, as far as manifests tell.
         """
-        wanted = self._catalog.wanted(name, prompt, loras, self._seen, self._base_in_memory)
+        wanted = self._catalog.wanted(name, prompt, loras, self._find_student, self._base_in_memory)
         if wanted is None:  # which student a routed one draws this prompt with cannot be told before its base is there
             return Found(wants=(name, loras, prompt), resident=None)
         held = self._shelf.get(wanted.key, wanted.version)
@@ -148,7 +148,9 @@ class Residency:
             ModelBroken: the student's manifest cannot be read.
         """
         name = self._catalog.own_name(name)
-        return self._base_info(name) if name in self._listed else self._catalog.folder(name, self._seen).manifest
+        if name in self._listed:
+            return self._base_info(name)
+        return self._catalog.folder(name, self._find_student).manifest
 
     def at_hand(self, name: str) -> bool:
         """Whether `info` would tell of this model without asking the disk, nor loading anything."""
