@@ -1,4 +1,4 @@
-"""PNG files, in half of the time that Pillow takes for them at zlib's level 1, and less.
+"""PNG files, in about half of the time that Pillow takes for them at zlib's level 1, or less.
 
 Pillow tries five filters on each row and looks for strings that repeat. The difference to the pixel on the left, and runs of
 equal bytes, do as well for pictures that were drawn. `python -m tests.benchmarks.bench_png`, on emoji as they are and scaled

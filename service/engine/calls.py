@@ -46,17 +46,15 @@ def denoise(pictures: Sequence[Picture], batch: int) -> Tensor:
     conditions = [picture.conditions() for picture in pictures]
     counts = [len(own) for own in conditions]
     cond = cond_cat([row for own in conditions for row in own])
-    steps = [picture.next_step for picture in pictures]
-    x_t = torch.stack([picture.x for picture, count in zip(pictures, counts, strict=True) for _ in range(count)])
-    t = torch.tensor(
-        [step.t for step, count in zip(steps, counts, strict=True) for _ in range(count)], device=x_t.device
-    )
+    owners = [picture for picture, count in zip(pictures, counts, strict=True) for _ in range(count)]
+    x_t = torch.stack([picture.x for picture in owners])
+    t = torch.tensor([picture.next_step.t for picture in owners], device=x_t.device)
     denoiser = pictures[0].denoiser
     rows = _in_batches(lambda index: denoiser(x_t[index], t[index], cond_rows(cond, index)), x_t, batch)
     if len(rows) > len(pictures):
         guided = [
-            own[0] if len(own) == 1 else own[0] + step.guidance_scale * (own[1] - own[0])
-            for own, step in zip(rows.split(counts), steps, strict=True)
+            own[0] if len(own) == 1 else own[0] + picture.next_step.guidance_scale * (own[1] - own[0])
+            for own, picture in zip(rows.split(counts), pictures, strict=True)
         ]
         rows = torch.stack(guided)
     return _check(rows)

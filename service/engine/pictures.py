@@ -7,7 +7,6 @@ preview is due, also for the decoder in between. All of this is the engine's thr
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Literal, NamedTuple, Self
 
 import torch
 from numpy import uint8
@@ -244,33 +243,12 @@ def shown_steps(steps: int, previews: int) -> frozenset[int]:
     return frozenset(number * steps // (count + 1) for number in range(1, count + 1))
 
 
-class _Times(NamedTuple):
-    """A step schedule that can be a key."""
-
-    timesteps: tuple[float, ...]
-    network_times: tuple[float, ...]
-    sampler: Literal["consistency", "ddim"]
-    eta: float
-
-    @classmethod
-    def of(cls, schedule: StepSchedule) -> Self:
-        return cls(tuple(schedule.timesteps), tuple(schedule.network_times), schedule.sampler, schedule.eta)
-
-    @property
-    def schedule(self) -> StepSchedule:
-        return StepSchedule(
-            timesteps=list(self.timesteps),
-            conditioning=list(self.network_times),
-            sampler=self.sampler,
-            eta=self.eta,
-        )
-
-
 def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
     base, own = resident.base.denoiser, resident.model.denoiser
+    schedule = None if plan.schedule is None else plan.schedule.model_dump_json()
     return _way(
         own.schedule,
-        None if plan.schedule is None else _Times.of(plan.schedule),
+        schedule,
         plan.steps,
         plan.guidance_scale,
         own.embeds_guidance,
@@ -282,7 +260,7 @@ def _trajectory(resident: Resident, plan: Plan) -> Trajectory:
 @lru_cache(maxsize=WAYS)
 def _way(
     diffusion: Schedule,
-    times: "_Times | None",
+    schedule: str | None,
     steps: int,
     guidance_scale: float,
     tells_guidance: bool,
@@ -291,13 +269,13 @@ def _way(
 ) -> Trajectory:
     """The trajectory for these, kept: writing one down takes as long as some calls of a small network do.
 
-    ``times`` are a student's schedule; None for a base, which has ``steps`` alone.
+    ``schedule`` is a student's as JSON, which can be compared; None for a base, which has ``steps`` alone.
     """
-    if times is None:
+    if schedule is None:
         return base_trajectory(diffusion, steps, guidance_scale, tells_guidance=tells_guidance)
     return student_trajectory(
         diffusion,
-        times.schedule,
+        StepSchedule.model_validate_json(schedule),
         guidance_scale,
         tells_guidance=tells_guidance,
         diversity=diversity,

@@ -1,6 +1,7 @@
 """Which model draws a request, and how: what the settings, the store and the models in memory say together."""
 
 import contextlib
+from collections.abc import Iterator
 
 from service.engine.base import DrawRequest, EngineError, ModelInfo
 from service.engine.plan import Plan, check_size, plan_base, plan_student
@@ -24,9 +25,8 @@ class Planner:
 
     def default_model(self) -> str:
         """The model of requests that name none."""
-        if self._settings.default_model is not None:
-            return self._settings.default_model
-        return next(filter(self._can_be_default, self._bundled), self._settings.bases[0])
+        *_, name = self._defaults()
+        return name
 
     def plan(self, request: DrawRequest) -> tuple[str, str, Plan]:
         """Model, its base, and the plan, from the disk's manifest alone: refuses a wrong request before it waits.
@@ -44,16 +44,8 @@ class Planner:
 
     def at_hand(self, request: DrawRequest) -> bool:
         """Whether `plan` takes no time: it would neither ask the disk nor load anything."""
-        if request.loras:
-            return False
-        if request.model is not None or self._settings.default_model is not None:
-            return self._residency.at_hand(request.model or self.default_model())
-        for name in self._bundled:  # as `default_model` does
-            if not self._residency.at_hand(name):
-                return False
-            if self._can_be_default(name):
-                return True
-        return self._residency.at_hand(self._settings.bases[0])
+        names = [request.model] if request.model is not None else self._defaults()
+        return not request.loras and all(map(self._residency.at_hand, names))
 
     def find(self, request: DrawRequest, model: str) -> Found:
         """The request's model, if it is in memory; quickly.
@@ -81,12 +73,18 @@ class Planner:
         name = info.name if isinstance(info, StudentManifest) else model
         return _plan(request, name, info, resident.model.size)
 
-    def _can_be_default(self, name: str) -> bool:
-        """Whether a bundled student can be read, and its base is served."""
-        with contextlib.suppress(EngineError):
-            info = self._residency.info(name)
-            return isinstance(info, StudentManifest) and info.base.id in self._settings.bases
-        return False
+    def _defaults(self) -> Iterator[str]:
+        """What could be the default model, one after the other as it is looked at; the last one is."""
+        if self._settings.default_model is not None:
+            yield self._settings.default_model
+            return
+        for name in self._bundled:
+            yield name
+            with contextlib.suppress(EngineError):  # one that cannot be read is nobody's default
+                info = self._residency.info(name)
+                if isinstance(info, StudentManifest) and info.base.id in self._settings.bases:
+                    return
+        yield self._settings.bases[0]
 
 
 def _plan(request: DrawRequest, name: str, info: ModelInfo | StudentManifest, size: int | None) -> Plan:

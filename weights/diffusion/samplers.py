@@ -55,8 +55,8 @@ class ImageNoise:
 
     def __call__(self) -> Tensor:
         """The next draw of every picture, ``(B, *shape)`` float32."""
-        draws = [torch.randn(1, *self.shape, generator=generator) for generator in self._generators]
-        return (torch.cat(draws) if len(draws) > 1 else draws[0]).to(self.device)
+        draws = [torch.randn(self.shape, generator=generator) for generator in self._generators]
+        return torch.stack(draws).to(self.device)
 
 
 def initial_state(noise: Tensor, schedule: Schedule, t: float = 1.0) -> Tensor:
