@@ -131,6 +131,12 @@ def average(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def extract(context: typer.Context) -> None:
+    """Publish a student's change from its base as a small LoRA: extract NAME STUDENT (see extract --help)."""
+    _become("distillers.extraction", _with_store(context.args))
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def distill(context: typer.Context) -> None:
     """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
     asks = context.args[:1] in (["check"], ["methods"])

@@ -41,11 +41,23 @@ class Contract(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+RECOMBINED = "recombined"
+
+
 class DataSpec(Contract):
     """What the job trains on."""
 
     source: str = Field("emoji", description="'emoji' (bundled), or a folder with metadata.jsonl and pictures")
-    prompts: str | None = Field(None, description="text file with one prompt a line, instead of the source's captions")
+    prompts: str | None = Field(
+        None,
+        description="text file with one prompt a line, instead of the source's captions; with source 'emoji' also "
+        f"'{RECOMBINED}': captions of emoji that do not exist, beside those of pictures",
+    )
+
+    @property
+    def recombines(self) -> bool:
+        """Whether prompts are made of the bundled captions."""
+        return self.source == "emoji" and self.prompts == RECOMBINED
 
 
 class LoraSpec(Contract):
@@ -274,6 +286,15 @@ class AveragedStudent(Contract):
     job: DistillJob | None = Field(None, description="that made it")
 
 
+class ExtractedLora(Contract):
+    """The student of full weights that a LoRA student's adapters stand for."""
+
+    name: Name = Field(description="what it was published as")
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
+    rank: int = Field(ge=1, description="of the adapters")
+    kept: float = Field(ge=0, le=1, description="share of the squared change from the base that the adapters hold")
+
+
 class StudentManifest(Contract):
     """``student.json``: what a student is, how to draw with it, and what it was measured to be."""
 
@@ -295,6 +316,7 @@ class StudentManifest(Contract):
     averaged: list[AveragedStudent] = Field(
         default_factory=list, description="students whose weights these are the mean of; none for a job's own"
     )
+    extracted: ExtractedLora | None = Field(None, description="whose change from the base these adapters hold")
     metrics: dict[str, Any] = Field(default_factory=dict)
     licence: str = "unspecified"
     code_version: str

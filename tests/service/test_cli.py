@@ -68,6 +68,7 @@ def test_the_help_loads_nothing_heavy() -> None:
         "evaluate",
         "calibrate",
         "average",
+        "extract",
         "distill",
         "jobs",
         "keys",
@@ -129,6 +130,7 @@ def test_a_server_that_could_not_work_does_not_start(
         ),
         (["calibrate", "a", "--write"], "distillers.evaluation.calibrate", ["a", "--write", "--store", "STORE"]),
         (["average", "c", "a", "b:2"], "distillers.averaging", ["c", "a", "b:2", "--store", "STORE"]),
+        (["extract", "c", "a", "--rank", "8"], "distillers.extraction", ["c", "a", "--rank", "8", "--store", "STORE"]),
         (["evaluate", "--store=x", "--out=y"], "distillers.evaluation", ["--store=x", "--out=y"]),
     ],
 )

@@ -1,0 +1,171 @@
+"""Writes what a student of full weights changed as LoRA adapters, which take a fraction of its bytes.
+
+    python -m distillers.extraction fast-cat-lora fast-cat --rank 32 --store STORE
+
+Of the change of each weight matrix that adapters can reach (a convolution's is ``(out, in * k * k)``), the nearest matrix
+of the rank is kept: its largest singular values, by Eckart and Young's theorem (https://doi.org/10.1007/BF02288367). A
+training in many small steps changes weights by much that does not matter: what is left out need not show in the pictures.
+Whether it does is for `fewstep evaluate` to say: nothing here measures. Weights that have no adapters (norms, biases, the
+first and last convolution) are the base's again.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+
+from distillers.adapters import ADAPTER, add_adapters, save_adapters
+from weights.bundled import STUDENTS, resolve_base
+from weights.contracts import ExtractedLora, LoraSpec, StudentManifest, check_name
+from weights.families import load
+from weights.store import Store, StoreError, digest_folder
+from weights.students import check_base, load_student
+from weights.version import code_version
+
+RANK = 32
+
+
+class CannotExtract(ValueError):
+    """This student cannot be written as adapters; the message says why."""
+
+
+def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors ``(out, r)`` and ``(r, in)`` of the matrix of that rank nearest to a change ``(out, in)``.
+
+    Each has the square root of the singular values, so that half precision holds both equally well. Where the matrix has
+    fewer singular values than ``rank``, the rest of the factors is 0.
+    """
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    kept = min(rank, len(values))
+    root = values[:kept].sqrt()
+    up, down = change.new_zeros(len(change), rank), change.new_zeros(rank, change.shape[1])
+    up[:, :kept], down[:kept] = left[:, :kept] * root, root[:, None] * right[:kept]
+    return up, down
+
+
+@torch.no_grad()
+def fit_adapters(network: nn.Module, target: nn.Module) -> float:
+    """Sets the adapters of a network so that it is as near as they can bring it to one of other weights.
+
+    Args:
+        network: with adapters (`add_adapters`), whose scale is 1.
+        target: the same network without adapters.
+
+    Returns:
+        The share of the squared difference, of all weights, that the adapters hold; 1 where there is no difference.
+    """
+    wanted = dict(target.named_parameters())
+    whole = left = 0.0
+    for name, weight in network.named_parameters():
+        if "lora_" in name:
+            continue
+        change = wanted[name.replace(".base_layer.", ".")].float() - weight.float()
+        whole += float(change.square().sum())
+        adapted = (
+            network.get_submodule(name.removesuffix(".base_layer.weight")) if ".base_layer.weight" in name else None
+        )
+        if adapted is not None:
+            down, up = (getattr(adapted, factor)[ADAPTER].weight for factor in ("lora_A", "lora_B"))
+            outer, inner = low_rank(change.flatten(1), down.shape[0])
+            up.copy_(outer.reshape(up.shape)), down.copy_(inner.reshape(down.shape))
+            change = change - (outer @ inner).reshape(change.shape)
+        left += float(change.square().sum())
+    return 1 - left / whole if whole else 1.0
+
+
+def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bool = False) -> StudentManifest:
+    """Publish the adapters that stand for a student under a name.
+
+    Args:
+        store: has the student, and gets the new one.
+        name: of the new student.
+        student: of full weights, on a base that is at hand.
+        rank: of every adapter.
+        replace: take the place of a student of that name.
+
+    Returns:
+        The manifest as it was published; its ``extracted`` tells of which student, and how much of its change is held.
+
+    Raises:
+        CannotExtract: the student is routed, or a LoRA already, or has a network of another shape than its base's.
+        ValueError: the name is none, the rank is out of range, or the family takes no adapters.
+        WrongBase: the base at hand is not the student's.
+        FileNotFoundError: the base cannot be had.
+        StoreError: as in `Store.open` and `Store.publish`.
+    """
+    check_name(name)
+    folder = store.open(student)
+    manifest = folder.manifest
+    if manifest.router is not None:
+        raise CannotExtract(f"student {student!r} has no weights of its own, it routes: name a student it routes to")
+    if manifest.adapter == "lora":
+        raise CannotExtract(f"student {student!r} is a LoRA already: name one of full weights")
+    lora = LoraSpec(rank=rank)
+    source = resolve_base(manifest.base.id)
+    check_base(folder, digest_folder(source))
+    base = load(manifest.family, str(source), "cpu", torch.float32)
+    target = load_student(folder, base).network
+    shapes, others = ({n: w.shape for n, w in each.named_parameters()} for each in (base.network, target))
+    if shapes != others:
+        raise CannotExtract(
+            f"student {student!r} has a network of another shape than its base's: adapters cannot reach it"
+        )
+    adapted = base.copy()
+    add_adapters(adapted, lora)
+    kept = fit_adapters(adapted.network, target)
+    origin = ExtractedLora(name=student, sha256=digest_folder(folder.path), rank=rank, kept=kept)
+    changed = {
+        "name": name,
+        "created_at": datetime.now(UTC),
+        "adapter": "lora",
+        "lora_alpha": float(rank),
+        "extracted": origin,
+        "code_version": code_version(),
+        "files": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="fewstep-extract-") as temporary:
+        save_adapters(adapted.network, Path(temporary))
+        return store.publish(manifest.model_copy(update=changed), Path(temporary), replace=replace)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    console, errors = Console(), Console(stderr=True)
+    try:
+        manifest = extract(Store(options.store, STUDENTS), options.name, options.student, options.rank, options.replace)
+    except (StoreError, ValueError, OSError) as error:
+        errors.print(Text(f"error: {error}", style="red"))
+        return 2
+    assert manifest.extracted is not None, "extract sets it"
+    size = sum(record.size for record in manifest.files.values()) / 1e6
+    kept = manifest.extracted.kept
+    console.print(
+        Text(f"published {manifest.name}: {size:.1f} MB, {kept:.0%} of the squared change of {options.student}")
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m distillers.extraction",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("name", metavar="NAME", help="of the new student")
+    made.add_argument("student", metavar="STUDENT", help="of full weights")
+    made.add_argument("--rank", type=int, default=RANK, help="of every adapter (%(default)s)")
+    made.add_argument("--store", type=Path, required=True, help="the model store's folder")
+    made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
