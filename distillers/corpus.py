@@ -61,6 +61,12 @@ def load_corpus(spec: DataSpec, size: int) -> Corpus:
     corpus = _emoji() if spec.source == "emoji" else _folder(Path(spec.source), size)
     if spec.prompts is None:
         return corpus
+    if spec.recombines:
+        from distillers.emoji.data import load_records
+        from distillers.emoji.recombined import recombined_prompts
+
+        captions, prompts = _numbered([corpus.captions, recombined_prompts(load_records())])
+        return replace(corpus, captions=captions, prompts=prompts[1])
     lines = _prompt_lines(Path(spec.prompts))
     captions, prompts = _numbered([corpus.captions, lines])
     return replace(corpus, captions=captions, prompts=prompts[1], sheet=lines[:SHEET])

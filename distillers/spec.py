@@ -122,8 +122,8 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         )
     if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
-    if job.data.prompts is not None and not Path(job.data.prompts).is_file():
-        errors.append(_error("data.prompts", f"no file {job.data.prompts!r}"))
+    if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
+        errors.append(_error("data.prompts", f"no file {job.data.prompts!r} (and 'recombined' is for source 'emoji')"))
     for field in ("start", "lora"):
         if job.network is not None and getattr(job, field) is not None:
             errors.append(
@@ -138,7 +138,10 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         errors.append(_error("student", f"the partition's parts need names of their own: {error}"))
     if job.partition is not None and job.partition.by == "groups" and job.data.prompts is not None:
         errors.append(
-            _error("partition.by", "prompts of a file belong to no group: use 'kmeans', or leave out data.prompts")
+            _error(
+                "partition.by",
+                "prompts of no picture belong to no group: use 'kmeans', or leave out data.prompts",
+            )
         )
     if errors:
         raise BadSpec(errors)
