@@ -49,6 +49,9 @@ class DiversityOptions(Body):
 
     base_steps: int | None = Field(None, ge=1, le=8, description="steps by the base before the student takes over")
     base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
+    unprompted: float | None = Field(
+        None, ge=0, lt=1, description="share of the base's way that its first step goes without the prompt; 0 is none"
+    )
 
 
 class LoraOption(Body):
@@ -91,7 +94,7 @@ class ImageRequest(Body):
         Discriminator(
             _diversity_kind,
             custom_error_type="diversity",
-            custom_error_message="Input should be true, false, or an object with base_steps and base_guidance",
+            custom_error_message="Input should be true, false, or an object with base_steps, base_guidance and unprompted",
         ),
     ] = Field(False, description="the base model draws the first step, as the student's manifest says or as given here")
     guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False, description="1.0 is off")
@@ -167,6 +170,7 @@ class DiversityUsed(BaseModel):
     base_steps: int
     base_guidance: float
     skip: int = Field(description="index of the student's step that took over")
+    unprompted: float = Field(description="share of the base's way that its first step went without the prompt")
 
 
 class DrawingInfo(BaseModel):

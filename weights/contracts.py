@@ -251,6 +251,22 @@ class Diversity(Contract):
     base_steps: int = Field(1, ge=1, le=8, description="network evaluations by the base before the student takes over")
     base_guidance: float = Field(1.0, ge=0, description="guidance of the base leg; anything but 1.0 doubles its cost")
     skip: int = Field(1, ge=1, description="index of the student's step that takes the latent over")
+    unprompted: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the base leg, from pure noise on, that its first step goes without the prompt, for one "
+        "evaluation; the other steps share the rest. 0 is none, above it takes 2 base_steps or more",
+    )
+
+    @model_validator(mode="after")
+    def _unprompted_is_a_step_of_several(self) -> Self:
+        if self.unprompted > 0 and self.base_steps == 1:
+            raise ValueError(
+                f"unprompted: {self.unprompted:g} of a leg of one step: make it 0, or base_steps 2 or more (a single step "
+                "without the prompt is base_guidance 0)"
+            )
+        return self
 
 
 class Router(Contract):

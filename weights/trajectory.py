@@ -12,7 +12,7 @@ at the unit vectors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -83,6 +83,8 @@ def evaluations_per_call(guidance_scale: float) -> int:
 def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
     """The base leg's falling times: 1 first, the student's time at step ``skip`` last, ``base_steps`` steps between.
 
+    The steps are equally long, but for the first where it goes without the prompt: that is as long as the calibration says.
+
     Raises:
         CannotDraw: the student has no step ``skip``.
     """
@@ -92,8 +94,18 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
             f"the base's first step replaces the student's first {diversity.skip} of {steps} step(s), which leaves "
             f"it none: draw with at least {diversity.skip + 1} steps, or turn diversity off"
         )
-    target = schedule.timesteps[diversity.skip]
-    return [1 + (target - 1) * step / diversity.base_steps for step in range(diversity.base_steps)] + [target]
+    target, count, first = schedule.timesteps[diversity.skip], diversity.base_steps, diversity.unprompted
+    if first:
+        shares = [0.0, *(first + (1 - first) * step / (count - 1) for step in range(count - 1))]
+    else:
+        shares = [step / count for step in range(count)]
+    return [1 + (target - 1) * share for share in shares] + [target]
+
+
+def base_leg_evaluations(diversity: Diversity) -> int:
+    """Network evaluations of the base leg."""
+    guided = diversity.base_steps - (diversity.unprompted > 0)
+    return guided * evaluations_per_call(diversity.base_guidance) + (diversity.unprompted > 0)
 
 
 def base_trajectory(
@@ -144,6 +156,8 @@ def student_trajectory(
         start = times[-1] if skip_only else times[0]
         if not skip_only:
             leg = _ddim_steps("base", diffusion, times, diversity.base_guidance, base_tells_guidance)
+            if diversity.unprompted:
+                leg = (replace(leg[0], guidance_scale=0.0), *leg[1:])
     x_t, x0, eps = _UNIT
     own = tuple(
         TrajectoryStep(

@@ -2,8 +2,9 @@
 
     python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
-Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default) draws the coarse prompts in place of
-the student's first step, at each of the student's step counts. Chosen is the one that gains the most diversity over the
+Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default), and two steps of which the first goes
+an eighth, a quarter or half of the way without the prompt, draws the coarse prompts in place of the student's first step, at
+each of the student's step counts. Chosen is the one that gains the most diversity over the
 student alone, on average over the step counts, for at most one more network evaluation a picture, if prompt alignment and
 the distance to real pictures stay within a tolerance of the student's own at every step count. With --write the choice goes
 into the student's manifest, and is what `diversity: true` draws with from then on.
@@ -35,6 +36,7 @@ from weights.store import Forbidden, Store, StoreError
 
 BASE_STEPS = (1, 2, 4)
 SKIP = 1
+UNPROMPTED = (0.125, 0.25, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,7 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     candidates = [
         Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
     ]
+    candidates += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=share) for share in UNPROMPTED]
     plain = {steps: Subject(student, base, steps) for steps in counts}
     alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
     tried = {
@@ -255,12 +258,12 @@ def parser() -> argparse.ArgumentParser:
 
 def described(diversity: Diversity) -> str:
     """For people."""
-    return f"base_steps {diversity.base_steps}, base_guidance {diversity.base_guidance:g}, skip {diversity.skip}"
+    return ", ".join(f"{name} {value:g}" for name, value in diversity.model_dump().items())
 
 
 def table(result: Calibration, student: Model) -> Table:
     """What the terminal shows."""
-    made = Table("steps", "base steps", "guidance", title=f"{student.name}: the base's first steps")
+    made = Table("steps", "base steps", "guidance", "unprompted", title=f"{student.name}: the base's first steps")
     for name in (
         "diversity",
         "/ alone",
@@ -278,12 +281,15 @@ def table(result: Calibration, student: Model) -> Table:
             shown.add(trial.steps)
             plain = trial.plain
             cost = (str(plain.evaluations), f"{plain.milliseconds:.1f}")
-            made.add_row(str(trial.steps), "-", "-", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone")
+            made.add_row(
+                str(trial.steps), "-", "-", "-", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone"
+            )
         gain = trial.gain
         made.add_row(
             str(trial.steps),
             str(trial.diversity.base_steps),
             f"{trial.diversity.base_guidance:g}",
+            f"{trial.diversity.unprompted:g}",
             f"{trial.spread.distance.value:.2f}",
             f"{gain.value:.3f}",
             f"{gain.low:.3f} to {gain.high:.3f}",

@@ -17,6 +17,7 @@ class DiversityWish:
 
     base_steps: int | None = None
     base_guidance: float | None = None
+    unprompted: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from service.engine.base import BadRequest, DrawRequest, ModelInfo
 from weights.contracts import Diversity, StepSchedule, StudentManifest
-from weights.trajectory import CannotDraw, base_leg_times, evaluations_per_call
+from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_times, evaluations_per_call
 
 MAX_BASE_STEPS = 100
 
@@ -28,7 +28,8 @@ class Plan:
     def needs_uncond(self) -> bool:
         """Whether the unconditional (or negative) prompt is of any use."""
         guided = self.guidance_scale != 1 and not self.embeds_guidance
-        return guided or (self.diversity is not None and self.diversity.base_guidance != 1)
+        leg = self.diversity
+        return guided or (leg is not None and (leg.base_guidance != 1 or leg.unprompted > 0))
 
 
 def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
@@ -83,8 +84,7 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
             base_leg_times(schedule, diversity)
         except CannotDraw as error:
             raise BadRequest(f"diversity: {error}", "diversity") from None
-        base_cost = diversity.base_steps * evaluations_per_call(diversity.base_guidance)
-        evaluations = (steps - diversity.skip) * cost + base_cost
+        evaluations = (steps - diversity.skip) * cost + base_leg_evaluations(diversity)
     return Plan(
         model=manifest.name,
         steps=steps,
@@ -97,15 +97,31 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
 
 
 def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | None:
-    """The student's calibration, with the request's own values in their place."""
+    """The student's calibration, with the request's own values in their place.
+
+    A request for a leg of one step leaves the calibration's step without the prompt out: there is no room for it.
+
+    Raises:
+        BadRequest: the request's values do not go together.
+    """
     if request.diversity is None:
         return None
     calibrated = manifest.diversity or Diversity()
     wish = request.diversity
+    base_steps = calibrated.base_steps if wish.base_steps is None else wish.base_steps
+    unprompted = calibrated.unprompted if wish.unprompted is None else wish.unprompted
+    if wish.unprompted is None and base_steps == 1:
+        unprompted = 0.0
+    if unprompted and base_steps == 1:
+        raise BadRequest(
+            f"diversity: unprompted {unprompted:g} needs 2 base_steps; one step without the prompt is base_guidance 0",
+            "diversity",
+        )
     return Diversity(
-        base_steps=calibrated.base_steps if wish.base_steps is None else wish.base_steps,
+        base_steps=base_steps,
         base_guidance=calibrated.base_guidance if wish.base_guidance is None else wish.base_guidance,
         skip=calibrated.skip,
+        unprompted=unprompted,
     )
 
 

@@ -105,7 +105,7 @@ def draw_request(body: ImageRequest, request: Request) -> DrawRequest:
         _check_length(name, text, settings)
     wish: DiversityWish | None = None
     if not isinstance(body.diversity, bool):
-        wish = DiversityWish(base_steps=body.diversity.base_steps, base_guidance=body.diversity.base_guidance)
+        wish = DiversityWish(**body.diversity.model_dump())
     elif body.diversity:
         wish = DiversityWish()
     width, height = (None, None) if body.size == "auto" else map(int, body.size.split("x"))

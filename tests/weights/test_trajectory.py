@@ -4,13 +4,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise, few_step, initial_state, sample_ode, trailing_times
 from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
-from weights.trajectory import Trajectory, TrajectoryStep, advance, base_trajectory, student_trajectory
+from weights.trajectory import (
+    Trajectory,
+    TrajectoryStep,
+    advance,
+    base_leg_evaluations,
+    base_leg_times,
+    base_trajectory,
+    student_trajectory,
+)
 
 SHAPE = (2, 3, 3)
 SCHEDULES: list[Schedule] = [
@@ -78,6 +87,32 @@ def test_what_a_picture_costs_is_told_before_it_is_drawn() -> None:
     guided = Diversity(base_steps=2, base_guidance=3.0)
     assert student_trajectory(diffusion, four, diversity=guided).evaluations == 2 * 2 + 3
     assert student_trajectory(diffusion, four, diversity=guided, skip_only=True).evaluations == 3
+
+
+@pytest.mark.parametrize(
+    ("diversity", "times", "scales"),
+    [
+        (Diversity(base_steps=2, unprompted=0.25), [1.0, 0.875, 0.5], [0.0, 1.0]),
+        (Diversity(base_steps=3, base_guidance=3.0, unprompted=0.5), [1.0, 0.75, 0.625, 0.5], [0.0, 3.0, 3.0]),
+        (Diversity(base_steps=2, base_guidance=0.0), [1.0, 0.75, 0.5], [0.0, 0.0]),
+    ],
+)
+def test_the_bases_first_step_can_go_without_the_prompt(
+    diversity: Diversity, times: list[float], scales: list[float]
+) -> None:
+    diffusion, two = SCHEDULES[0], StepSchedule(timesteps=[1.0, 0.5])
+    assert base_leg_times(two, diversity) == pytest.approx(times)
+    trajectory = student_trajectory(diffusion, two, diversity=diversity)
+    *leg, own = trajectory.steps
+    assert [step.t for step in leg] == pytest.approx(times[:-1])
+    assert [step.guidance_scale for step in leg] == scales
+    assert [step.leg for step in trajectory.steps] == ["base"] * len(scales) + ["student"]
+    assert base_leg_evaluations(diversity) == trajectory.evaluations - own.evaluations
+
+
+def test_a_leg_of_one_step_has_no_room_for_one_without_the_prompt() -> None:
+    with pytest.raises(ValidationError, match=r"unprompted: 0\.5 of a leg of one step: make it 0, or base_steps 2"):
+        Diversity(base_steps=1, unprompted=0.5)
 
 
 def step(keep: float, estimate: float, fresh: float) -> TrajectoryStep:

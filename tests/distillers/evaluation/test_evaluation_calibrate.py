@@ -36,12 +36,19 @@ def quick_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Subject, "latency", lambda self, prompt: 1.5)
 
 
-class Scripted:
-    """An evaluation whose figures are given, by base steps and guidance (None for the student alone)."""
+Key = tuple[float, ...]
+"""Base steps and guidance, and the share without the prompt where there is one."""
 
-    def __init__(
-        self, base: Model, gains: dict[tuple[int, float], float], quality: dict[tuple[int, float], Any]
-    ) -> None:
+
+def key_of(diversity: Diversity) -> Key:
+    shares = (diversity.unprompted,) if diversity.unprompted else ()
+    return (diversity.base_steps, diversity.base_guidance, *shares)
+
+
+class Scripted:
+    """An evaluation whose figures are given by `key_of` the calibration (None for the student alone)."""
+
+    def __init__(self, base: Model, gains: dict[Key, float], quality: dict[Key, Any]) -> None:
         self.base, self.gains, self.qualities = base, gains, quality
         self.drawn: list[tuple[int, Any]] = []
 
@@ -51,7 +58,7 @@ class Scripted:
         if diversity is not None:
             cost = 1 if diversity.base_guidance in (0, 1) else 2
             evaluations += diversity.base_steps * cost - diversity.skip
-            gain = self.gains[diversity.base_steps, diversity.base_guidance]
+            gain = self.gains[key_of(diversity)]
         one = Estimate(10 * gain, (9 * gain, 11 * gain))
         return Spread(
             subject=subject, distance=one, vendi=one, evaluations=evaluations, milliseconds=1.0, shown=torch.zeros(0)
@@ -59,7 +66,7 @@ class Scripted:
 
     def quality(self, subject: Subject) -> Quality:
         diversity = subject.diversity
-        key = None if diversity is None else (diversity.base_steps, diversity.base_guidance)
+        key = None if diversity is None else key_of(diversity)
         self.drawn.append((subject.steps, key))
         alignment, distance = (1.0, 1.0) if key is None else self.qualities.get(key, (1.0, 1.0))
         distances = Distances(
@@ -76,10 +83,11 @@ class Scripted:
         )
 
 
-GAINS = {
+GAINS: dict[Key, float] = {
     (1, 0.0): 1.3, (2, 0.0): 1.5, (4, 0.0): 1.9,
     (1, 1.0): 1.1, (2, 1.0): 1.2, (4, 1.0): 1.8,
     (1, 2.0): 1.05, (2, 2.0): 1.7, (4, 2.0): 0.9,
+    (2, 1.0, 0.125): 1.01, (2, 1.0, 0.25): 1.02, (2, 1.0, 0.5): 1.03,
 }  # fmt: skip
 
 
@@ -94,21 +102,20 @@ GAINS = {
         ({}, dataclasses.replace(LIMITS, evaluations=0), (1, 0.0)),
         ({}, dataclasses.replace(LIMITS, evaluations=-1), None),
         (dict.fromkeys(GAINS, (0.5, 1.0)), LIMITS, None),
+        (dict.fromkeys([key for key in GAINS if len(key) == 2], (0.5, 1.0)), LIMITS, (2, 1.0, 0.5)),
     ],
 )
 def test_the_most_diverse_within_the_limits_is_chosen(
-    base_folder: Path, quality: dict[tuple[int, float], Any], limits: Limits, chosen: tuple[int, float] | None
+    base_folder: Path, quality: dict[Key, Any], limits: Limits, chosen: Key | None
 ) -> None:
     pipeline = load("stable_diffusion", base_folder)
     base = Model("base", pipeline)
     student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
     evaluation: Any = Scripted(base, GAINS, quality)
     result = calibrate(evaluation, student, limits)
-    expected = None if chosen is None else Diversity(base_steps=chosen[0], base_guidance=chosen[1])
-    assert result.chosen == expected
-    assert {(trial.steps, trial.diversity.base_steps, trial.diversity.base_guidance) for trial in result.trials} == {
-        (steps, *key) for steps in (2, 4) for key in GAINS
-    }
+    assert (None if result.chosen is None else key_of(result.chosen)) == chosen
+    tried = {(trial.steps, key_of(trial.diversity)) for trial in result.trials}
+    assert tried == {(steps, key) for steps in (2, 4) for key in GAINS}
     if chosen is not None:
         assert {steps for steps, key in evaluation.drawn if key == chosen} == {2, 4}, "it is held at every step count"
     dear = [(4, 0.0), (4, 1.0), (2, 2.0)]
@@ -147,7 +154,7 @@ def test_the_command_measures_and_writes_nothing_unasked(
     assert (status == 0) == ("chosen: base_steps" in shown)
     assert (status == 1) == ("nothing is chosen" in shown)
     rows = [line for line in shown.splitlines() if line.startswith("│ 4")]
-    assert len(rows) == 1 + 9, "the student alone, and every candidate"
+    assert len(rows) == 1 + 9 + 3, "the student alone, and every candidate"
     for base_steps in (1, 2, 4):
         assert f"{3 + base_steps} ({base_steps - 1:+d})" in shown
         assert f"{3 + 2 * base_steps} ({2 * base_steps - 1:+d})" in shown
@@ -170,7 +177,7 @@ def test_the_choice_goes_into_the_manifest(
     assert measured == [Limits(evaluations=1, alignment=0.1, distance=0.1)]
     assert after.manifest == before.manifest.model_copy(update={"diversity": choice})
     assert before.path.is_dir(), "who reads the old version goes on reading it"
-    assert "base_steps 2, base_guidance 0, skip 1" in capsys.readouterr().out
+    assert "base_steps 2, base_guidance 0, skip 1, unprompted 0" in capsys.readouterr().out
 
 
 def test_what_could_not_be_written_is_refused_before_it_is_measured(
