@@ -8,6 +8,7 @@ does both in place.
 """
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from weights.families.base import TextToImage
 ADAPTER = "default"
 
 
-def add_adapters(model: TextToImage, lora: LoraSpec) -> None:
+def add_adapters(model: TextToImage, lora: LoraSpec, targets: Sequence[str] | None = None) -> None:
     """Puts trainable adapters on the model's network and freezes everything else of it.
+
+    Args:
+        model: whose network.
+        lora: rank, scale and dropout.
+        targets: names of layers, or how they end; the family's when left out.
 
     Raises:
         ValueError: the family names no layers for adapters.
@@ -33,7 +39,7 @@ def add_adapters(model: TextToImage, lora: LoraSpec) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,
         lora_dropout=lora.dropout,
-        target_modules=list(model.lora_targets),
+        target_modules=list(targets or model.lora_targets),
         init_lora_weights=True,
     )
     inject_adapter_in_model(config, model.network, adapter_name=ADAPTER)

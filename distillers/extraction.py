@@ -2,11 +2,12 @@
 
     python -m distillers.extraction fast-cat-lora fast-cat --rank 32 --store STORE
 
-Of the change of each weight matrix that adapters can reach (a convolution's is ``(out, in * k * k)``), the nearest matrix
-of the rank is kept: its largest singular values, by Eckart and Young's theorem (https://doi.org/10.1007/BF02288367). A
-training in many small steps changes weights by much that does not matter: what is left out need not show in the pictures.
-Whether it does is for `fewstep evaluate` to say: nothing here measures. Weights that have no adapters (norms, biases, the
-first and last convolution) are the base's again.
+Of the change of each weight matrix (a convolution's is ``(out, in * k * k)``) the nearest one of the rank is kept: its
+largest singular values, by Eckart and Young's theorem (https://doi.org/10.1007/BF02288367). A training in many small steps
+changes weights by much that does not matter: what is left out need not show in the pictures.
+Whether it does is for `fewstep evaluate` to say: nothing here measures. Every layer with a weight matrix gets adapters, also
+the first and last convolutions, which LoRA jobs leave alone: without these a student lost half of its variety. Norms and
+biases are the base's again.
 """
 
 import argparse
@@ -48,6 +49,11 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     up, down = change.new_zeros(len(change), rank), change.new_zeros(rank, change.shape[1])
     up[:, :kept], down[:kept] = left[:, :kept] * root, root[:, None] * right[:kept]
     return up, down
+
+
+def every_layer(network: nn.Module) -> list[str]:
+    """The layers that can have adapters: all with a weight matrix, more than a job trains adapters of."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 @torch.no_grad()
@@ -118,7 +124,7 @@ def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bo
             f"student {student!r} has a network of another shape than its base's: adapters cannot reach it"
         )
     adapted = base.copy()
-    add_adapters(adapted, lora)
+    add_adapters(adapted, lora, every_layer(adapted.network))
     kept = fit_adapters(adapted.network, target)
     origin = ExtractedLora(name=student, sha256=digest_folder(folder.path), rank=rank, kept=kept)
     changed = {

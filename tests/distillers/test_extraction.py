@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters
-from distillers.extraction import CannotExtract, extract, fit_adapters, low_rank, main
+from distillers.extraction import CannotExtract, every_layer, extract, fit_adapters, low_rank, main
 from tests.helpers import tiny_pipeline
 from weights.contracts import LoraSpec, Router, StepSchedule, StudentManifest
 from weights.families import load
@@ -57,7 +57,7 @@ def base(folder: Path) -> TextToImage:
 
 def adapted(base: TextToImage, rank: int) -> nn.Module:
     model = base.copy()
-    add_adapters(model, LoraSpec(rank=rank))
+    add_adapters(model, LoraSpec(rank=rank), every_layer(model.network))
     return model.network
 
 
@@ -101,6 +101,13 @@ def test_the_share_is_that_of_the_squared_change(base: TextToImage) -> None:
     left, whole = map(sum, zip(*squares, strict=True))
     assert 0 < share < 1
     assert share == pytest.approx(1 - left / whole, rel=1e-4)
+
+
+def test_every_layer_with_a_matrix_has_adapters(base: TextToImage) -> None:
+    network = adapted(base, 1)
+    bare = {name for name, weight in network.named_parameters() if weight.ndim > 1 and ".base_layer." not in name}
+    assert all("lora_" in name for name in bare), bare
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= set(every_layer(base.network))
 
 
 def test_no_change_is_held_whole(base: TextToImage) -> None:
