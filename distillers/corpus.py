@@ -65,11 +65,12 @@ def load_corpus(spec: DataSpec, size: int) -> Corpus:
         from distillers.emoji.data import load_records
         from distillers.emoji.recombined import recombined_prompts
 
-        captions, prompts = _numbered([corpus.captions, recombined_prompts(load_records())])
-        return replace(corpus, captions=captions, prompts=prompts[1])
-    lines = _prompt_lines(Path(spec.prompts))
+        lines, sheet = recombined_prompts(load_records()), corpus.sheet
+    else:
+        lines = _prompt_lines(Path(spec.prompts))
+        sheet = lines[:SHEET]
     captions, prompts = _numbered([corpus.captions, lines])
-    return replace(corpus, captions=captions, prompts=prompts[1], sheet=lines[:SHEET])
+    return replace(corpus, captions=captions, prompts=prompts[1], sheet=sheet)
 
 
 def _emoji() -> Corpus:

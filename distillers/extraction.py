@@ -23,11 +23,12 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters, save_adapters
-from weights.bundled import STUDENTS, resolve_base
+from weights.bundled import STUDENTS
 from weights.contracts import ExtractedLora, LoraSpec, StudentManifest, check_name
 from weights.families import load
+from weights.modules import architecture
 from weights.store import Store, StoreError, digest_folder
-from weights.students import check_base, load_student
+from weights.students import base_reference, check_base, load_student
 from weights.version import code_version
 
 RANK = 32
@@ -74,10 +75,8 @@ def fit_adapters(network: nn.Module, target: nn.Module) -> float:
             continue
         change = wanted[name.replace(".base_layer.", ".")].float() - weight.float()
         whole += float(change.square().sum())
-        adapted = (
-            network.get_submodule(name.removesuffix(".base_layer.weight")) if ".base_layer.weight" in name else None
-        )
-        if adapted is not None:
+        if name.endswith(".base_layer.weight"):
+            adapted = network.get_submodule(name.removesuffix(".base_layer.weight"))
             down, up = (getattr(adapted, factor)[ADAPTER].weight for factor in ("lora_A", "lora_B"))
             outer, inner = low_rank(change.flatten(1), down.shape[0])
             up.copy_(outer.reshape(up.shape)), down.copy_(inner.reshape(down.shape))
@@ -114,12 +113,10 @@ def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bo
     if manifest.adapter == "lora":
         raise CannotExtract(f"student {student!r} is a LoRA already: name one of full weights")
     lora = LoraSpec(rank=rank)
-    source = resolve_base(manifest.base.id)
-    check_base(folder, digest_folder(source))
-    base = load(manifest.family, str(source), "cpu", torch.float32)
+    check_base(folder, base_reference(manifest.base.id).sha256)
+    base = load(manifest.family, manifest.base.id)
     target = load_student(folder, base).network
-    shapes, others = ({n: w.shape for n, w in each.named_parameters()} for each in (base.network, target))
-    if shapes != others:
+    if architecture(target) != architecture(base.network):
         raise CannotExtract(
             f"student {student!r} has a network of another shape than its base's: adapters cannot reach it"
         )

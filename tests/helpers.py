@@ -1,6 +1,7 @@
 """Small stand-ins that are real where it matters: a diffusers pipeline with random weights, in milliseconds."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import torch
 from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from weights.contracts import StepSchedule, StudentManifest
+from weights.students import base_reference
 
 WORDS = "red green blue apple dog cat flag face sun food drink animals nature of with and noto twemoji fluent".split()
 
@@ -75,6 +79,20 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     vocabulary.unlink()
     (folder / "fewstep.json").write_text(json.dumps({"licence": "CC0-1.0"}))
     return folder
+
+
+def student_manifest(base_folder: Path, **changes: object) -> StudentManifest:
+    """A student's of the pipeline in ``base_folder``, in four steps, but for what is changed."""
+    fields = {
+        "name": "student",
+        "created_at": datetime.now(UTC),
+        "method": "test",
+        "family": "stable_diffusion",
+        "base": base_reference(str(base_folder)),
+        "schedules": {4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])},
+        "code_version": "test",
+    }
+    return StudentManifest.model_validate({**fields, **changes})
 
 
 def picture_folder(folder: Path, count: int = 6, size: int = 32, seed: int = 0) -> Path:

@@ -12,7 +12,7 @@ at the unit vectors.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -102,10 +102,15 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
     return [1 + (target - 1) * share for share in shares] + [target]
 
 
+def base_leg_scales(diversity: Diversity) -> list[float]:
+    """The guidance of each of the base leg's steps; 0 is the first one's where it goes without the prompt."""
+    guided = [diversity.base_guidance] * diversity.base_steps
+    return [0.0, *guided[1:]] if diversity.unprompted else guided
+
+
 def base_leg_evaluations(diversity: Diversity) -> int:
     """Network evaluations of the base leg."""
-    guided = diversity.base_steps - (diversity.unprompted > 0)
-    return guided * evaluations_per_call(diversity.base_guidance) + (diversity.unprompted > 0)
+    return sum(map(evaluations_per_call, base_leg_scales(diversity)))
 
 
 def base_trajectory(
@@ -121,7 +126,8 @@ def base_trajectory(
     """
     times = trailing_times(steps)
     return Trajectory(
-        start=_start(diffusion, times[0]), steps=_ddim_steps("base", diffusion, times, guidance_scale, tells_guidance)
+        start=_start(diffusion, times[0]),
+        steps=_ddim_steps("base", diffusion, times, [guidance_scale] * steps, tells_guidance),
     )
 
 
@@ -155,9 +161,7 @@ def student_trajectory(
         first, times = diversity.skip, base_leg_times(schedule, diversity)
         start = times[-1] if skip_only else times[0]
         if not skip_only:
-            leg = _ddim_steps("base", diffusion, times, diversity.base_guidance, base_tells_guidance)
-            if diversity.unprompted:
-                leg = (replace(leg[0], guidance_scale=0.0), *leg[1:])
+            leg = _ddim_steps("base", diffusion, times, base_leg_scales(diversity), base_tells_guidance)
     x_t, x0, eps = _UNIT
     own = tuple(
         TrajectoryStep(
@@ -215,11 +219,14 @@ def _start(diffusion: Schedule, t: float) -> float:
 
 
 def _ddim_steps(
-    leg: Leg, diffusion: Schedule, times: Sequence[float], guidance_scale: float, tells_guidance: bool
+    leg: Leg, diffusion: Schedule, times: Sequence[float], scales: Sequence[float], tells_guidance: bool
 ) -> tuple[TrajectoryStep, ...]:
-    """DDIM down falling times; at time 0 the picture is the last x_0 itself, also where a trace of noise is left."""
+    """DDIM down falling times, each step under its own guidance.
+
+    At time 0 the picture is the last x_0 itself, also where a trace of noise is left.
+    """
     steps = []
-    for t, s in pairwise(times):
+    for (t, s), guidance_scale in zip(pairwise(times), scales, strict=True):
         now, then = (torch.full((3,), time, dtype=torch.float64) for time in (t, s))
         weights = (0.0, 1.0, 0.0) if s == 0 else ddim_step(_UNIT[0], _UNIT[1], now, then, diffusion)
         steps.append(

@@ -10,10 +10,11 @@ held out.
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from distillers.emoji.data import CAPTION_ODDS, captions, sampling_weights
-from distillers.emoji.prepare import STYLES, Record
+from distillers.emoji.prepare import Record
 
 CROSSED, JOINED, KNOWN = 9_000, 6_000, 9_000
 """How many prompts have the first words of one name and the last of another; both names with "and" between; a picture."""
@@ -31,10 +32,10 @@ def recombined_prompts(records: Sequence[Record]) -> list[str]:
     odds = sampling_weights(train).tolist()
     taken = {caption for record in records for caption in captions(record)}
     chance = random.Random(0)
-    new = dict.fromkeys(_made(train, odds, taken, chance, _crossed, CROSSED))
-    new |= dict.fromkeys(_made(train, odds, taken | set(new), chance, _joined, JOINED))
+    crossed = _made(train, odds, taken, chance, _crossed, CROSSED)
+    joined = _made(train, odds, taken.union(crossed), chance, _joined, JOINED)
     drawn = chance.choices(train, odds, k=KNOWN)
-    return [*new, *(chance.choices(captions(record), CAPTION_ODDS)[0] for record in drawn)]
+    return [*crossed, *joined, *(chance.choices(captions(record), CAPTION_ODDS)[0] for record in drawn)]
 
 
 def _crossed(one: str, other: str, chance: random.Random) -> str:
@@ -67,8 +68,7 @@ def _made(
         second = chance.choices(*kin[first.subcategory])[0]
         one, other = (chance.choice([record.name, record.keywords[0]]) for record in (first, second))
         what = combine(one, other, chance)
-        tone = f", {first.skin_tone}" if first.skin_tone else ""
-        caption = f"{what}{tone}, {STYLES[first.style]}"
+        caption = captions(replace(first, name=what))[0]
         if first.concept != second.concept and what not in (one, other) and caption not in taken:
             found[caption] = None
     return list(found)

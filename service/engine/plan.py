@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from service.engine.base import BadRequest, DrawRequest, ModelInfo
 from weights.contracts import Diversity, StepSchedule, StudentManifest
-from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_times, evaluations_per_call
+from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_scales, base_leg_times, evaluations_per_call
 
 MAX_BASE_STEPS = 100
 
@@ -28,8 +28,8 @@ class Plan:
     def needs_uncond(self) -> bool:
         """Whether the unconditional (or negative) prompt is of any use."""
         guided = self.guidance_scale != 1 and not self.embeds_guidance
-        leg = self.diversity
-        return guided or (leg is not None and (leg.base_guidance != 1 or leg.unprompted > 0))
+        leg = [] if self.diversity is None else base_leg_scales(self.diversity)
+        return guided or any(scale != 1 for scale in leg)
 
 
 def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:

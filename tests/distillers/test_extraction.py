@@ -1,7 +1,6 @@
 """A student of full weights as LoRA adapters: the nearest ones, told in its manifest, and refused where there are none."""
 
 import copy
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters
 from distillers.extraction import CannotExtract, every_layer, extract, fit_adapters, low_rank, main
-from tests.helpers import tiny_pipeline
-from weights.contracts import LoraSpec, Router, StepSchedule, StudentManifest
+from tests.helpers import student_manifest, tiny_pipeline
+from weights.contracts import LoraSpec, Router, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, digest_folder
-from weights.students import WrongBase, base_reference, load_student
+from weights.students import WrongBase, load_student
 
 
 def matrix(*shape: int, seed: int = 0) -> Tensor:
@@ -121,19 +120,8 @@ def test_no_change_is_held_whole(base: TextToImage) -> None:
 
 def publish(store: Store, work: Path, folder: Path, network: nn.Module, **fields: Any) -> StudentManifest:
     network.save_pretrained(work / "unet")  # type: ignore[operator]
-    manifest = {
-        "name": "cat",
-        "created_at": datetime.now(UTC),
-        "method": "dmd2",
-        "family": "stable_diffusion",
-        "base": base_reference(str(folder)),
-        "schedules": {1: StepSchedule(timesteps=[1.0])},
-        "guidance": {"trained_scale": 2.5},
-        "diversity": {"base_steps": 2},
-        "licence": "MIT",
-        "code_version": "test",
-    }
-    return store.publish(StudentManifest.model_validate(manifest | fields), work)
+    told = {"name": "cat", "guidance": {"trained_scale": 2.5}, "diversity": {"base_steps": 2}, "licence": "MIT"}
+    return store.publish(student_manifest(folder, **(told | fields)), work)
 
 
 @pytest.fixture

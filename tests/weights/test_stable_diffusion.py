@@ -1,6 +1,5 @@
 """The Stable Diffusion family against diffusers itself: the same pixels, from a base, a student and an export."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from tests.helpers import tiny_pipeline
-from weights.contracts import GuidanceConvention, StepSchedule, StudentManifest
+from tests.helpers import student_manifest, tiny_pipeline
+from weights.contracts import GuidanceConvention, StepSchedule
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
 from weights.drawing import draw, draw_base
@@ -18,7 +17,7 @@ from weights.export import export
 from weights.families import load
 from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
 from weights.store import Store, digest_folder
-from weights.students import WrongBase, base_reference, check_base, load_student
+from weights.students import WrongBase, check_base, load_student
 
 PROMPT = "red apple, noto"
 FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
@@ -36,26 +35,13 @@ def base(base_folder: Path) -> StableDiffusion:
     return model
 
 
-def manifest(base_folder: Path, **changes: object) -> StudentManifest:
-    fields = {
-        "name": "student",
-        "created_at": datetime.now(UTC),
-        "method": "test",
-        "family": "stable_diffusion",
-        "base": base_reference(str(base_folder)),
-        "schedules": {4: FOUR},
-        "code_version": "test",
-    }
-    return StudentManifest.model_validate({**fields, **changes})
-
-
 def published(store: Store, base: StableDiffusion, base_folder: Path, tmp_path: Path, **changes: object) -> None:
     student = base.copy()
     with torch.no_grad():
         for parameter in student.network.parameters():
             parameter.mul_(1.05)
     student.save_network(tmp_path / "work", torch.float32)
-    store.publish(manifest(base_folder, **changes), tmp_path / "work")
+    store.publish(student_manifest(base_folder, **changes), tmp_path / "work")
 
 
 def diffusers_pixels(pipeline: StableDiffusionPipeline, steps: int, guidance: float, seed: int) -> torch.Tensor:
@@ -126,7 +112,7 @@ def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
     store = Store(tmp_path / "store")
     told_guidance(base).save_network(tmp_path / "work", torch.float32)
     guidance = GuidanceConvention(trained_scale=5.0, default_scale=5.0, embedded=(2.0, 8.0))
-    store.publish(manifest(base_folder, guidance=guidance), tmp_path / "work")
+    store.publish(student_manifest(base_folder, guidance=guidance), tmp_path / "work")
     student = load_student(store.open("student"), base)
     drawing = draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR, guidance_scale=5.0)
     assert drawing.evaluations == 4, "no unconditional evaluation"
@@ -144,7 +130,7 @@ def test_a_network_of_another_size_survives_the_store(base: StableDiffusion, bas
     )
     small.save_network(tmp_path / "work", torch.float32)
     store = Store(tmp_path / "store")
-    store.publish(manifest(base_folder), tmp_path / "work")
+    store.publish(student_manifest(base_folder), tmp_path / "work")
     student, cond = load_student(store.open("student"), base), base.encode_prompts([PROMPT])
     ours, theirs = (draw(each, cond, None, [7], FOUR).latents for each in (student, small))
     assert torch.allclose(ours, theirs, atol=1e-5) and ours.shape == (1, *base.latent_shape())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from distillers.evaluation.features import EfficientNetLite0, Extractor
 from distillers.evaluation.measure import Distances, Quality, Real
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.subjects import Model, Subject, coarse_subjects, specific_subjects
-from tests.helpers import tiny_pipeline
+from tests.helpers import student_manifest, tiny_pipeline
 from weights.contracts import Router, StepSchedule, StudentManifest
 from weights.families import load
 from weights.store import NotFound, Store
-from weights.students import WrongBase, base_reference, load_student, route_prompts
+from weights.students import WrongBase, load_student, route_prompts
 
 COMMITTED = protocol_.load()
 SCHEDULES = {1: StepSchedule(timesteps=[1.0]), 4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])}
@@ -76,16 +75,7 @@ def store(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def manifest(base_folder: Path, **changes: object) -> StudentManifest:
-    fields = {
-        "name": "tiny-student",
-        "created_at": datetime.now(UTC),
-        "method": "test",
-        "family": "stable_diffusion",
-        "base": base_reference(str(base_folder)),
-        "schedules": SCHEDULES,
-        "code_version": "test",
-    }
-    return StudentManifest.model_validate({**fields, **changes})
+    return student_manifest(base_folder, **({"name": "tiny-student", "schedules": SCHEDULES} | changes))
 
 
 @pytest.fixture
