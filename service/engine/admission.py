@@ -44,11 +44,15 @@ class Loader:
         self._planner, self._done = planner, done
         self._waits: queue.SimpleQueue[Wait | None] = queue.SimpleQueue()
         self._stopping = False
+        self._turn = threading.Lock()
+        """Held while the thread starts: one that has an identity may not be joined before `Thread.start` returns."""
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin, unless stopped already."""
+        with self._turn:
+            if not self._stopping:
+                self._thread.start()
 
     def put(self, wait: Wait) -> None:
         """Load the model of a wait behind those that were put before."""
@@ -56,7 +60,8 @@ class Loader:
 
     def stop(self, seconds: float) -> None:
         """End after the model that is being loaded; waited for here for so many seconds, and else at the process's end."""
-        self._stopping = True
+        with self._turn:
+            self._stopping = True
         self._waits.put(None)
         if self._thread.ident is not None:
             self._thread.join(seconds)

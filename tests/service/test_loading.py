@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import making, thread
-from service.engine.admission import Admission, Wait
+from service.engine.admission import Admission, Loader, Wait
 from service.engine.base import Drawn, DrawRequest, EngineError, ModelBroken, NotReady, TimedOut
 from service.engine.gate import Gate
 from service.engine.line import Line
@@ -243,6 +243,38 @@ def test_a_server_that_stops_does_not_wait_for_a_load_for_ever(
         assert brake.begun == ["new"], "nothing more is loaded"
 
     harness.run(scenario)
+
+
+def test_a_loader_is_stopped_while_its_thread_starts() -> None:
+    """A thread has its identity before it may be joined, and the engine's thread starts what another one stops."""
+    begins, may_begin = threading.Event(), threading.Event()
+
+    class Slow(threading.Thread):
+        _own: int | None = None
+
+        @property
+        def ident(self) -> int | None:
+            return self._own
+
+        def start(self) -> None:
+            self._own = 1
+            begins.set()
+            assert may_begin.wait(60)
+            super().start()
+
+    loader = Loader(cast(Any, None), lambda wait: None)
+    loader._thread = Slow(target=loader._work)
+    starting = threading.Thread(target=loader.start)
+    starting.start()
+    assert begins.wait(60)
+    threading.Timer(0.2, may_begin.set).start()
+    loader.stop(60)
+    starting.join()
+    assert not loader._thread.is_alive()
+    late = Loader(cast(Any, None), lambda wait: None)
+    late.stop(60)
+    late.start()
+    assert late._thread.ident is None, "what was stopped before it began never does"
 
 
 LOADING_AT_THE_END = """
