@@ -50,7 +50,7 @@ class DiversityOptions(Body):
     base_steps: int | None = Field(None, ge=1, le=8, description="steps by the base before the student takes over")
     base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
     unprompted: float | None = Field(
-        None, ge=0, lt=1, description="share of the base's way that its first step goes without the prompt; 0 is none"
+        None, ge=0, lt=1, description="how far, in t from 1 down, the first of them goes without the prompt; 0 is none"
     )
 
 
@@ -170,7 +170,7 @@ class DiversityUsed(BaseModel):
     base_steps: int
     base_guidance: float
     skip: int = Field(description="index of the student's step that took over")
-    unprompted: float = Field(description="share of the base's way that its first step went without the prompt")
+    unprompted: float = Field(description="how far, in t from 1 down, the base's first step went without the prompt")
 
 
 class DrawingInfo(BaseModel):

@@ -255,15 +255,15 @@ class Diversity(Contract):
         0.0,
         ge=0,
         lt=1,
-        description="share of the base leg, from pure noise on, that its first step goes without the prompt, for one "
-        "evaluation; the other steps share the rest. 0 is none, above it takes 2 base_steps or more",
+        description="how far, in t, the base leg's first step goes without the prompt, for one evaluation: from pure noise, "
+        "1, to 1 - unprompted; the other steps share the rest. 0 is none, above it takes 2 base_steps or more",
     )
 
     @model_validator(mode="after")
     def _unprompted_is_a_step_of_several(self) -> Self:
         if self.unprompted > 0 and self.base_steps == 1:
             raise ValueError(
-                f"unprompted: {self.unprompted:g} of a leg of one step: make it 0, or base_steps 2 or more (a single step "
+                f"unprompted: {self.unprompted:g} with a leg of one step: make it 0, or base_steps 2 or more (a single step "
                 "without the prompt is base_guidance 0)"
             )
         return self

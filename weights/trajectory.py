@@ -86,7 +86,7 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
     The steps are equally long, but for the first where it goes without the prompt: that is as long as the calibration says.
 
     Raises:
-        CannotDraw: the student has no step ``skip``.
+        CannotDraw: the student has no step ``skip``, or takes over before the prompt is told.
     """
     steps = len(schedule.timesteps)
     if diversity.skip >= steps:
@@ -95,11 +95,19 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
             f"it none: draw with at least {diversity.skip + 1} steps, or turn diversity off"
         )
     target, count, first = schedule.timesteps[diversity.skip], diversity.base_steps, diversity.unprompted
-    if first:
-        shares = [0.0, *(first + (1 - first) * step / (count - 1) for step in range(count - 1))]
-    else:
-        shares = [step / count for step in range(count)]
-    return [1 + (target - 1) * share for share in shares] + [target]
+    if not first:
+        return [*_evenly(1.0, target, count), target]
+    if 1 - first <= target:
+        raise CannotDraw(
+            f"the base goes without the prompt from t = 1 to {1 - first:g} (unprompted {first:g}), but with {steps} steps "
+            f"the student takes over at {target:g} already: want unprompted below {1 - target:g}, or fewer steps"
+        )
+    return [1.0, *_evenly(1 - first, target, count - 1), target]
+
+
+def _evenly(start: float, end: float, steps: int) -> list[float]:
+    """Where each of so many equal steps from ``start`` to ``end`` begins."""
+    return [start + (end - start) * step / steps for step in range(steps)]
 
 
 def base_leg_scales(diversity: Diversity) -> list[float]:

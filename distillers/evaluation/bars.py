@@ -82,7 +82,11 @@ def _diversity_bars(spread: Spread, spreads: Sequence[Spread]) -> list[Bar]:
     subject = spread.subject
     if subject.leg != "base first step":
         return []
-    plain = next(s for s in spreads if s.subject.model is subject.model and s.subject.leg == "plain")
+    plain = next(
+        s
+        for s in spreads
+        if s.subject.model is subject.model and s.subject.steps == subject.steps and s.subject.leg == "plain"
+    )
     extra = Estimate(float(spread.evaluations - plain.evaluations), ())
     return [
         Bar(

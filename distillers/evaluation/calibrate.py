@@ -3,7 +3,7 @@
     python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
 Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default), and two steps of which the first goes
-an eighth, a quarter or half of the way without the prompt, draws the coarse prompts in place of the student's first step, at
+without the prompt for 1/32, 1/16 or 1/8 of the time, draws the coarse prompts in place of the student's first step, at
 each of the student's step counts. Chosen is the one that gains the most diversity over the
 student alone, on average over the step counts, for at most one more network evaluation a picture, if prompt alignment and
 the distance to real pictures stay within a tolerance of the student's own at every step count. With --write the choice goes
@@ -36,7 +36,7 @@ from weights.store import Forbidden, Store, StoreError
 
 BASE_STEPS = (1, 2, 4)
 SKIP = 1
-UNPROMPTED = (0.125, 0.25, 0.5)
+UNPROMPTED = (1 / 32, 1 / 16, 1 / 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,11 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     candidates = [
         Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
     ]
-    candidates += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=share) for share in UNPROMPTED]
+    assert student.manifest is not None, "a student"
+    shortest = 1 - max(student.manifest.schedules[steps].timesteps[SKIP] for steps in counts)
+    candidates += [
+        Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED if time < shortest
+    ]
     plain = {steps: Subject(student, base, steps) for steps in counts}
     alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
     tried = {

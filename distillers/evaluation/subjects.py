@@ -166,13 +166,13 @@ def specific_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
 
 
 def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
-    """Who draws the coarse prompts: the base, and each student at its largest step count, plain and with each leg."""
+    """Who draws the coarse prompts: the base, and each student at its step counts, at the largest with each leg as well."""
     subjects = [Subject(base, base, base.pipeline.default_steps)]
     for student in students:
-        legs: list[Leg] = ["plain"]
+        subjects += [Subject(student, base, steps) for steps in reversed(student.steps)]
         if can_hand_over(student, student.steps[-1]):
-            legs += ["base first step", "first step skipped"]
-        subjects += [Subject(student, base, student.steps[-1], leg) for leg in legs]
+            legs: tuple[Leg, ...] = ("base first step", "first step skipped")
+            subjects += [Subject(student, base, student.steps[-1], leg) for leg in legs]
     return subjects
 
 

@@ -136,17 +136,17 @@ def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
             DiversityWish(),
             DiversityWish(unprompted=0.0),
             DiversityWish(base_steps=1),
-            DiversityWish(unprompted=0.5),
+            DiversityWish(unprompted=0.2),
         ]
         return [(await engine.generate(request(diversity=wish)))[0] for wish in wishes]
 
-    harness.publish(diversity=Diversity(base_steps=2, unprompted=0.25))
+    harness.publish(diversity=Diversity(base_steps=2, unprompted=0.1))
     calibrated, prompted, short, longer = harness.run(scenario)
     assert [each.evaluations for each in (calibrated, prompted, short, longer)] == [5, 5, 4, 5]
-    assert calibrated.diversity == Diversity(base_steps=2, unprompted=0.25)
+    assert calibrated.diversity == Diversity(base_steps=2, unprompted=0.1)
     assert prompted.diversity == Diversity(base_steps=2)
     assert short.diversity == Diversity(base_steps=1), "the request's one step leaves no room for it"
-    assert longer.diversity == Diversity(base_steps=2, unprompted=0.5)
+    assert longer.diversity == Diversity(base_steps=2, unprompted=0.2)
     assert len(set(pixels([calibrated, prompted, short, longer]))) == 4
     assert plan_student(request(diversity=DiversityWish()), harness.store.open("tiny").manifest).needs_uncond
 
@@ -158,6 +158,11 @@ def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
         ({"steps": 1, "diversity": DiversityWish()}, "diversity", "draw with at least 2 steps"),
         ({"size": (64, 32)}, "size", "draws pictures of 32x32, not of 64x32"),
         ({"diversity": DiversityWish(unprompted=0.5)}, "diversity", "unprompted 0.5 needs 2 base_steps"),
+        (
+            {"steps": 4, "diversity": DiversityWish(base_steps=2, unprompted=0.3)},
+            "diversity",
+            "student takes over at 0.75 already: want unprompted below 0.25",
+        ),
         ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base itself"),
         ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not in 101"),
         ({"model": "BASE", "size": (16, 16)}, "size", "not of 16x16"),

@@ -12,6 +12,7 @@ from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise, few_step, initial_state, sample_ode, trailing_times
 from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
 from weights.trajectory import (
+    CannotDraw,
     Trajectory,
     TrajectoryStep,
     advance,
@@ -92,8 +93,8 @@ def test_what_a_picture_costs_is_told_before_it_is_drawn() -> None:
 @pytest.mark.parametrize(
     ("diversity", "times", "scales"),
     [
-        (Diversity(base_steps=2, unprompted=0.25), [1.0, 0.875, 0.5], [0.0, 1.0]),
-        (Diversity(base_steps=3, base_guidance=3.0, unprompted=0.5), [1.0, 0.75, 0.625, 0.5], [0.0, 3.0, 3.0]),
+        (Diversity(base_steps=2, unprompted=0.125), [1.0, 0.875, 0.5], [0.0, 1.0]),
+        (Diversity(base_steps=3, base_guidance=3.0, unprompted=0.25), [1.0, 0.75, 0.625, 0.5], [0.0, 3.0, 3.0]),
         (Diversity(base_steps=2, base_guidance=0.0), [1.0, 0.75, 0.5], [0.0, 0.0]),
     ],
 )
@@ -111,8 +112,20 @@ def test_the_bases_first_step_can_go_without_the_prompt(
 
 
 def test_a_leg_of_one_step_has_no_room_for_one_without_the_prompt() -> None:
-    with pytest.raises(ValidationError, match=r"unprompted: 0\.5 of a leg of one step: make it 0, or base_steps 2"):
+    with pytest.raises(ValidationError, match=r"unprompted: 0\.5 with a leg of one step: make it 0, or base_steps 2"):
         Diversity(base_steps=1, unprompted=0.5)
+
+
+@pytest.mark.parametrize(("first", "fits"), [(0.24, True), (0.25, False), (0.6, False)])
+def test_the_prompt_is_told_before_the_student_takes_over(first: float, fits: bool) -> None:
+    four, diversity = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]), Diversity(base_steps=2, unprompted=first)
+    if fits:
+        assert base_leg_times(four, diversity) == pytest.approx([1.0, 0.76, 0.75])
+        return
+    with pytest.raises(
+        CannotDraw, match=r"4 steps the student takes over at 0\.75 already: want unprompted below 0\.25"
+    ):
+        base_leg_times(four, diversity)
 
 
 def step(keep: float, estimate: float, fresh: float) -> TrajectoryStep:

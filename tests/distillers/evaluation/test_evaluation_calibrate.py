@@ -37,12 +37,12 @@ def quick_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Key = tuple[float, ...]
-"""Base steps and guidance, and the share without the prompt where there is one."""
+"""Base steps and guidance, and the time without the prompt where there is one."""
 
 
 def key_of(diversity: Diversity) -> Key:
-    shares = (diversity.unprompted,) if diversity.unprompted else ()
-    return (diversity.base_steps, diversity.base_guidance, *shares)
+    time = (diversity.unprompted,) if diversity.unprompted else ()
+    return (diversity.base_steps, diversity.base_guidance, *time)
 
 
 class Scripted:
@@ -87,7 +87,7 @@ GAINS: dict[Key, float] = {
     (1, 0.0): 1.3, (2, 0.0): 1.5, (4, 0.0): 1.9,
     (1, 1.0): 1.1, (2, 1.0): 1.2, (4, 1.0): 1.8,
     (1, 2.0): 1.05, (2, 2.0): 1.7, (4, 2.0): 0.9,
-    (2, 1.0, 0.125): 1.01, (2, 1.0, 0.25): 1.02, (2, 1.0, 0.5): 1.03,
+    (2, 1.0, 1 / 32): 1.01, (2, 1.0, 1 / 16): 1.02, (2, 1.0, 1 / 8): 1.03,
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ GAINS: dict[Key, float] = {
         ({}, dataclasses.replace(LIMITS, evaluations=0), (1, 0.0)),
         ({}, dataclasses.replace(LIMITS, evaluations=-1), None),
         (dict.fromkeys(GAINS, (0.5, 1.0)), LIMITS, None),
-        (dict.fromkeys([key for key in GAINS if len(key) == 2], (0.5, 1.0)), LIMITS, (2, 1.0, 0.5)),
+        (dict.fromkeys([key for key in GAINS if len(key) == 2], (0.5, 1.0)), LIMITS, (2, 1.0, 1 / 8)),
     ],
 )
 def test_the_most_diverse_within_the_limits_is_chosen(
@@ -129,6 +129,15 @@ def test_nothing_is_chosen_where_nothing_is_gained(base_folder: Path) -> None:
     student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
     evaluation: Any = Scripted(Model("base", pipeline), dict.fromkeys(GAINS, 0.99), {})
     assert calibrate(evaluation, student, LIMITS).chosen is None
+
+
+def test_no_candidate_goes_without_the_prompt_for_all_of_the_leg(base_folder: Path) -> None:
+    pipeline = load("stable_diffusion", base_folder)
+    eight = StepSchedule(timesteps=[1 - index / 8 for index in range(8)])
+    student = Model("student", pipeline, manifest(base_folder, schedules={8: eight}))
+    evaluation: Any = Scripted(Model("base", pipeline), GAINS, {})
+    unprompted = {trial.diversity.unprompted for trial in calibrate(evaluation, student, LIMITS).trials}
+    assert unprompted == {0, 1 / 32, 1 / 16}, "the student takes over at 7/8"
 
 
 def test_step_counts_with_a_step_to_hand_over(base_folder: Path) -> None:

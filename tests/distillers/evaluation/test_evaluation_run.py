@@ -122,9 +122,9 @@ def test_the_command_measures_writes_and_resumes(
     ]  # fmt: skip
     assert [row["evaluations"] for row in figures["quality"]] == [6, 2, 4, 8, 1, 4, 4]  # the base is guided
     assert [row["subject"]["leg"] for row in figures["diversity"]] == [
-        "plain", "plain", "base first step", "first step skipped",
+        "plain", "plain", "plain", "base first step", "first step skipped",
     ]  # fmt: skip
-    assert [row["evaluations"] for row in figures["diversity"]] == [6, 4, 4, 3]
+    assert [row["evaluations"] for row in figures["diversity"]] == [6, 4, 1, 4, 3]
     assert figures["quality"][0]["distances"]["efficientnet-lite0"]["frechet_distance_to_teacher"] < 1e-6
     assert len(figures["bars"]) == 2 + 4 + 2
     check_report(tmp_path / "out")
@@ -138,7 +138,7 @@ def test_the_command_measures_writes_and_resumes(
 
     monkeypatch.setattr(Subject, "draw", counted)
     assert run(store, tmp_path / "out") == 0
-    assert calls == [1] * 11  # every set is only tried
+    assert calls == [1] * 12  # every set is only tried
     again = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert again["quality"] == figures["quality"]
 
@@ -148,7 +148,7 @@ def check_report(out: Path) -> None:
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "&lt;noto&gt;" not in page  # prompts are in the pictures, never in the text
     assert "<script" not in page
-    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 1 + 1 + 4 + 7
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 1 + 1 + 5 + 7
     assert 'src="http' not in page
     assert 'href="http' not in page
 
@@ -209,6 +209,9 @@ def test_a_one_step_student_has_no_step_to_hand_over(base_folder: Path) -> None:
     odd = Model("odd", pipeline, manifest(base_folder, schedules={3: StepSchedule(timesteps=[1.0, 0.6, 0.3])}))
     assert odd.steps == [3]
     assert coarse_subjects(base, [odd])[2].slug == "odd-3-steps-base-first-step"
+    several = Model("several", pipeline, manifest(base_folder, schedules=SCHEDULES))
+    drawn = [(s.steps, s.leg) for s in coarse_subjects(base, [several])[1:]]
+    assert drawn == [*((steps, "plain") for steps in (4, 1)), (4, "base first step"), (4, "first step skipped")]
 
 
 def test_a_subject_draws_seeds_not_batches(base_folder: Path, store: Path) -> None:
@@ -222,7 +225,7 @@ def test_a_subject_draws_seeds_not_batches(base_folder: Path, store: Path) -> No
         assert pair.dtype == torch.uint8
         assert float((pair[1:].float() - alone.float()).abs().mean()) < 0.5
     keys = [json.dumps(subject.key, sort_keys=True) for subject in coarse_subjects(base, [student])]
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 5
     assert Subject(student, base, 4).latency("dog", repeats=2) > 0
 
 
