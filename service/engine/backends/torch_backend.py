@@ -12,6 +12,10 @@ from weights.families.base import PartName
 
 Attention = Literal["sdpa", "xformers"]
 
+PROGRAMS = 256
+"""Of one kind of part, at most: torch keeps those of all models together, so that a student runs its base's. Each batch size
+needs its own, each size of picture and each architecture; beyond torch's usual 8 whatever came late would run uncompiled."""
+
 
 class TorchBackend:
     """Models as they are, with what makes torch faster on the device switched on.
@@ -71,7 +75,12 @@ class Compiled(nn.Module):
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self._replayed = device.type == "cuda"
-        self._run = torch.compile(module, mode="reduce-overhead" if self._replayed else None, dynamic=False)
+        self._run = torch.compile(
+            module,
+            mode="reduce-overhead" if self._replayed else None,
+            dynamic=False,
+            recompile_limit=PROGRAMS,
+        )
 
     def forward(self, *inputs: Tensor) -> Tensor:
         if not self._replayed:
