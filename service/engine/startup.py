@@ -1,6 +1,7 @@
 """What an engine's settings ask of this machine: models that are there, a device, a precision."""
 
 import os
+from typing import Any, cast
 
 import torch
 
@@ -68,4 +69,4 @@ def set_up(device: torch.device) -> None:
         # Without it cuBLAS is not deterministic when it is asked to be.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # cuDNN rounds float32 to ten bits by default; who asks for float32 wants the pictures that a CPU draws.
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        cast(Any, torch.backends.cudnn).conv.fp32_precision = "ieee"

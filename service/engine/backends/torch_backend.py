@@ -75,7 +75,7 @@ class Compiled(nn.Module):
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self._replayed = device.type == "cuda"
-        self._run = torch.compile(
+        self._run = cast(Any, torch.compile)(  # its overloads do not know recompile_limit
             module,
             mode="reduce-overhead" if self._replayed else None,
             dynamic=False,
