@@ -2,12 +2,12 @@
 
     python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
-Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default), and two steps of which the first goes
-without the prompt for 1/32, 1/16 or 1/8 of the time, draws the coarse prompts in place of the student's first step, at
-each of the student's step counts. Chosen is the one that gains the most diversity over the
-student alone, on average over the step counts, for at most one more network evaluation a picture, if prompt alignment and
-the distance to real pictures stay within a tolerance of the student's own at every step count. With --write the choice goes
-into the student's manifest, and is what `diversity: true` draws with from then on.
+Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default), and two steps of which the first
+goes without the prompt for 1/32, 1/16 or 1/8 of the time, draws the coarse prompts in place of the student's first step,
+at each of the student's step counts. Chosen is the one that gains the most diversity over the student alone, on average
+over the step counts, for at most one more network evaluation a picture, if prompt alignment and the distance to real
+pictures stay within a tolerance of the student's own at every step count. With --write the choice goes into the student's
+manifest, and is what `diversity: true` draws with from then on.
 """
 
 import argparse

@@ -57,9 +57,8 @@ def warm(base: TextToImage, students: Sequence[TextToImage], costs: Costs) -> No
     calls += [(parts_of(model).network, denoise(model)) for model in (base, *students)]
     for part, call in calls:
         costs.put(part, CostProfile.measure(_finished(call), sizes, REPEATS, time.perf_counter).measured)
-        with determinism(
-            True
-        ):  # a compiled part has another program for that, and a picture that asks for it a call alone
+        # A compiled part has another program for a deterministic picture, which is drawn alone.
+        with determinism(True):
             _finished(call)(1)
 
 
