@@ -28,7 +28,7 @@ from distillers.evaluation.features import EfficientNetLite0, Unavailable, extra
 from distillers.evaluation.measure import Evaluation, Quality, Spread
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.models import load_models
-from distillers.evaluation.subjects import Model, Subject
+from distillers.evaluation.subjects import Model, Subject, can_hand_over
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
 from weights.contracts import Diversity
@@ -116,11 +116,8 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     candidates = [
         Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
     ]
-    assert student.manifest is not None, "a student"
-    shortest = 1 - max(student.manifest.schedules[steps].timesteps[SKIP] for steps in counts)
-    candidates += [
-        Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED if time < shortest
-    ]
+    candidates += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED]
+    candidates = [each for each in candidates if all(can_hand_over(student, steps, each) for steps in counts)]
     plain = {steps: Subject(student, base, steps) for steps in counts}
     alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
     tried = {
@@ -155,7 +152,7 @@ def step_counts(student: Model) -> list[int]:
     """
     assert student.manifest is not None, "a student"
     schedules = student.manifest.schedules
-    counts = [n for n in student.steps if n > SKIP and schedules[n].timesteps[SKIP] < 1]
+    counts = [steps for steps in student.steps if can_hand_over(student, steps, Diversity(skip=SKIP))]
     if not counts:
         has = ", ".join(map(str, sorted(schedules)))
         raise ValueError(f"student {student.name!r} draws in {has} step(s): it has none to hand over to its base")

@@ -16,6 +16,7 @@ from weights.contracts import Diversity, StudentManifest
 from weights.drawing import draw, draw_base
 from weights.families.base import TextToImage
 from weights.students import RoutedStudent
+from weights.trajectory import CannotDraw, base_leg_times
 
 Leg = Literal["plain", "base first step", "first step skipped"]
 STEPS = (1, 2, 4)
@@ -176,10 +177,17 @@ def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
     return subjects
 
 
-def can_hand_over(student: Model, steps: int) -> bool:
-    """Whether the base can take the student's first step(s) at this step count, and leave it one."""
+def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None) -> bool:
+    """Whether the base can take the student's first step(s) at this step count, and leave it one.
+
+    ``diversity`` says how; the student's own calibration, or the usual one, when left out.
+    """
     if student.manifest is None:
         return False
-    skip = (student.manifest.diversity or Diversity()).skip
-    times = student.manifest.schedules[steps].timesteps
-    return skip < len(times) and times[skip] < 1
+    try:
+        times = base_leg_times(
+            student.manifest.schedules[steps], diversity or student.manifest.diversity or Diversity()
+        )
+    except CannotDraw:
+        return False
+    return times[-1] < 1

@@ -6,6 +6,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,27 @@ SCHEDULES = {
     2: StepSchedule(timesteps=[1.0, 0.5]),
     4: StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
 }
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, list[tuple[int, ...]]]]:
+    """What torch compiles from here on, the mode it was asked for and its inputs' shapes; it is run as it is."""
+    real = torch.compile
+    made: list[tuple[str | None, list[tuple[int, ...]]]] = []
+
+    @cache  # torch's compilers of one mode are equal, or models would not share what is compiled
+    def counted(mode: str | None) -> Any:
+        def compiled(graph: Any, inputs: Any) -> Any:
+            made.append((mode, [tuple(each.shape) for each in inputs if isinstance(each, torch.Tensor)]))
+            return graph.forward
+
+        return compiled
+
+    def compiling(module: torch.nn.Module, *, mode: str | None, **options: Any) -> Any:
+        return real(module, backend=counted(mode), **options)
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    return made
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from service.engine.backends.base import Backend
-from service.engine.base import Drawn, DrawRequest, Preview
+from service.engine.base import DiversityWish, Drawn, DrawRequest, Preview
 from service.engine.costs import CostProfile, Costs, Part
 from service.engine.line import Line
 from service.engine.observer import Call, Outcome
@@ -25,6 +25,18 @@ T = TypeVar("T")
 
 def request(**fields: Any) -> DrawRequest:
     return DrawRequest(**{"prompt": "red apple", "model": "tiny", "seeds": (1,), **fields})
+
+
+def mixture(base: TinyBase) -> list[DrawRequest]:
+    """Pictures that differ in all that may differ within a call."""
+    return [
+        request(seeds=(1, 2)),
+        request(prompt="blue dog", seeds=(3,), guidance_scale=4.0, steps=2),
+        request(prompt="green tree", seeds=(4, 5), diversity=DiversityWish()),
+        request(prompt="blue dog", seeds=(6,), steps=1, guidance_scale=0.0),
+        request(prompt="red dog", seeds=(7,), guidance_scale=2.0, negative_prompt="cat"),
+        request(model=base.id, prompt="green tree", seeds=(8, 9), steps=2),
+    ]
 
 
 async def until(condition: Callable[[], bool]) -> None:

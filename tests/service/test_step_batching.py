@@ -24,7 +24,7 @@ from service.engine.base import (
 from service.engine.step_engine import StepEngine
 from tests.service.as_loaded import AsLoaded
 from tests.service.conftest import TinyBase
-from tests.service.engine_help import Harness, collect, pixels, request, until
+from tests.service.engine_help import Harness, collect, mixture, pixels, request, until
 from weights.contracts import Diversity
 from weights.denoiser import Cond, Denoiser
 from weights.families import TextToImage
@@ -37,18 +37,6 @@ def harness(tiny_base: TinyBase, tmp_path: Path) -> Harness:
     harness = Harness(tiny_base, tmp_path, max_batch=16)
     harness.publish(diversity=Diversity(base_steps=1, base_guidance=3.0))
     return harness
-
-
-def mixture(base: TinyBase) -> list[DrawRequest]:
-    """Pictures that differ in all that may differ within a call."""
-    return [
-        request(seeds=(1, 2)),
-        request(prompt="blue dog", seeds=(3,), guidance_scale=4.0, steps=2),
-        request(prompt="green tree", seeds=(4, 5), diversity=DiversityWish()),
-        request(prompt="blue dog", seeds=(6,), steps=1, guidance_scale=0.0),
-        request(prompt="red dog", seeds=(7,), guidance_scale=2.0, negative_prompt="cat"),
-        request(model=base.id, prompt="green tree", seeds=(8, 9), steps=2),
-    ]
 
 
 def furthest(one: Drawn, other: Drawn) -> int:
