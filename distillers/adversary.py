@@ -28,16 +28,17 @@ Heads are told time and prompt by the features alone, as in SANA-Sprint's code; 
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
 from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Trained, TurnLoss
 from distillers.rollout import draw_lognormal_times, draw_noise
-from weights.denoiser import Cond, Denoiser, cond_cat, cond_rows
+from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_rows
 from weights.diffusion.schedules import add_noise
 
 Look = tuple[Tensor, Tensor, Cond]
@@ -52,6 +53,10 @@ class AdversaryConfig(MethodConfig):
     )
     head_kernel: int = Field(
         3, ge=1, description="side of the residual block's kernel; 3 has the nine taps of the published head"
+    )
+    prompted: bool = Field(
+        True,
+        description="tell the critic what was asked for; off: pictures are judged by themselves, whatever the prompts",
     )
     critic_noise_mean: float = Field(
         0.1, description="mean of ln(sigma / alpha) shown to the discriminator, for latents of unit variance"
@@ -73,6 +78,14 @@ class AdversaryConfig(MethodConfig):
         if kernel % 2 == 0:
             raise ValueError(f"{kernel} must be odd")
         return kernel
+
+    @model_validator(mode="after")
+    def _mismatches_are_seen(self) -> Self:
+        if not self.prompted and self.mismatched_share > 0:
+            raise ValueError(
+                f"mismatched_share: {self.mismatched_share} must be 0 where prompted is off: no prompt is there to mismatch"
+            )
+        return self
 
 
 class UnitConv(nn.Conv2d):
@@ -154,7 +167,9 @@ class LatentAdversary:
             generator: on the CPU; draws times and noise.
         """
         t = self._times(len(x), generator)
-        return _over_heads(hinge_generator_loss, self._logits((self._noised(x, t, generator), t, cond)))
+        return _over_heads(
+            hinge_generator_loss, self._logits((self._noised(x, t, generator), t, self._told(cond, len(x))))
+        )
 
     def critic_loss(self, x: Tensor, cond: Cond, real: Tensor, real_cond: Cond, generator: torch.Generator) -> TurnLoss:
         """The heads' loss on as many real pictures as the student's, at the same times.
@@ -167,6 +182,7 @@ class LatentAdversary:
             generator: on the CPU; draws times and noise.
         """
         config, t = self.config, self._times(len(x), generator)
+        cond, real_cond = self._told(cond, len(x)), self._told(real_cond, len(real))
         real_t = self._noised(real, t, generator)
         shown: dict[str, Look] = {"fake": (self._noised(x, t, generator), t, cond), "real": (real_t, t, real_cond)}
         rows = mismatched_rows(real_cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
@@ -195,6 +211,10 @@ class LatentAdversary:
         config, schedule = self.config, self.critic.schedule
         mean, std = config.critic_noise_mean, config.critic_noise_std
         return draw_lognormal_times(count, mean, std, schedule, generator, self.setup.device)
+
+    def _told(self, cond: Cond, count: int) -> Cond:
+        """What the critic is told of so many pictures: what was asked for, or the empty prompt."""
+        return cond if self.config.prompted else cond_repeat(cond_rows(self.setup.uncond, slice(0, 1)), count)
 
     def _noised(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
         return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)

@@ -2,12 +2,15 @@
 
     python -m distillers.averaging fast-cat cat-dmd2:2 cat-sid --store STORE
     python -m distillers.averaging fast-cat cat-dmd2 --base 0.7 --store STORE
+    python -m distillers.averaging fast-cat cat-dmd2 cat-sid --base=-0.4 --store STORE
 
 Students that were trained from the same weights, by whatever methods and not for too long, lie in one basin: between them
 the loss is no higher, and what each picked up by chance, or from its method's blind spot, cancels out. The mean draws at
 one student's cost. The base lies in that basin as well, where students started from it: a share of its own weights brings
-back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). Whether a mean is
-better than its parts is for `fewstep evaluate` to say: nothing here measures.
+back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). A share below 0 goes on
+past the students, away from the base: what a short training has only begun (ExPO, Zheng et al. 2024,
+https://arxiv.org/abs/2404.16792, eq. 2). Whether a mean is better than its parts is for `fewstep evaluate` to say: nothing
+here measures.
 """
 
 import argparse
@@ -45,7 +48,7 @@ class CannotAverage(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the students, and its share of the whole, in (0, 1]."""
+    """One of the students, and its share of the whole: above 0, and below 2."""
 
     folder: StudentFolder
     share: float
@@ -66,14 +69,14 @@ def parts_of(store: Store, wanted: Mapping[str, float], base_share: float = 0.0)
     Args:
         store: has them.
         wanted: how much each counts, above 0, by name.
-        base_share: of the base's own weights, in [0, 1).
+        base_share: of the base's own weights, in (-1, 1).
 
     Raises:
         CannotAverage: nothing to average, a count that is not above 0, a share out of range, or students that are not alike.
         StoreError: one of them is missing, or its files are not what was published.
     """
-    if not 0 <= base_share < 1:
-        raise CannotAverage(f"--base {base_share:g}: want a share in [0, 1)")
+    if not -1 < base_share < 1:
+        raise CannotAverage(f"--base {base_share:g}: want a share in (-1, 1)")
     if len(wanted) < (1 if base_share else 2):
         raise CannotAverage(
             f"an average takes at least two students, or one and a share of its base, got {', '.join(wanted) or 'none'}"
@@ -184,7 +187,7 @@ def average(
         name: of the new student.
         wanted: how much each counts, by name.
         replace: take the place of a student of that name.
-        base_share: of the base's own weights, in [0, 1); the students share the rest.
+        base_share: of the base's own weights, in (-1, 1); the students share the rest, which is more than all where it is below 0.
 
     Returns:
         The manifest as it was published; its ``averaged`` names the parts.
@@ -272,7 +275,11 @@ def _parser() -> argparse.ArgumentParser:
         help="at least two (one with --base), and how much each counts (1)",
     )
     made.add_argument(
-        "--base", type=float, default=0.0, metavar="SHARE", help="of the base's own weights, in [0, 1) (0)"
+        "--base",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the base's own weights, in (-1, 1) (0); below 0 goes on past the students, away from it",
     )
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
     made.add_argument("--replace", action="store_true", help="take the place of a student of that name")

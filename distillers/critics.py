@@ -77,8 +77,10 @@ def guided_x0(
     """
     if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
-    low, high = interval or (0.0, 1.0)
-    rows = torch.nonzero((t >= low) & (t <= high)).flatten()
+    if interval is None:
+        rows = torch.arange(len(t), device=t.device)
+    else:
+        rows = torch.nonzero((t >= interval[0]) & (t <= interval[1])).flatten()
     if len(rows) == 0:
         return denoiser(x_t, t, cond)
     both = denoiser(
@@ -88,6 +90,6 @@ def guided_x0(
     )
     given, without = both[: len(x_t)], both[len(x_t) :]
     guided = given.clone()
-    factor = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))[rows]
+    factor = scale.float()[rows] if isinstance(scale, Tensor) else torch.full((len(rows),), scale, device=x_t.device)
     guided[rows] = without + expand(factor, without) * (given[rows] - without)
     return guided

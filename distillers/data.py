@@ -26,6 +26,10 @@ from weights.denoiser import Cond
 from weights.families.base import TextToImage
 
 ENCODE_BATCH = 64
+"""Pictures encoded at a time."""
+CAPTIONS_BATCH = 512
+SHARE_OF_GPU = 0.25
+"""Of a GPU's free memory, at most so much for encoded data."""
 Tick = Callable[[str, int, int], None]
 
 
@@ -63,6 +67,8 @@ class Feed:
         self.seed = seed
         self.with_pictures = with_pictures
         self._cumulative = corpus.weights.cumsum(0)
+        drawn = corpus.prompts if corpus.drawn is None else corpus.drawn
+        self._drawn = None if corpus.prompts is None or drawn is None else torch.tensor(drawn)
         self._conditions: dict[str, Tensor] | None = None
         self._latents: Tensor | None = None
 
@@ -77,13 +83,23 @@ class Feed:
         """
         if draws > len(self.corpus.captions):
             key = _key(base_id, *self.corpus.captions)
-            self._conditions = cached_conditions(cache / f"conditions-{key}", self.base, self.corpus.captions, tick)
+            kept = cached_conditions(cache / f"conditions-{key}", self.base, self.corpus.captions, tick)
+            self._conditions = self._near(kept)
         if self.with_pictures and draws > len(self.corpus.rows):
             key = _key(base_id, self.corpus.identity, str(self.base.size))
             path = cache / f"latents-{key}.safetensors"
             if not path.exists():
                 self._write_latents(path, tick)
-            self._latents = load_file(path)["latents"]
+            self._latents = self._near(load_file(path))["latents"]
+
+    def _near(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """On a GPU with plenty of memory left, there; else as they are. A batch is gathered many times faster there."""
+        if self.device.type != "cuda":
+            return kept
+        size = sum(tensor.nbytes for tensor in kept.values())
+        if size > torch.cuda.mem_get_info(self.device)[0] * SHARE_OF_GPU:
+            return kept
+        return {name: tensor.to(self.device) for name, tensor in kept.items()}
 
     def batch(self, iteration: int, micro: int = 0, rank: int = 0) -> Batch:
         """The batch of that number; the same whenever it is asked for."""
@@ -97,9 +113,9 @@ class Feed:
         if self.corpus.prompts is None:
             cond = self.conditions(torch.tensor(own))
             return Batch(cond=cond, real_cond=cond, real=self._real(numbers))
-        drawn = self.corpus.prompts if self.corpus.drawn is None else self.corpus.drawn
-        picks = torch.randint(len(drawn), (self.batch_size,), generator=generator)
-        cond = self.conditions(torch.tensor(drawn)[picks])
+        assert self._drawn is not None, "there where the corpus has prompts"
+        picks = torch.randint(len(self._drawn), (self.batch_size,), generator=generator)
+        cond = self.conditions(self._drawn[picks])
         if not self.with_pictures:
             return Batch(cond=cond)
         return Batch(cond=cond, real_cond=self.conditions(torch.tensor(own)), real=self._real(numbers))
@@ -114,7 +130,9 @@ class Feed:
     def conditions(self, rows: Tensor) -> Cond:
         """Conditions of the captions with these numbers, float32 on the training device."""
         if self._conditions is not None:
-            return {name: _floats(kept[rows]).to(self.device) for name, kept in self._conditions.items()}
+            # Widened on the device: half as much is copied to it.
+            kept = self._conditions.items()
+            return {name: _floats(tensor[rows.to(tensor.device)].to(self.device)) for name, tensor in kept}
         encoded = self.base.encode_prompts([self.corpus.captions[row] for row in rows.tolist()])
         return {name: _floats(tensor).to(self.device) for name, tensor in encoded.items()}
 
@@ -132,7 +150,7 @@ class Feed:
         if not self.with_pictures:
             return None
         if self._latents is not None:
-            return self._latents[numbers].to(self.device, torch.float32)
+            return self._latents[numbers.to(self._latents.device)].to(self.device, torch.float32)
         return self._encode(numbers.tolist()).to(self.device)
 
     def _encode(self, numbers: list[int]) -> Tensor:
@@ -166,15 +184,15 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         files: dict[str, np.memmap] = {}
-        for start in range(0, len(captions), ENCODE_BATCH):
-            encoded = base.encode_prompts(captions[start : start + ENCODE_BATCH])
+        for start in range(0, len(captions), CAPTIONS_BATCH):
+            encoded = base.encode_prompts(captions[start : start + CAPTIONS_BATCH])
             for name, tensor in encoded.items():
                 rows = (_half(tensor) if tensor.is_floating_point() else tensor).cpu().numpy()
                 if name not in files:
                     shape = (len(captions), *rows.shape[1:])
                     files[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", rows.dtype, shape)
                 files[name][start : start + len(rows)] = rows
-            tick("encoding captions", min(start + ENCODE_BATCH, len(captions)), len(captions))
+            tick("encoding captions", min(start + CAPTIONS_BATCH, len(captions)), len(captions))
         for file in files.values():
             file.flush()
         try:
@@ -200,9 +218,9 @@ def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: lis
     path = cache / f"embeddings-{_key(base_id, *prompts)}.safetensors"
     if not path.exists():
         parts = []
-        for start in range(0, len(prompts), ENCODE_BATCH):
-            parts.append(base.embed_prompts(prompts[start : start + ENCODE_BATCH]).float().cpu())
-            tick("embedding prompts", min(start + ENCODE_BATCH, len(prompts)), len(prompts))
+        for start in range(0, len(prompts), CAPTIONS_BATCH):
+            parts.append(base.embed_prompts(prompts[start : start + CAPTIONS_BATCH]).float().cpu())
+            tick("embedding prompts", min(start + CAPTIONS_BATCH, len(prompts)), len(prompts))
         _write(path, {"embeddings": torch.cat(parts)})
     return load_file(path)["embeddings"]
 

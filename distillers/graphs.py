@@ -1,6 +1,7 @@
 """Functions of tensors as CUDA graphs: started as one, where their kernels are so small that starting each takes longer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,20 @@ class Replayed:
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
     """
 
-    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        *inputs: Tensor,
+        pool: Any = None,
+        warmed: Callable[[], None] | None = None,
+    ) -> None:
         """
         Args:
             function: run four times here on the inputs, the last time to capture it.
             inputs: on the GPU.
+            pool: memory to share with other graphs (``torch.cuda.graph_pool_handle()``), where none of them needs what
+                another has left there; its own when left out.
+            warmed: called before the capture, after the runs that really compute.
         """
         self._inputs = [each.clone() for each in inputs]
         aside = torch.cuda.Stream()
@@ -26,8 +36,10 @@ class Replayed:
             for _ in range(3):  # what is compiled, chosen or allocated at first must be before it is captured
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
+        if warmed is not None:
+            warmed()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._output = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -18,14 +18,14 @@ TIME_GRID = 1000
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Unit normal noise drawn on the CPU, so that a seed means the same on every device."""
-    return torch.randn(shape, generator=generator).to(device)
+    """Unit normal noise, drawn where the generator is: on the CPU, a seed means the same on every device."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
 def draw_times(count: int, interval: tuple[float, float], generator: torch.Generator, device: torch.device) -> Tensor:
     """Uniform times on the grid of 1000 inside the closed ``interval``: ``(count,)`` float32."""
     low, high = (round(end * TIME_GRID) for end in interval)
-    return (torch.randint(low, high + 1, (count,), generator=generator) / TIME_GRID).to(device)
+    return (torch.randint(low, high + 1, (count,), generator=generator, device=generator.device) / TIME_GRID).to(device)
 
 
 def draw_lognormal_times(
@@ -35,7 +35,8 @@ def draw_lognormal_times(
 
     Levels that the schedule never reaches are its nearest end. https://arxiv.org/abs/2206.00364, section 5.
     """
-    log_snr = -(mean + std * torch.randn(count, generator=generator, dtype=torch.float64))
+    normal = torch.randn(count, generator=generator, dtype=torch.float64, device=generator.device)
+    log_snr = -(mean + std * normal)
     return schedule.time_of_log_snr(log_snr).float().to(device)
 
 

@@ -165,6 +165,8 @@ def fingerprint(job: DistillJob, *digests: str) -> str:
     for field in ("partition", "network", "guide"):
         if plain[field] is None:  # so that checkpoints from before there was the field are still of the same job
             del plain[field]
+    if not plain["train"]["capture"]:
+        del plain["train"]["capture"]
     return hashlib.sha256(json.dumps([plain, *digests], sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from distillers.captured import Captured
 from distillers.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from distillers.ema import Average
 from distillers.events import Reporter, now
@@ -69,16 +70,25 @@ class _Network:
     weights: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     average: Average | None
+    rate: Tensor | None = None
+    """Where a captured optimizer step reads its learning rate."""
     updates: int = 0
 
     def learning_rate(self, turn: Turn) -> float:
         peak = turn.lr if turn.lr is not None else self.settings.lr
         return peak * min(1.0, (self.updates + 1) / self.settings.warmup) if self.settings.warmup else peak
 
+    def set_rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value if self.rate is None else self.rate.fill_(value)
 
-def _build_optimizer(settings: OptimizerSettings, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
-    common["weight_decay"] = settings.weight_decay
+
+def _build_optimizer(
+    settings: OptimizerSettings, weights: list[nn.Parameter], rate: float | Tensor
+) -> torch.optim.Optimizer:
+    """``rate``: a number, or where a captured step reads it."""
+    common: dict[str, Any] = {"lr": rate, "betas": settings.betas, "eps": settings.eps}
+    common |= {"weight_decay": settings.weight_decay, "capturable": isinstance(rate, Tensor)}
     if settings.kind == "radam":
         return torch.optim.RAdam(weights, decoupled_weight_decay=True, **common)
     if settings.kind == "muon":
@@ -112,6 +122,9 @@ class Trainer:
             reporter: takes the events.
             fingerprint: of all that must not change between a checkpoint and its resumption.
             sheet: draws sample sheets; none are drawn when left out.
+
+        Raises:
+            ValueError: the iterations are to be captured, and cannot be here.
         """
         self.method = method
         self.feed = feed
@@ -124,6 +137,7 @@ class Trainer:
         self.iteration = 0
         self.time = Stopwatch()
         self.asked_to_stop = False
+        self.captured = Captured(self) if spec.capture else None
         self.networks = {name: self._network(trained) for name, trained in method.trained().items()}
         self._turns: dict[str, nn.Module] = {}
         self._sums: dict[str, Tensor] = {}
@@ -132,9 +146,12 @@ class Trainer:
     def _network(self, trained: Trained) -> _Network:
         module = trained.module.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = {key: weight for key, weight in module.named_parameters() if weight.requires_grad}
-        optimizer = _build_optimizer(trained.optimizer, list(weights.values()))
+        rate = torch.zeros((), device=self.accelerator.device) if self.captured is not None else None
+        optimizer = _build_optimizer(
+            trained.optimizer, list(weights.values()), trained.optimizer.lr if rate is None else rate
+        )
         average = Average(module, self.spec.ema_decay) if trained.average and self.spec.ema_decay > 0 else None
-        return _Network(module, trained.optimizer, weights, optimizer, average)
+        return _Network(module, trained.optimizer, weights, optimizer, average, rate)
 
     # Training
 
@@ -189,6 +206,9 @@ class Trainer:
         torch.manual_seed(seed_of(seed, "global", self.iteration, rank))  # dropout, and whatever draws without asking
         micros = range(self.spec.gradient_accumulation)
         batches = [self.feed.batch(self.iteration, micro, rank) for micro in micros]
+        if self.captured is not None:
+            self.captured.iterate(batches)
+            return
         scratches: list[dict[str, Any]] = [{} for _ in micros]
         for turn in self.method.turns(self.iteration):
             steps = [
@@ -196,34 +216,62 @@ class Trainer:
                     iteration=self.iteration,
                     micro=micro,
                     batch=batches[micro],
-                    shared=generator_of(seed, "shared", turn.name, self.iteration, micro),
+                    shared=self.shared_generator(turn, micro),
                     local=generator_of(seed, "local", turn.name, self.iteration, micro, rank),
                     scratch=scratches[micro],
                 )
                 for micro in micros
             ]
-            self._take(turn, steps)
+            self.set_rates(turn)
+            for metrics in self.learn(turn, steps, check=True):
+                self.note(metrics)
+            self.stepped(turn)
 
-    def _take(self, turn: Turn, steps: list[Step]) -> None:
-        """One turn: losses and gradients of all micro-batches, one optimizer step of its networks."""
+    def shared_generator(self, turn: Turn, micro: int) -> torch.Generator:
+        """`Step.shared` of this iteration's turn, as new."""
+        return generator_of(self.spec.seed, "shared", turn.name, self.iteration, micro)
+
+    def set_rates(self, turn: Turn) -> None:
+        """This iteration's learning rates, for the networks of a turn."""
+        for name in turn.trains:
+            network = self.networks[name]
+            network.set_rate(network.learning_rate(turn) * self._cooldown())
+
+    def learn(self, turn: Turn, steps: list[Step], *, check: bool) -> list[dict[str, Tensor]]:
+        """One turn: losses and gradients of all micro-batches, one optimizer step of its networks.
+
+        Args:
+            turn: the turn.
+            steps: its micro-batches.
+            check: that losses and gradient are finite, before the networks step on them; waits for the device.
+
+        Returns:
+            Numbers for the log, of each micro-batch and then of the turn, still on the device.
+        """
         trained = [self.networks[name] for name in turn.trains]
+        noted: list[dict[str, Tensor]] = []
         self._only(turn)
         module = self._module(turn)
         for number, step in enumerate(steps):
             with self._unsynced(module, number + 1 < len(steps)), fast_kernels(self.accelerator.device):
                 loss, metrics = module(turn, step)
-                self._check(turn, "loss", loss)
+                if check:
+                    self.check(f"{turn.name}/loss", float(loss.detach()))
                 self.accelerator.backward(loss / len(steps))
-            self._note({f"{turn.name}/loss": loss.detach(), **metrics})
+            noted.append({f"{turn.name}/loss": loss.detach(), **metrics})
         weights = [weight for network in trained for weight in network.weights.values()]
         norm = self.accelerator.clip_grad_norm_(weights, self.spec.gradient_clip)
-        self._check(turn, "gradient", norm)
-        self._note({f"{turn.name}/gradient_norm": norm})
+        if check:
+            self.check(f"{turn.name}/gradient_norm", float(norm))
         for network in trained:
-            for group in network.optimizer.param_groups:
-                group["lr"] = network.learning_rate(turn) * self._cooldown()
             network.optimizer.step()
             network.optimizer.zero_grad(set_to_none=True)
+        return [*noted, {f"{turn.name}/gradient_norm": norm.detach()}]
+
+    def stepped(self, turn: Turn) -> None:
+        """What follows a turn's optimizer step."""
+        for name in turn.trains:
+            network = self.networks[name]
             network.updates += 1
             if network.average is not None:
                 network.average.update()
@@ -252,25 +300,47 @@ class Trainer:
     def _unsynced(self, module: nn.Module, accumulating: bool) -> AbstractContextManager[Any]:
         return self.accelerator.no_sync(module) if accumulating else nullcontext()
 
-    def _check(self, turn: Turn, what: str, value: Tensor) -> None:
-        number = float(value.detach())
-        if not math.isfinite(number):
-            last = self.latest_checkpoint()
+    def check(self, name: str, value: float) -> None:
+        """Refuses to go on from a number that is not finite.
+
+        Args:
+            name: of a metric, ``"turn/what"``.
+            value: its value.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if not math.isfinite(value):
+            last, (turn, _, what) = self.latest_checkpoint(), name.partition("/")
             raise Diverged(
-                f"iteration {self.iteration}: the {turn.name} turn's {what} is {number}; last good checkpoint: "
-                f"{last.name if last else 'none'}. Lower the learning rates or the loss weights, or use precision float32"
+                f"iteration {self.iteration}: the {turn} turn's {what.replace('_norm', '')} is {value}; last good "
+                f"checkpoint: {last.name if last else 'none'}. Lower the learning rates or the loss weights, or use "
+                "precision float32"
             )
 
     # Reports
 
-    def _note(self, metrics: dict[str, Tensor]) -> None:
+    def note(self, metrics: dict[str, Tensor]) -> None:
+        """Adds to the means of the next report."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def _means(self) -> dict[str, float]:
+        """Of what was noted since the last report; waits for the device.
+
+        Raises:
+            Diverged: one is not finite. (Where iterations are captured, nothing else would have shown it.)
+        """
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        if self.captured is not None:
+            for name, mean in means.items():
+                self.check(name, mean)
+        return means
+
     def _log(self) -> None:
         """Means since the last report, as an event and as TensorBoard scalars."""
-        metrics = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        metrics = self._means()
         self._sums, self._counts = {}, {}
         left = self.spec.iterations - self.iteration
         seconds_left = self.time.seconds / self.iteration * left
@@ -331,6 +401,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
+        self._means()  # a state that is no good must not take a good one's place
         tensors: dict[str, Tensor] = {f"method.{name}": value for name, value in self.method.state().items()}
         optimizers: dict[str, Any] = {}
         for name, network in self.networks.items():

@@ -85,6 +85,11 @@ class TrainSpec(Contract):
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
+    capture: bool = Field(
+        False,
+        description="run each iteration as a CUDA graph: for networks so small that the GPU waits for the processor; one "
+        "GPU, score distillation alone, and random numbers drawn on the GPU",
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
     cooldown: float = Field(
         0.0, ge=0, le=1, description="share of the iterations, the last ones, over which learning rates fall towards 0"
@@ -297,7 +302,9 @@ class AveragedStudent(Contract):
     """One of the students whose weights a student's are the mean of."""
 
     name: Name = Field(description="what it was published as; 'base' is the base's own weights")
-    share: float = Field(gt=0, le=1, description="of the mean")
+    share: float = Field(
+        gt=-1, lt=2, description="of the mean; the base's is below 0, and the others' sum above 1, where it goes on past them"
+    )
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
     job: DistillJob | None = Field(None, description="that made it")
 

@@ -8,7 +8,7 @@ returns from `Method.state`, in `Method.after_step` it may change it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -110,7 +110,8 @@ class Step:
     """One micro-batch of one turn.
 
     ``shared`` gives the same numbers on every process (which step count to train), ``local`` gives each process its own.
-    Both are CPU generators, seeded by (seed, iteration, micro-batch, turn), so that a resumed run draws the same numbers.
+    Both are CPU generators, seeded by (seed, iteration, micro-batch, turn), so that a resumed run draws the same numbers;
+    in a captured iteration ``local`` is the GPU's own, seeded by the iteration.
     ``scratch`` belongs to the micro-batch and lives for one iteration: a turn may leave there, without a graph, what a
     later turn of the iteration can use again, such as the student's samples.
     """
@@ -243,6 +244,22 @@ class Method(ABC):
 
     def after_step(self, turn: Turn, iteration: int) -> None:
         """Called after a turn's networks stepped."""
+        return None
+
+    def needs_eager(self) -> str | None:
+        """Why an iteration of this method cannot be captured as a CUDA graph; None when it can.
+
+        It can where the losses neither wait for the GPU nor take anything to it, and draw from ``step.local`` where it is.
+        """
+        return f"{self.name}'s losses ask the GPU for numbers"
+
+    def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
+        """What an iteration's losses decide by ``step.shared``; iterations of equal turns and branches run the same kernels.
+
+        Args:
+            iteration: from 0.
+            shared: a turn's ``step.shared``, as new.
+        """
         return None
 
     def state(self) -> dict[str, Tensor]:

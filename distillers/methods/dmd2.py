@@ -78,6 +78,11 @@ class DMD2(ScoreDistillation):
             return [Turn(name="regression", trains=("student",), lr=self.config.regression_lr)]
         return super().turns(done)
 
+    def needs_eager(self) -> str | None:
+        if self.config.regression_iterations:
+            return "regression_iterations draws its pairs from the disk; set it to 0"
+        return super().needs_eager()
+
     def prepare(self, workspace: Workspace) -> None:
         if self.config.regression_iterations:
             self.pairs = TeacherPairs(workspace, self.setup, self.config.regression_pairs)

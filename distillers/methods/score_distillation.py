@@ -18,6 +18,7 @@ each iteration draws a count and a step.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -49,6 +50,7 @@ from distillers.rollout import (
     noised_real,
     simulate,
 )
+from weights.contracts import StepSchedule
 from weights.denoiser import Cond
 from weights.diffusion.schedules import add_noise
 
@@ -233,6 +235,33 @@ class ScoreDistillation(FewStepMethod):
         """The turn of fake score and discriminator."""
         return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
 
+    def needs_eager(self) -> str | None:
+        if self.config.guidance_interval is not None:
+            return "guidance_interval counts the rows that are guided; leave it out"
+        if self.config.adversary is not None and self.config.adversary.mismatched_share > 0:
+            return "adversary.mismatched_share counts the rows that differ; set it to 0"
+        if self.setup.guide is not None:
+            return "a guide counts the rows that it leads; leave it out"
+        return None
+
+    def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
+        """Which step each turn that draws pictures trains, as the states and times on the way to it."""
+        turns = self.turns(iteration)
+        if self.config.share_samples and turns[0].name == "student":
+            turns = turns[:1]
+        return tuple(
+            (turn.name, self._way(*self._draw_step(shared(turn)))) for turn in turns if turn.name != "adversary"
+        )
+
+    def _draw_step(self, shared: torch.Generator) -> tuple[StepSchedule, int]:
+        return draw_step(self.config.schedules, self.config.step_weights, shared)
+
+    @staticmethod
+    def _way(schedule: StepSchedule, k: int) -> Hashable:
+        """All that `_sample` goes by: the first step of one schedule is that of another with the same times."""
+        times, told = schedule.timesteps[: k + 1], schedule.network_times[: k + 1]
+        return (*times, *told, schedule.sampler, schedule.eta) if k else (*times, *told)
+
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         if turn.name == "adversary":
             return self._adversary_loss(step)
@@ -240,7 +269,7 @@ class ScoreDistillation(FewStepMethod):
 
     def _sample(self, step: Step) -> tuple[Tensor, Cond]:
         """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
-        schedule, k = draw_step(self.config.schedules, self.config.step_weights, step.shared)
+        schedule, k = self._draw_step(step.shared)
         denoiser, batch = self.student.denoiser, step.batch
         noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
         cond = batch.cond

@@ -130,9 +130,17 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "openvino": importlib.metadata.version("openvino"),
+        "openvino": _version("openvino"),
         "python": platform.python_version(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as it need not be beside a GPU."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _lines(path: str) -> list[str]:

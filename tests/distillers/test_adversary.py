@@ -92,6 +92,20 @@ def test_hinge_losses_are_their_formulas_and_let_settled_logits_be() -> None:
     assert hinge_generator_loss(half).dtype == hinge_discriminator_loss(half, half).dtype == torch.float32
 
 
+def test_a_critic_that_is_told_no_prompt_sees_the_empty_one_with_every_picture() -> None:
+    adversary, mirror = mirrored(**CLEAN, mismatched_share=0.0, prompted=False)
+    real, fake = points(0.5, 0.25), points(-0.5, 0.25)
+    found = adversary.critic_loss(fake, labels(0, 1), real, labels(1, 0), generator_of("look"))
+    student = adversary.student_loss(fake, labels(0, 1), generator_of("look"))
+    empty = adversary.setup.uncond["label"]
+    assert [cond["label"].tolist() for *_, cond in mirror.asked] == [empty.tolist() * 4, empty.tolist() * 2]
+    true, false = real.flatten() + empty, fake.flatten() + empty
+    assert float(found.loss) == pytest.approx(float((1 - true).relu().mean() + (1 + false).relu().mean()), abs=1e-6)
+    assert float(student) == pytest.approx(-float(false.mean()), abs=1e-6)
+    with pytest.raises(ValidationError, match=r"mismatched_share: 0\.5 must be 0 where prompted is off"):
+        AdversaryConfig(prompted=False)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_the_heads_loss_is_the_hinge_with_a_share_of_mismatched_pairs(share: float) -> None:
     adversary, mirror = mirrored(**CLEAN, mismatched_share=share)

@@ -122,6 +122,11 @@ def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) 
         assert name == "steps" or torch.equal(mean, torch.as_tensor(expected).to(mean.dtype))
     alone = average(store, "alone", {"a": 1}, base_share=0.5)
     assert [each.name for each in alone.averaged] == ["a", "base"]
+    past = average(store, "past", {"a": 3, "b": 1}, base_share=-0.4)
+    assert [each.share for each in past.averaged] == pytest.approx([1.05, 0.35, -0.4])
+    for name, beyond in weights_of(store, "past").items():
+        expected = sum(share * tensors(seed)[name].double() for share, seed in ((1.05, 1), (0.35, 2), (-0.4, 9)))
+        assert name == "steps" or torch.equal(beyond, torch.as_tensor(expected).to(beyond.dtype))
 
     save_file(tensors(8), base / WEIGHTS)
     with pytest.raises(CannotAverage, match=r"is another version than the one 'a' was made from"):
@@ -181,7 +186,8 @@ def test_other_files_are_refused(store: Store, publish: Publish, tmp_path: Path)
     ("arguments", "message"),
     [
         (["mean", "a"], "at least two students, or one and a share of its base, got a"),
-        (["mean", "a", "--base", "1"], "--base 1: want a share in [0, 1)"),
+        (["mean", "a", "--base", "1"], "--base 1: want a share in (-1, 1)"),
+        (["mean", "a", "--base=-1"], "--base -1: want a share in (-1, 1)"),
         (["mean", "a", "--base", "0.5"], "base 'line' is not bundled"),
         (["mean", "a", "a:2"], "named twice"),
         (["mean", "a", "b:x"], "want NAME or NAME:COUNT"),

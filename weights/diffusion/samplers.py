@@ -66,7 +66,7 @@ def initial_state(noise: Tensor, schedule: Schedule, t: float = 1.0) -> Tensor:
         noise: ``(B, ...)``, unit variance.
         t: the first time of the sampler.
     """
-    time = torch.tensor([t], dtype=torch.float64, device=noise.device)
+    time = torch.full((1,), t, dtype=torch.float64, device=noise.device)  # filled there: nothing waits for the GPU
     norm = torch.hypot(schedule.alpha(time), schedule.sigma(time))
     return (noise.double() * expand(norm, noise)).to(noise.dtype)
 

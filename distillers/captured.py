@@ -1,0 +1,144 @@
+"""A trainer's iterations as CUDA graphs, each started as one: for networks so small that the GPU waits for the processor.
+
+A graph is what the GPU was once told to do, so an iteration can be captured where everything that changes from one to the
+next lies on the GPU: the batch, the learning rates, and the random numbers, whose generator is the GPU's own, seeded by
+(seed, iteration) before each replay. What the processor decides, such as which of the student's steps is trained, makes
+another graph (`Method.branch`). Losses are not looked at before the networks step on them, which would wait for the GPU,
+but when they are reported and before a checkpoint is written.
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distillers.graphs import Replayed
+from distillers.methods.base import Batch, Step, Turn
+from distillers.seeds import seed_of
+from weights.denoiser import Cond
+
+if TYPE_CHECKING:
+    from distillers.trainer import Trainer
+
+
+class Captured:
+    """A trainer's graphs, made as they are needed."""
+
+    def __init__(self, trainer: "Trainer") -> None:
+        """
+        Args:
+            trainer: whose method, settings and device are known; its networks follow.
+
+        Raises:
+            ValueError: its iterations cannot be captured.
+        """
+        reason = _hindrance(trainer)
+        if reason is not None:
+            raise ValueError(f"train.capture: {reason}; or turn capture off")
+        self._trainer = trainer
+        self._graphs: dict[Hashable, tuple[Replayed, list[str]]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def iterate(self, batches: list[Batch]) -> None:
+        """One iteration: every turn of it, with all that follows.
+
+        Args:
+            batches: one, as accumulation is not captured.
+        """
+        trainer, (batch,) = self._trainer, batches
+        turns = trainer.method.turns(trainer.iteration)
+        branch = trainer.method.branch(trainer.iteration, lambda turn: trainer.shared_generator(turn, 0))
+        key = (tuple(turn.name for turn in turns), branch)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(turns, batch)
+        for turn in turns:
+            trainer.set_rates(turn)
+        # Again: capturing has drawn from the generator.
+        torch.manual_seed(seed_of(trainer.spec.seed, "global", trainer.iteration, 0))
+        replayed, names = self._graphs[key]
+        trainer.note(dict(zip(names, replayed(*_tensors(batch)).unbind(), strict=True)))
+        for turn in turns:
+            trainer.stepped(turn)
+
+    def _capture(self, turns: list[Turn], batch: Batch) -> tuple[Replayed, list[str]]:
+        """The iteration's graph, and the names of the numbers that it gives."""
+        trainer = self._trainer
+        networks = [trainer.networks[name] for turn in turns for name in turn.trains]
+        optimizers = [network.optimizer for network in networks]
+        kept = [_moments(each) for each in optimizers]
+        names: list[str] = []
+
+        def iteration(*tensors: Tensor) -> Tensor:
+            given, scratch = _batch(batch, tensors), dict[str, Any]()
+            noted: dict[str, Tensor] = {}
+            for turn in turns:
+                for metrics in trainer.learn(turn, [self._step(turn, given, scratch)], check=False):
+                    noted |= metrics
+            names[:] = noted
+            return torch.stack([value.detach().float() for value in noted.values()])
+
+        def restore() -> None:
+            """Rates of 0 leave weights as they were, but not the moments."""
+            for optimizer, before in zip(optimizers, kept, strict=True):
+                for weight, state in optimizer.state.items():
+                    for name, value in state.items():
+                        value.copy_(before.get((weight, name), torch.zeros_like(value)))
+
+        for network in networks:
+            network.set_rate(0.0)
+        return Replayed(iteration, *_tensors(batch), pool=self._pool, warmed=restore), names
+
+    def _step(self, turn: Turn, batch: Batch, scratch: dict[str, Any]) -> Step:
+        trainer = self._trainer
+        return Step(
+            iteration=trainer.iteration,
+            micro=0,
+            batch=batch,
+            shared=trainer.shared_generator(turn, 0),
+            local=_generator(trainer.accelerator.device),
+            scratch=scratch,
+        )
+
+
+def _hindrance(trainer: "Trainer") -> str | None:
+    """Why this trainer's iterations cannot be captured; None when they can."""
+    accelerator, reason = trainer.accelerator, trainer.method.needs_eager()
+    if reason is not None:
+        return reason
+    if accelerator.num_processes > 1:
+        return f"works in one process, not in {accelerator.num_processes}"
+    if trainer.spec.gradient_accumulation > 1:
+        return f"gradient_accumulation {trainer.spec.gradient_accumulation} must be 1: use a larger batch_size"
+    if accelerator.device.type != "cuda":
+        return f"needs an NVIDIA GPU, and this job runs on {accelerator.device}"
+    return None
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The GPU's own, which knows of graphs."""
+    return torch.cuda.default_generators[device.index or 0]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
+    """What it keeps of each weight now, by the weight and the name."""
+    return {(weight, name): value.clone() for weight, state in optimizer.state.items() for name, value in state.items()}
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    """All of a batch's tensors in one order; `_batch` puts them back."""
+    real = [] if batch.real is None else [batch.real]
+    return [*batch.cond.values(), *real, *(batch.real_cond or {}).values()]
+
+
+def _batch(like: Batch, tensors: tuple[Tensor, ...]) -> Batch:
+    left = iter(tensors)
+
+    def cond(given: Cond) -> Cond:
+        return {name: next(left) for name in given}
+
+    return Batch(
+        cond=cond(like.cond),
+        real=None if like.real is None else next(left),
+        real_cond=None if like.real_cond is None else cond(like.real_cond),
+    )

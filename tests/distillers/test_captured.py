@@ -1,0 +1,195 @@
+"""Captured iterations: what is captured when, that nothing of it shows in the weights, and on a GPU the real thing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distillers import captured, trainer
+from distillers.checkpoint import load_checkpoint
+from distillers.job import JobRun
+from distillers.seeds import generator_of
+from tests.helpers import picture_folder, tiny_pipeline
+from weights.store import Store
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+ITERATIONS = 8
+# Rates that are the same numbers in half as many bits.
+SETTINGS = {"student_every": 1, "student_lr": 2**-10, "fake_score_lr": 2**-10, "weight_decay": 0.0, "warmup": 4}
+status: dict[str, int] = {}
+"""Each job's exit status, by its name."""
+ONE = {"timesteps": [1.0]}
+ADVERSARY = {"blocks": ["up_blocks.0"], "prompted": False, "mismatched_share": 0.0, "head_lr": 1e-3}
+
+
+class Rerun:
+    """In place of a graph: the function itself, run as often before as capturing would."""
+
+    made: list["Rerun"]
+    warmups = 3
+
+    def __init__(self, function: Callable[..., Tensor], *inputs: Tensor, pool: Any, warmed: Callable[[], None]) -> None:
+        self.function, self.replays = function, 0
+        for _ in range(self.warmups):
+            function(*inputs)
+        warmed()
+        self.made.append(self)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.replays += 1
+        return self.function(*inputs)
+
+
+@pytest.fixture
+def rerun(monkeypatch: pytest.MonkeyPatch) -> type[Rerun]:
+    """Iterations are run again where they would be replayed, on whatever device there is."""
+    Rerun.made, Rerun.warmups = [], 3
+    monkeypatch.setattr(captured, "Replayed", Rerun)
+    if not torch.cuda.is_available():
+        hindrance = captured._hindrance
+        monkeypatch.setattr(captured, "_hindrance", lambda trainer: _unless_cpu(hindrance(trainer)))
+        monkeypatch.setattr(captured, "_generator", lambda device: torch.default_generator)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    return Rerun
+
+
+def _unless_cpu(reason: str | None) -> str | None:
+    return None if reason is not None and "runs on cpu" in reason else reason
+
+
+def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: str = "dmd2", **train: Any) -> JobRun:
+    if not (folder / "base").exists():
+        tiny_pipeline(folder / "base")
+        picture_folder(folder / "data")
+    raw = {
+        "student": name,
+        "method": method,
+        "base": str(folder / "base"),
+        "data": {"source": str(folder / "data")},
+        "train": {
+            "iterations": ITERATIONS, "batch_size": 2, "log_every": 4, "checkpoint_every": 100, "sample_every": 100,
+            "threads": 1, "precision": "float32", "capture": True, **train,
+        },
+        "config": {**({} if method == "consistency" else SETTINGS), **(config or {})},
+    }  # fmt: skip
+    job = JobRun(raw, folder / name, Store(folder / "store"))
+    status[name] = job.run(resume=True)
+    return job
+
+
+def state(folder: Path, name: str) -> dict[str, Tensor]:
+    (path,) = (folder / name / "checkpoints").glob("*.safetensors")
+    return load_checkpoint(path)[0]
+
+
+def test_capturing_leaves_no_trace_in_the_weights(rerun: type[Rerun], tmp_path: Path) -> None:
+    config = {"adversary": ADVERSARY, "gan_weight": 0.1}
+    run(tmp_path, "warmed", config)
+    assert status["warmed"] == 0
+    rerun.warmups = 0
+    run(tmp_path, "cold", config)
+    assert status["cold"] == 0
+    warmed, cold = state(tmp_path, "warmed"), state(tmp_path, "cold")
+    assert warmed.keys() == cold.keys()
+    assert not [name for name in warmed if not torch.equal(warmed[name], cold[name])]
+
+
+def test_a_graph_is_made_for_each_step_that_is_trained_and_used_again(rerun: type[Rerun], tmp_path: Path) -> None:
+    run(tmp_path, "many", {"schedules": {1: ONE, 2: {"timesteps": [1.0, 0.5]}}}, iterations=20)
+    assert len(rerun.made) == 2  # one step is the first of two as well
+    assert sum(graph.replays for graph in rerun.made) == 20
+
+
+def test_a_graph_has_the_turns_of_its_iteration(rerun: type[Rerun], tmp_path: Path) -> None:
+    run(tmp_path, "seldom", {"schedules": {1: ONE}, "student_every": 3})
+    assert [graph.replays for graph in rerun.made] == [6, 2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's sums are not the same bits twice")
+def test_it_learns_what_an_eager_job_learns_from_the_same_numbers(
+    rerun: type[Rerun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, "captured", cooldown=0.5)
+
+    def drawn(*parts: Any) -> torch.Generator:
+        return torch.default_generator if parts[1] == "local" else generator_of(*parts)
+
+    monkeypatch.setattr(trainer, "generator_of", drawn)
+    run(tmp_path, "eager", capture=False, cooldown=0.5)
+    ours, theirs = state(tmp_path, "captured"), state(tmp_path, "eager")
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_a_resumed_job_goes_on_with_its_rates(rerun: type[Rerun], tmp_path: Path) -> None:
+    whole, half = run(tmp_path, "whole").trainer, run(tmp_path, "half", max_minutes=1e-9, checkpoint_every=1).trainer
+    assert whole is not None and half is not None
+    while half.iteration < ITERATIONS // 2:
+        half._iterate()
+        half.iteration += 1
+    half.save()
+    checkpoint = half.latest_checkpoint()
+    assert checkpoint is not None
+    whole.load(checkpoint)
+    while whole.iteration < ITERATIONS:
+        whole._iterate()
+        whole.iteration += 1
+    assert {name: network.updates for name, network in whole.networks.items()} == dict.fromkeys(
+        whole.networks, ITERATIONS
+    )
+    ours, theirs = (dict(whole.networks["student"].weights), state(tmp_path, "whole"))
+    assert not [name for name, value in ours.items() if not torch.equal(value.cpu(), theirs[f"network.student.{name}"])]
+
+
+def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
+    rerun: type[Rerun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "diverges", {"student_lr": 1e30, "warmup": 0}, ema_decay=0.0)
+    assert status["diverges"] == 1 and not list((tmp_path / "diverges" / "checkpoints").glob("*"))
+    assert "last good checkpoint: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "train", "reason"),
+    [
+        ("dmd2", {"guidance_interval": (0.2, 0.8)}, {}, "guidance_interval"),
+        ("dmd2", {"adversary": {"blocks": ["mid_block"]}}, {}, "mismatched_share"),
+        ("dmd2", {"regression_iterations": 3}, {}, "regression_iterations"),
+        ("dmd2", {}, {"gradient_accumulation": 2}, "larger batch_size"),
+        ("consistency", None, {}, "consistency's losses"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(
+    rerun: type[Rerun], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    method: str, config: dict[str, Any] | None, train: dict[str, Any], reason: str,
+) -> None:  # fmt: skip
+    run(tmp_path, "refused", config, method, **train)
+    printed = capsys.readouterr().out
+    assert status["refused"] == 1 and reason in printed and "turn capture off" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu_there_is_nothing_to_capture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "refused")
+    assert status["refused"] == 1
+    assert "needs an NVIDIA GPU, and this job runs on cpu" in capsys.readouterr().out
+
+
+@gpu
+@pytest.mark.parametrize("method", ["dmd2", "sim"])
+def test_a_graph_trains_as_the_function_does(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"adversary": ADVERSARY, "gan_weight": 0.1, "guidance_scale": 1.5}
+    run(tmp_path, "replayed", config, method)
+    assert status["replayed"] == 0
+    Rerun.made, Rerun.warmups = [], 3
+    monkeypatch.setattr(captured, "Replayed", Rerun)
+    run(tmp_path, "rerun", config, method)
+    assert status["rerun"] == 0
+    replayed, again = state(tmp_path, "replayed"), state(tmp_path, "rerun")
+    assert replayed.keys() == again.keys()
+    for name in replayed:
+        if name.startswith("network."):
+            torch.testing.assert_close(replayed[name], again[name], rtol=0.02, atol=2e-4)
