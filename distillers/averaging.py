@@ -7,10 +7,10 @@
 Students that were trained from the same weights, by whatever methods and not for too long, lie in one basin: between them
 the loss is no higher, and what each picked up by chance, or from its method's blind spot, cancels out. The mean draws at
 one student's cost. The base lies in that basin as well, where students started from it: a share of its own weights brings
-back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). A share below 0 goes on
-past the students, away from the base: what a short training has only begun (ExPO, Zheng et al. 2024,
-https://arxiv.org/abs/2404.16792, eq. 2). Whether a mean is better than its parts is for `fewstep evaluate` to say: nothing
-here measures.
+back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). A share below 0
+goes on past the students, away from the base, to where a training that was too short was going (ExPO, Zheng et al. 2024,
+https://arxiv.org/abs/2404.16792). Whether a mean is better than its parts is for `fewstep evaluate` to say: nothing here
+measures.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def average(
         name: of the new student.
         wanted: how much each counts, by name.
         replace: take the place of a student of that name.
-        base_share: of the base's own weights, in (-1, 1); the students share the rest, which is more than all where it is below 0.
+        base_share: of the base's own weights, in (-1, 1); the students share the rest, more than all where it is below 0.
 
     Returns:
         The manifest as it was published; its ``averaged`` names the parts.

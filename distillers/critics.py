@@ -90,6 +90,7 @@ def guided_x0(
     )
     given, without = both[: len(x_t)], both[len(x_t) :]
     guided = given.clone()
-    factor = scale.float()[rows] if isinstance(scale, Tensor) else torch.full((len(rows),), scale, device=x_t.device)
+    every = scale if isinstance(scale, Tensor) else torch.full((len(x_t),), scale, device=x_t.device)
+    factor = every.to(x_t.device, torch.float32).expand(len(x_t))[rows]
     guided[rows] = without + expand(factor, without) * (given[rows] - without)
     return guided

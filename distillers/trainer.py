@@ -7,7 +7,6 @@ the turn's loss and whose parameters are the networks that the turn trains, so t
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,15 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distillers.captured import Captured
-from distillers.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
-from distillers.ema import Average
+from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
-from distillers.methods.base import Batch, Method, OptimizerSettings, Step, Trained, Turn, TurnLoss
-from distillers.muon import Muon
+from distillers.methods.base import Batch, Method, Step, Turn, TurnLoss
 from distillers.precision import fast_kernels
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
+from distillers.trained import TrainedNetwork, behind
 from weights.contracts import Progress, Saved, Started, TrainSpec
 
 
@@ -59,42 +57,6 @@ class TurnModule(nn.Module):
         """The turn's loss and metrics for one micro-batch."""
         computed = self._compute(turn, step)
         return computed.loss, computed.metrics
-
-
-@dataclass
-class _Network:
-    """A trained network with what the trainer keeps for it."""
-
-    module: nn.Module
-    settings: OptimizerSettings
-    weights: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    average: Average | None
-    rate: Tensor | None = None
-    """Where a captured optimizer step reads its learning rate."""
-    updates: int = 0
-
-    def learning_rate(self, turn: Turn) -> float:
-        peak = turn.lr if turn.lr is not None else self.settings.lr
-        return peak * min(1.0, (self.updates + 1) / self.settings.warmup) if self.settings.warmup else peak
-
-    def set_rate(self, value: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = value if self.rate is None else self.rate.fill_(value)
-
-
-def _build_optimizer(
-    settings: OptimizerSettings, weights: list[nn.Parameter], rate: float | Tensor
-) -> torch.optim.Optimizer:
-    """``rate``: a number, or where a captured step reads it."""
-    common: dict[str, Any] = {"lr": rate, "betas": settings.betas, "eps": settings.eps}
-    common |= {"weight_decay": settings.weight_decay, "capturable": isinstance(rate, Tensor)}
-    if settings.kind == "radam":
-        return torch.optim.RAdam(weights, decoupled_weight_decay=True, **common)
-    if settings.kind == "muon":
-        return Muon(weights, **common)
-    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
-    return torch.optim.AdamW(weights, fused=fused, **common)
 
 
 class Trainer:
@@ -138,20 +100,13 @@ class Trainer:
         self.time = Stopwatch()
         self.asked_to_stop = False
         self.captured = Captured(self) if spec.capture else None
-        self.networks = {name: self._network(trained) for name, trained in method.trained().items()}
+        self.networks = {
+            name: TrainedNetwork(trained, accelerator.device, spec.ema_decay, spec.capture)
+            for name, trained in method.trained().items()
+        }
         self._turns: dict[str, nn.Module] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-
-    def _network(self, trained: Trained) -> _Network:
-        module = trained.module.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        weights = {key: weight for key, weight in module.named_parameters() if weight.requires_grad}
-        rate = torch.zeros((), device=self.accelerator.device) if self.captured is not None else None
-        optimizer = _build_optimizer(
-            trained.optimizer, list(weights.values()), trained.optimizer.lr if rate is None else rate
-        )
-        average = Average(module, self.spec.ema_decay) if trained.average and self.spec.ema_decay > 0 else None
-        return _Network(module, trained.optimizer, weights, optimizer, average, rate)
 
     # Training
 
@@ -271,10 +226,7 @@ class Trainer:
     def stepped(self, turn: Turn) -> None:
         """What follows a turn's optimizer step."""
         for name in turn.trains:
-            network = self.networks[name]
-            network.updates += 1
-            if network.average is not None:
-                network.average.update()
+            self.networks[name].stepped()
         self.method.after_step(turn, self.iteration)
 
     def _cooldown(self) -> float:
@@ -405,11 +357,8 @@ class Trainer:
         tensors: dict[str, Tensor] = {f"method.{name}": value for name, value in self.method.state().items()}
         optimizers: dict[str, Any] = {}
         for name, network in self.networks.items():
-            tensors |= {f"network.{name}.{key}": value for key, value in self._kept(network).items()}
-            moments, optimizers[name] = pack_optimizer(network.optimizer, f"optimizer.{name}")
-            tensors |= moments
-            if network.average is not None:
-                tensors |= {f"average.{name}.{key}": value for key, value in network.average.values.items()}
+            own, optimizers[name] = network.pack(name)
+            tensors |= own
         path = self.folder / "checkpoints" / f"iteration-{self.iteration:08d}.safetensors"
         state = {
             "iteration": self.iteration,
@@ -440,25 +389,9 @@ class Trainer:
                 "from it would mix two jobs: restore them, or start in an empty folder"
             )
         for name, network in self.networks.items():
-            with torch.no_grad():
-                for key, kept in self._kept(network).items():
-                    kept.copy_(tensors[f"network.{name}.{key}"])
-            unpack_optimizer(network.optimizer, f"optimizer.{name}", tensors, state["optimizers"][name])
-            network.updates = state["updates"][name]
-            if network.average is not None:
-                network.average.load(_behind(tensors, f"average.{name}."), state["averaged"][name])
-        self.method.load_state(_behind(tensors, "method."))
+            updates, averaged = state["updates"][name], state["averaged"].get(name)
+            network.unpack(name, tensors, state["optimizers"][name], updates, averaged)
+        self.method.load_state(behind(tensors, "method."))
         self.iteration = state["iteration"]
         # The processor's is not in checkpoints of version 0.1.0.
         self.time = Stopwatch(state["seconds"], state.get("processor_seconds", 0.0))
-
-    @staticmethod
-    def _kept(network: _Network) -> dict[str, Tensor]:
-        """The trained weights and the buffers that change with them, as they are (not copied)."""
-        frozen = {key for key, _ in network.module.named_parameters()} - network.weights.keys()
-        state = network.module.state_dict(keep_vars=True)
-        return {key: value.data for key, value in state.items() if key not in frozen}
-
-
-def _behind(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -303,7 +303,9 @@ class AveragedStudent(Contract):
 
     name: Name = Field(description="what it was published as; 'base' is the base's own weights")
     share: float = Field(
-        gt=-1, lt=2, description="of the mean; the base's is below 0, and the others' sum above 1, where it goes on past them"
+        gt=-1,
+        lt=2,
+        description="of the mean; the base's is below 0, and the others' sum above 1, where it goes on past them",
     )
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
     job: DistillJob | None = Field(None, description="that made it")

@@ -1,0 +1,100 @@
+"""A trained network with what the trainer keeps for it: its optimizer, its moving average, its part of a checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillers.checkpoint import pack_optimizer, unpack_optimizer
+from distillers.ema import Average
+from distillers.methods.base import OptimizerSettings, Trained, Turn
+from distillers.muon import Muon
+
+
+class TrainedNetwork:
+    """One of a method's networks."""
+
+    def __init__(self, trained: Trained, device: torch.device, ema_decay: float, captured: bool) -> None:
+        """
+        Args:
+            trained: what the method says of it.
+            device: where it is trained.
+            ema_decay: of its moving average, where the method wants one; 0 is none.
+            captured: whether its optimizer's steps are captured as CUDA graphs.
+        """
+        self.module = trained.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.settings = trained.optimizer
+        self.weights = {key: weight for key, weight in self.module.named_parameters() if weight.requires_grad}
+        self.rate = torch.zeros((), device=device) if captured else None
+        """Where a captured optimizer step reads its learning rate."""
+        self.optimizer = _optimizer(self.settings, list(self.weights.values()), self.rate)
+        self.average = Average(self.module, ema_decay) if trained.average and ema_decay > 0 else None
+        self.updates = 0
+
+    def learning_rate(self, turn: Turn) -> float:
+        """The next update's, before any cooldown."""
+        peak = turn.lr if turn.lr is not None else self.settings.lr
+        return peak * min(1.0, (self.updates + 1) / self.settings.warmup) if self.settings.warmup else peak
+
+    def set_rate(self, value: float) -> None:
+        """What the next update goes by."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = value if self.rate is None else self.rate.fill_(value)
+
+    def stepped(self) -> None:
+        """What follows an update."""
+        self.updates += 1
+        if self.average is not None:
+            self.average.update()
+
+    def pack(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that training has changed, as tensors (not copied) and as JSON-able hyper-parameters, under a name."""
+        tensors = {f"network.{name}.{key}": value for key, value in self._kept().items()}
+        moments, plain = pack_optimizer(self.optimizer, f"optimizer.{name}")
+        tensors |= moments
+        if self.average is not None:
+            tensors |= {f"average.{name}.{key}": value for key, value in self.average.values.items()}
+        return tensors, plain
+
+    @torch.no_grad()
+    def unpack(
+        self, name: str, tensors: dict[str, Tensor], plain: dict[str, Any], updates: int, averaged: int | None
+    ) -> None:
+        """Puts back what `pack` took.
+
+        Args:
+            name: that it was packed under.
+            tensors: of the checkpoint.
+            plain: the hyper-parameters.
+            updates: so many there were.
+            averaged: and so many of the average.
+        """
+        for key, kept in self._kept().items():
+            kept.copy_(tensors[f"network.{name}.{key}"])
+        unpack_optimizer(self.optimizer, f"optimizer.{name}", tensors, plain)
+        self.updates = updates
+        if self.average is not None:
+            assert averaged is not None, "whether there is an average is part of the job's fingerprint"
+            self.average.load(behind(tensors, f"average.{name}."), averaged)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """The trained weights and the buffers that change with them, as they are (not copied)."""
+        frozen = {key for key, _ in self.module.named_parameters()} - self.weights.keys()
+        state = self.module.state_dict(keep_vars=True)
+        return {key: value.data for key, value in state.items() if key not in frozen}
+
+
+def behind(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer(settings: OptimizerSettings, weights: list[nn.Parameter], rate: Tensor | None) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {"lr": settings.lr if rate is None else rate, "betas": settings.betas, "eps": settings.eps}
+    common |= {"weight_decay": settings.weight_decay, "capturable": rate is not None}
+    if settings.kind == "radam":
+        return torch.optim.RAdam(weights, decoupled_weight_decay=True, **common)
+    if settings.kind == "muon":
+        return Muon(weights, **common)
+    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
+    return torch.optim.AdamW(weights, fused=fused, **common)
