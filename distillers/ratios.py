@@ -8,7 +8,8 @@ from torch import Tensor
 
 from distillers.losses.divergences import Divergence, density_ratio
 from distillers.methods.base import MethodConfig, Setup
-from distillers.methods.score_distillation import Interval, ScoreDistillation
+from distillers.methods.score_distillation import ScoreDistillation
+from distillers.methods.score_settings import Interval
 
 
 class RatioConfig(MethodConfig):

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from distillers.losses.distribution_matching import distribution_matching_gradient, gradient_as_loss
-from distillers.methods.score_distillation import Interval, Noised, ScoreDistillation, TurnAboutConfig
+from distillers.methods.score_distillation import Noised, ScoreDistillation
+from distillers.methods.score_settings import Interval, TurnAboutConfig
 
 
 class DiffInstructConfig(TurnAboutConfig):

@@ -23,7 +23,8 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from distillers.methods.base import Method, MethodConfig, Setup, Step, Trained, Turn, TurnLoss, Workspace
-from distillers.methods.score_distillation import ScoreDistillation, ScoreDistillationConfig
+from distillers.methods.score_distillation import ScoreDistillation
+from distillers.methods.score_settings import ScoreDistillationConfig
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Denoiser
 from weights.families.base import TextToImage

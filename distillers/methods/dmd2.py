@@ -21,7 +21,8 @@ from torch import Tensor
 from distillers.losses.distribution_matching import distribution_matching_gradient, gradient_as_loss
 from distillers.losses.regression import regression_loss
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
-from distillers.methods.score_distillation import Noised, ScoreDistillation, ScoreDistillationConfig, detached
+from distillers.methods.score_distillation import Noised, ScoreDistillation, detached
+from distillers.methods.score_settings import ScoreDistillationConfig
 from distillers.pairs import TeacherPairs
 from distillers.rollout import at_time
 from weights.diffusion.samplers import initial_state

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor
 
 from distillers.losses.score_identity import score_identity_loss
-from distillers.methods.score_distillation import Noised, ScoreDistillation, TurnAboutConfig
+from distillers.methods.score_distillation import Noised, ScoreDistillation
+from distillers.methods.score_settings import TurnAboutConfig
 
 
 class ScoreIdentityConfig(TurnAboutConfig):

@@ -1,0 +1,102 @@
+"""Settings of the score distillation family (`distillers.methods.score_distillation`)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from distillers.adversary import AdversaryConfig
+from distillers.losses.score import Weighting
+from distillers.methods.base import Betas
+from distillers.methods.few_step import FewStepConfig
+
+Interval = tuple[float, float]
+
+
+class ScoreDistillationConfig(FewStepConfig):
+    """Settings of the whole family; the defaults are DMD2's for SD1.5 where its public code has them."""
+
+    step_weights: dict[int, float] | None = Field(
+        None, description="how often each step count is trained, in proportion; equally when left out"
+    )
+    guidance_scale: float = Field(
+        1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
+    )
+    guidance_interval: Interval | None = Field(
+        None, description="guide only at times inside it (low, high); everywhere when left out"
+    )
+    student_every: int = Field(
+        5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)"
+    )
+    backward_simulation: bool = Field(
+        True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+    )
+    share_samples: bool = Field(True, description="the fake score reuses the samples of the student's turn")
+    dm_weight: float = Field(1.0, gt=0, description="weight of the distribution matching loss")
+    dm_times: Interval = Field((0.021, 0.981), description="times of distribution matching, uniform between")
+    dm_levels: Interval | None = Field(
+        None, description="(mean, std) of a normal ln(sigma / alpha) to draw distribution matching's times from instead"
+    )
+    score_times: Interval = Field((0.001, 1.0), description="times of the fake score's training, uniform between")
+    score_weighting: Weighting = Field("eps", description="prediction whose squared error trains the fake score")
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
+    gan_weight: float = Field(1e-3, ge=0, description="student's adversarial weight; 0 turns the GAN off")
+    discriminator_weight: float = Field(1e-2, gt=0, description="discriminator's weight in the fake score's loss")
+    gan_features: Literal["fake_score", "teacher"] = Field(
+        "fake_score", description="whose bottleneck the head reads; the paper's is the fake score's"
+    )
+    gan_times: Interval = Field((0.001, 1.0), description="times at which pictures are shown to the discriminator")
+    share_times: bool = Field(
+        False, description="show the discriminator the score losses' own noised pictures (saves a pass each turn)"
+    )
+    r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
+    r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    adversary: AdversaryConfig | None = Field(
+        None, description="a second discriminator, on the frozen teacher's blocks; none when left out"
+    )
+    adversary_weight: float = Field(
+        1.0, gt=0, description="its gradient's norm by the student's pictures, relative to the matching loss's"
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="of every network; muon steps matrices along their orthogonalised momentum"
+    )
+    student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
+    fake_score_lr: float = Field(1e-5, gt=0, description="fake score's learning rate")
+    head_lr: float | None = Field(None, gt=0, description="discriminator head's; the fake score's when left out")
+    student_betas: Betas = Field((0.9, 0.999), description="AdamW's betas; beta1 = 0 steadies the game of two")
+    critic_betas: Betas = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of all networks")
+    warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises")
+    fake_score_lora: bool = Field(
+        False, description="in a LoRA job the fake score trains adapters too; else all weights"
+    )
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for name in ("dm_times", "score_times", "gan_times", "guidance_interval"):
+            interval = getattr(self, name)
+            if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+                raise ValueError(f"{name}: {interval} must be (low, high) with 0 <= low <= high <= 1")
+            if interval is not None and name != "guidance_interval" and interval[0] < 0.001:
+                raise ValueError(f"{name}: {interval} must not start below 0.001, where nothing is noised")
+        if self.dm_levels is not None and self.dm_levels[1] <= 0:
+            raise ValueError(f"dm_levels: {self.dm_levels} must be (mean, std) with std above 0")
+        weights = self.step_weights
+        if weights is not None and (
+            set(weights) - set(self.schedules) or min(weights.values(), default=0) < 0 or not sum(weights.values())
+        ):
+            raise ValueError(
+                f"step_weights: {weights} must be at least 0, not all 0, and only for {sorted(self.schedules)}"
+            )
+        return self
+
+
+class TurnAboutConfig(ScoreDistillationConfig):
+    """Student and fake score step in turn, with neither guidance nor a discriminator, as before DMD2."""
+
+    guidance_scale: float = Field(
+        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
+    )
+    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
+    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
+    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
