@@ -164,7 +164,7 @@ class LatentAdversary:
         Args:
             x: the student's pictures ``(B, ...)``, with their graph.
             cond: what they were asked to show.
-            generator: on the CPU; draws times and noise.
+            generator: draws times and noise.
         """
         t = self._times(len(x), generator)
         return _over_heads(
@@ -179,7 +179,7 @@ class LatentAdversary:
             cond: what they were asked to show.
             real: pictures ``(B, ...)``.
             real_cond: what these show.
-            generator: on the CPU; draws times and noise.
+            generator: draws times and noise.
         """
         config, t = self.config, self._times(len(x), generator)
         cond, real_cond = self._told(cond, len(x)), self._told(real_cond, len(real))
@@ -214,7 +214,7 @@ class LatentAdversary:
 
     def _told(self, cond: Cond, count: int) -> Cond:
         """What the critic is told of so many pictures: what was asked for, or the empty prompt."""
-        return cond if self.config.prompted else cond_repeat(cond_rows(self.setup.uncond, slice(0, 1)), count)
+        return cond if self.config.prompted else cond_repeat(self.setup.uncond, count)
 
     def _noised(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
         return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from distillers.graphs import Replayed
 from distillers.methods.base import Batch, Step, Turn
-from distillers.seeds import seed_of
 from weights.denoiser import Cond
 
 if TYPE_CHECKING:
@@ -52,10 +51,9 @@ class Captured:
         key = (tuple(turn.name for turn in turns), branch)
         if key not in self._graphs:
             self._graphs[key] = self._capture(turns, batch)
+            trainer.seed_global()  # again: capturing has drawn
         for turn in turns:
             trainer.set_rates(turn)
-        # Again: capturing has drawn from the generator.
-        torch.manual_seed(seed_of(trainer.spec.seed, "global", trainer.iteration, 0))
         replayed, names = self._graphs[key]
         trainer.note(dict(zip(names, replayed(*_tensors(batch)).unbind(), strict=True)))
         for turn in turns:

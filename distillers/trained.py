@@ -1,5 +1,6 @@
-"""A trained network with what the trainer keeps for it: its optimizer, its moving average, its part of a checkpoint."""
+"""What is trained: a network with its optimizer, its average, its part of a checkpoint; a turn's networks as a module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from distillers.checkpoint import pack_optimizer, unpack_optimizer
 from distillers.ema import Average
-from distillers.methods.base import OptimizerSettings, Trained, Turn
+from distillers.methods.base import Method, OptimizerSettings, Step, Trained, Turn, TurnLoss
 from distillers.muon import Muon
 
 
@@ -82,6 +83,20 @@ class TrainedNetwork:
         frozen = {key for key, _ in self.module.named_parameters()} - self.weights.keys()
         state = self.module.state_dict(keep_vars=True)
         return {key: value.data for key, value in state.items() if key not in frozen}
+
+
+class TurnModule(nn.Module):
+    """One turn of a method as a module: the trained networks are its children, its forward pass is the loss."""
+
+    def __init__(self, method: Method, turn: Turn, networks: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self._compute: Callable[[Turn, Step], TurnLoss] = method.loss
+
+    def forward(self, turn: Turn, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The turn's loss and metrics for one micro-batch."""
+        computed = self._compute(turn, step)
+        return computed.loss, computed.metrics
 
 
 def behind(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

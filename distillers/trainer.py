@@ -5,7 +5,6 @@ the turn's loss and whose parameters are the networks that the turn trains, so t
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from distillers.captured import Captured
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
-from distillers.methods.base import Batch, Method, Step, Turn, TurnLoss
+from distillers.methods.base import Batch, Method, Step, Turn
 from distillers.precision import fast_kernels
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
-from distillers.trained import TrainedNetwork, behind
+from distillers.trained import TrainedNetwork, TurnModule, behind
 from weights.contracts import Progress, Saved, Started, TrainSpec
 
 
@@ -43,20 +42,6 @@ class Batches(Protocol):
 
     def batch(self, iteration: int, micro: int = 0, rank: int = 0) -> Batch:
         """The batch of that number; the same whenever it is asked for."""
-
-
-class TurnModule(nn.Module):
-    """One turn of a method as a module: the trained networks are its children, its forward pass is the loss."""
-
-    def __init__(self, method: Method, turn: Turn, networks: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleDict(networks)
-        self._compute: Callable[[Turn, Step], TurnLoss] = method.loss
-
-    def forward(self, turn: Turn, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The turn's loss and metrics for one micro-batch."""
-        computed = self._compute(turn, step)
-        return computed.loss, computed.metrics
 
 
 class Trainer:
@@ -158,7 +143,7 @@ class Trainer:
     def _iterate(self) -> None:
         """One iteration: every turn of it, each on all micro-batches."""
         rank, seed = self.accelerator.process_index, self.spec.seed
-        torch.manual_seed(seed_of(seed, "global", self.iteration, rank))  # dropout, and whatever draws without asking
+        self.seed_global()
         micros = range(self.spec.gradient_accumulation)
         batches = [self.feed.batch(self.iteration, micro, rank) for micro in micros]
         if self.captured is not None:
@@ -181,6 +166,10 @@ class Trainer:
             for metrics in self.learn(turn, steps, check=True):
                 self.note(metrics)
             self.stepped(turn)
+
+    def seed_global(self) -> None:
+        """Seeds this iteration's dropout, and whatever draws without asking; where it is captured, all that draws."""
+        torch.manual_seed(seed_of(self.spec.seed, "global", self.iteration, self.accelerator.process_index))
 
     def shared_generator(self, turn: Turn, micro: int) -> torch.Generator:
         """`Step.shared` of this iteration's turn, as new."""
@@ -353,7 +342,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        self._means()  # a state that is no good must not take a good one's place
+        if self.captured is not None:
+            self._means()  # a state that is no good must not take a good one's place
         tensors: dict[str, Tensor] = {f"method.{name}": value for name, value in self.method.state().items()}
         optimizers: dict[str, Any] = {}
         for name, network in self.networks.items():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 
-from distillers.trainer import TurnModule
+from distillers.trained import TurnModule
 from weights.denoiser import Denoiser
 
 

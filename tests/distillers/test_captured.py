@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,10 +19,15 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA 
 ITERATIONS = 8
 # Rates that are the same numbers in half as many bits.
 SETTINGS = {"student_every": 1, "student_lr": 2**-10, "fake_score_lr": 2**-10, "weight_decay": 0.0, "warmup": 4}
-status: dict[str, int] = {}
-"""Each job's exit status, by its name."""
 ONE = {"timesteps": [1.0]}
 ADVERSARY = {"blocks": ["up_blocks.0"], "prompted": False, "mismatched_share": 0.0, "head_lr": 1e-3}
+
+
+class Ran(NamedTuple):
+    """A job that is over, and its exit status."""
+
+    job: JobRun
+    status: int
 
 
 class Rerun:
@@ -60,7 +65,7 @@ def _unless_cpu(reason: str | None) -> str | None:
     return None if reason is not None and "runs on cpu" in reason else reason
 
 
-def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: str = "dmd2", **train: Any) -> JobRun:
+def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: str = "dmd2", **train: Any) -> Ran:
     if not (folder / "base").exists():
         tiny_pipeline(folder / "base")
         picture_folder(folder / "data")
@@ -76,8 +81,7 @@ def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: s
         "config": {**({} if method == "consistency" else SETTINGS), **(config or {})},
     }  # fmt: skip
     job = JobRun(raw, folder / name, Store(folder / "store"))
-    status[name] = job.run(resume=True)
-    return job
+    return Ran(job, job.run(resume=True))
 
 
 def state(folder: Path, name: str) -> dict[str, Tensor]:
@@ -87,11 +91,9 @@ def state(folder: Path, name: str) -> dict[str, Tensor]:
 
 def test_capturing_leaves_no_trace_in_the_weights(rerun: type[Rerun], tmp_path: Path) -> None:
     config = {"adversary": ADVERSARY, "gan_weight": 0.1}
-    run(tmp_path, "warmed", config)
-    assert status["warmed"] == 0
+    assert run(tmp_path, "warmed", config).status == 0
     rerun.warmups = 0
-    run(tmp_path, "cold", config)
-    assert status["cold"] == 0
+    assert run(tmp_path, "cold", config).status == 0
     warmed, cold = state(tmp_path, "warmed"), state(tmp_path, "cold")
     assert warmed.keys() == cold.keys()
     assert not [name for name in warmed if not torch.equal(warmed[name], cold[name])]
@@ -125,7 +127,8 @@ def test_it_learns_what_an_eager_job_learns_from_the_same_numbers(
 
 
 def test_a_resumed_job_goes_on_with_its_rates(rerun: type[Rerun], tmp_path: Path) -> None:
-    whole, half = run(tmp_path, "whole").trainer, run(tmp_path, "half", max_minutes=1e-9, checkpoint_every=1).trainer
+    whole = run(tmp_path, "whole").job.trainer
+    half = run(tmp_path, "half", max_minutes=1e-9, checkpoint_every=1).job.trainer
     assert whole is not None and half is not None
     while half.iteration < ITERATIONS // 2:
         half._iterate()
@@ -147,8 +150,8 @@ def test_a_resumed_job_goes_on_with_its_rates(rerun: type[Rerun], tmp_path: Path
 def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
     rerun: type[Rerun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, "diverges", {"student_lr": 1e30, "warmup": 0}, ema_decay=0.0)
-    assert status["diverges"] == 1 and not list((tmp_path / "diverges" / "checkpoints").glob("*"))
+    ran = run(tmp_path, "diverges", {"student_lr": 1e30, "warmup": 0}, ema_decay=0.0)
+    assert ran.status == 1 and not list((tmp_path / "diverges" / "checkpoints").glob("*"))
     assert "last good checkpoint: none" in capsys.readouterr().out
 
 
@@ -166,15 +169,14 @@ def test_what_cannot_be_captured_is_refused(
     rerun: type[Rerun], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     method: str, config: dict[str, Any] | None, train: dict[str, Any], reason: str,
 ) -> None:  # fmt: skip
-    run(tmp_path, "refused", config, method, **train)
+    ran = run(tmp_path, "refused", config, method, **train)
     printed = capsys.readouterr().out
-    assert status["refused"] == 1 and reason in printed and "turn capture off" in printed
+    assert ran.status == 1 and reason in printed and "turn capture off" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_without_a_gpu_there_is_nothing_to_capture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, "refused")
-    assert status["refused"] == 1
+    assert run(tmp_path, "refused").status == 1
     assert "needs an NVIDIA GPU, and this job runs on cpu" in capsys.readouterr().out
 
 
@@ -182,12 +184,10 @@ def test_without_a_gpu_there_is_nothing_to_capture(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("method", ["dmd2", "sim"])
 def test_a_graph_trains_as_the_function_does(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"adversary": ADVERSARY, "gan_weight": 0.1, "guidance_scale": 1.5}
-    run(tmp_path, "replayed", config, method)
-    assert status["replayed"] == 0
+    assert run(tmp_path, "replayed", config, method).status == 0
     Rerun.made, Rerun.warmups = [], 3
     monkeypatch.setattr(captured, "Replayed", Rerun)
-    run(tmp_path, "rerun", config, method)
-    assert status["rerun"] == 0
+    assert run(tmp_path, "rerun", config, method).status == 0
     replayed, again = state(tmp_path, "replayed"), state(tmp_path, "rerun")
     assert replayed.keys() == again.keys()
     for name in replayed:
