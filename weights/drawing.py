@@ -90,6 +90,7 @@ def draw(
     base: TextToImage | None = None,
     diversity: Diversity | None = None,
     skip_only: bool = False,
+    empty: Cond | None = None,
     on_step: OnStep | None = None,
 ) -> Drawing:
     """Draw with a student, in the steps of its schedule; optionally with the base's first step in place of its own.
@@ -105,6 +106,8 @@ def draw(
         base: the student's base, of the same noise schedule; it draws the first step when ``diversity`` is given.
         diversity: which steps the base replaces, and how.
         skip_only: the control for ``diversity``: pure noise enters at step ``skip`` and the base is not run at all.
+        empty: a single row, of the empty prompt: what the base is told where ``diversity`` leaves the prompt out.
+            ``uncond`` when left out, which is the same unless that is a negative prompt.
         on_step: called after each step, the base leg's first, with its index from 0 and the x_0 seen there.
 
     Raises:
@@ -124,7 +127,7 @@ def draw(
         skip_only=skip_only,
         base_tells_guidance=base is not None and base.denoiser.embeds_guidance,
     )
-    return _follow(trajectory, denoisers, student.latent_shape(), cond, uncond, seeds, on_step)
+    return _follow(trajectory, denoisers, student.latent_shape(), cond, uncond, seeds, on_step, empty)
 
 
 def _follow(
@@ -135,6 +138,7 @@ def _follow(
     uncond: Cond | None,
     seeds: Sequence[int],
     on_step: OnStep | None,
+    empty: Cond | None = None,
 ) -> Drawing:
     """All pictures along one trajectory, from their seeds' noise to clean latents."""
     device = next(iter(cond.values())).device
@@ -143,7 +147,8 @@ def _follow(
     for _ in range(trajectory.skipped_draws):
         noise()
     for index, step in enumerate(trajectory.steps):
-        denoiser = guided(denoisers[step.leg], uncond, step.guidance_scale)
+        without = empty if step.unprompted and empty is not None else uncond
+        denoiser = guided(denoisers[step.leg], without, step.guidance_scale)
         x0 = denoiser(x, torch.full((len(x),), step.t, device=device), cond)
         x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
         if on_step is not None:

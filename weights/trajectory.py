@@ -48,6 +48,8 @@ class TrajectoryStep:
     """Of x_0."""
     fresh: float = 0.0
     """Of new noise; 0 where none is drawn."""
+    unprompted: bool = False
+    """Whether the network is told the empty prompt alone, whatever the picture's negative prompt says."""
 
     @property
     def evaluations(self) -> int:
@@ -169,7 +171,8 @@ def student_trajectory(
         first, times = diversity.skip, base_leg_times(schedule, diversity)
         start = times[-1] if skip_only else times[0]
         if not skip_only:
-            leg = _ddim_steps("base", diffusion, times, base_leg_scales(diversity), base_tells_guidance)
+            # A leg at scale 0 is there to leave the prompt out: a negative prompt would be all that it is told.
+            leg = _ddim_steps("base", diffusion, times, base_leg_scales(diversity), base_tells_guidance, unprompted=True)
     x_t, x0, eps = _UNIT
     own = tuple(
         TrajectoryStep(
@@ -227,11 +230,17 @@ def _start(diffusion: Schedule, t: float) -> float:
 
 
 def _ddim_steps(
-    leg: Leg, diffusion: Schedule, times: Sequence[float], scales: Sequence[float], tells_guidance: bool
+    leg: Leg,
+    diffusion: Schedule,
+    times: Sequence[float],
+    scales: Sequence[float],
+    tells_guidance: bool,
+    unprompted: bool = False,
 ) -> tuple[TrajectoryStep, ...]:
     """DDIM down falling times, each step under its own guidance.
 
-    At time 0 the picture is the last x_0 itself, also where a trace of noise is left.
+    At time 0 the picture is the last x_0 itself, also where a trace of noise is left. ``unprompted``: steps at scale 0
+    are told the empty prompt.
     """
     steps = []
     for (t, s), guidance_scale in zip(pairwise(times), scales, strict=True):
@@ -243,6 +252,7 @@ def _ddim_steps(
                 t=t,
                 guidance_scale=guidance_scale,
                 tells_guidance=tells_guidance,
+                unprompted=unprompted and guidance_scale == 0,
                 **_weights(*(torch.as_tensor(weight) for weight in weights)),
             )
         )

@@ -94,13 +94,21 @@ class ActiveRequest:
         self.cond = Prompt(base, text, request.prompt)
         self.uncond = Prompt(base, text, request.negative_prompt)
         self.texts: dict[Prompt, Cond] = {}
-        guided = any(step.guidance_scale != 1 and not step.tells_guidance for step in self.trajectory.steps)
-        self.prompts = (self.cond, self.uncond) if guided else (self.cond,)
+        self.empty = Prompt(base, text, "")
+        self.prompts = tuple(dict.fromkeys(prompt for step in self.trajectory.steps for prompt in self.told(step)))
         self.preview_steps = shown_steps(len(self.trajectory.steps), request.previews)
         self.seconds_left = self._seconds_left(costs)
         orders = ticket.place.orders(len(request.seeds))
         self.order = ticket.place.order
         self.pictures = [Picture(self, index, order) for index, order in enumerate(orders)]
+
+    def told(self, step: TrajectoryStep) -> tuple[Prompt, ...]:
+        """The prompts of a step's rows: the picture's own alone, the unconditional alone, or that and then its own."""
+        if step.tells_guidance or step.guidance_scale == 1:
+            return (self.cond,)
+        if step.unprompted:
+            return (self.empty,)
+        return (self.uncond,) if step.guidance_scale == 0 else (self.uncond, self.cond)
 
     @property
     def missing(self) -> list[Prompt]:
@@ -211,15 +219,13 @@ class Picture:
         return 1 if self.decodes else self.next_step.evaluations
 
     def conditions(self) -> list[Cond]:
-        """Of the next step's rows: the picture's own alone, the unconditional alone, or that and then its own."""
-        step, texts = self.next_step, self.request.texts
-        own = texts[self.request.cond]
+        """Of the next step's rows, see `ActiveRequest.told`."""
+        step = self.next_step
+        conds = [self.request.texts[prompt] for prompt in self.request.told(step)]
         if step.tells_guidance:
-            return [{**own, GUIDANCE: torch.tensor([step.guidance_scale], device=self.x.device)}]
-        if step.guidance_scale == 1:
-            return [own]
-        without = texts[self.request.uncond]
-        return [without] if step.guidance_scale == 0 else [without, own]
+            scale = torch.tensor([step.guidance_scale], device=self.x.device)
+            return [{**cond, GUIDANCE: scale} for cond in conds]
+        return conds
 
     def advance(self, x: Tensor, x0: Tensor) -> bool:
         """One step further; whether a preview that is not exact is due.

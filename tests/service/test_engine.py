@@ -151,6 +151,17 @@ def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
     assert plan_student(request(diversity=DiversityWish()), harness.store.open("tiny").manifest).needs_uncond
 
 
+@pytest.mark.parametrize("wish", [DiversityWish(unprompted=0.1), DiversityWish(base_guidance=0.0, unprompted=0.0)])
+def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: Harness, wish: DiversityWish) -> None:
+    async def scenario(engine: StepEngine) -> list[Drawn]:
+        avoided = ["", "red cat"]
+        return [(await engine.generate(request(diversity=wish, negative_prompt=each)))[0] for each in avoided]
+
+    harness.publish(diversity=Diversity(base_steps=2))
+    plain, avoiding = harness.run(scenario)
+    assert pixels([plain]) == pixels([avoiding])
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
