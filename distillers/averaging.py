@@ -31,7 +31,7 @@ from torch import Tensor
 
 from weights.bundled import STUDENTS, resolve_base
 from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest
-from weights.store import Store, StoreError, StudentFolder, digest_folder
+from weights.store import Store, StoreError, StudentFolder, digest_base, digest_folder
 from weights.student_files import HARMLESS, WEIGHTS
 from weights.version import code_version
 
@@ -133,7 +133,7 @@ def _sources(parts: Sequence[Part], base_share: float) -> list[Source]:
     if base_share:
         base = parts[0].folder.manifest.base
         folder = resolve_base(base.id)
-        if digest_folder(folder) != base.sha256:
+        if digest_base(folder) != base.sha256:
             raise CannotAverage(
                 f"base {base.id!r} is another version than the one {found[0].name!r} was made from: leave out --base, or "
                 "restore it"

@@ -271,12 +271,12 @@ class Trainer:
         """Of what was noted since the last report; waits for the device.
 
         Raises:
-            Diverged: one is not finite. (Where iterations are captured, nothing else would have shown it.)
+            Diverged: one is not finite. (Where iterations are captured, nothing else would have shown it; and no event can
+                tell such a number.)
         """
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        if self.captured is not None:
-            for name, mean in means.items():
-                self.check(name, mean)
+        for name, mean in means.items():
+            self.check(name, mean)
         return means
 
     def _log(self) -> None:

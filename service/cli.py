@@ -214,6 +214,9 @@ def export(
     name: Annotated[str, typer.Argument(help="A student of the store.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     steps: Annotated[int, typer.Option(min=1, help="The step count to draw with.")] = 4,
+    base: Annotated[
+        str | None, typer.Option(help="Where its base lies now: a name, folder or hub id; as at training if left out.")
+    ] = None,
 ) -> None:
     """Write a student as a plain diffusers pipeline, which draws without this project."""
     settings = _settings()
@@ -222,7 +225,7 @@ def export(
     from weights.store import Store, StoreError
 
     try:
-        typer.echo(export_student(Store(settings.store, STUDENTS), name, folder, steps))
+        typer.echo(export_student(Store(settings.store, STUDENTS), name, folder, steps, base))
     except (StoreError, OSError, ValueError) as error:
         fail(error)
 

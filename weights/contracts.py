@@ -36,9 +36,9 @@ UnitTime = Annotated[float, Field(gt=0, le=1)]
 
 
 class Contract(BaseModel):
-    """Base of every contract: frozen, and unknown fields are refused."""
+    """Base of every contract: frozen; unknown fields are refused, and numbers that JSON cannot tell."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 RECOMBINED = "recombined"
@@ -229,7 +229,7 @@ class BaseReference(Contract):
 
     id: str = Field(description="bundled name, folder, or hub id")
     sha256: str = Field(
-        pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_folder"
+        pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_base"
     )
 
 

@@ -1,26 +1,35 @@
 """Writes a student as a self-contained diffusers pipeline, for use without this project."""
 
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 from weights.bundled import resolve_base
 from weights.families import load
-from weights.store import Store, digest_folder
+from weights.store import Store, digest_base
 from weights.students import check_base, load_student
 
 NATIVE_TIMESTEPS = 1000
 
 
-def export(store: Store, name: str, target: Path, steps: int) -> Path:
+def export(store: Store, name: str, target: Path, steps: int, base: str | None = None) -> Path:
     """Exports a student at one step count into the new folder ``target``.
 
     ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1`` (a student
     that embeds guidance: at the scale asked for), the pixels that the server draws from the same seed, within the dtype's
     rounding.
 
+    Args:
+        store: where the student is.
+        name: the student.
+        target: a folder that does not exist.
+        steps: one of the student's step counts.
+        base: where its base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
+
     Raises:
         FileExistsError: ``target`` exists.
+        FileNotFoundError: the base cannot be had.
+        WrongBase: it is another one than the student was made from.
         ValueError: the student has no schedule of that many steps, one that diffusers cannot run, or no weights of its own.
     """
     if target.exists():
@@ -44,13 +53,13 @@ def export(store: Store, name: str, target: Path, steps: int) -> Path:
         raise ValueError(
             f"{name!r} conditions its {steps}-step schedule on times of its own, which no diffusers scheduler does"
         )
-    reference = folder.manifest.base
-    source = resolve_base(reference.id)
-    check_base(folder, digest_folder(source))
+    source = resolve_base(base if base is not None else folder.manifest.base.id)
+    check_base(folder, digest_base(source))
     student = load_student(folder, load(folder.manifest.family, source))
     native = [round(t * NATIVE_TIMESTEPS) - 1 for t in schedule.timesteps]
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+    staging.mkdir()  # not tempfile's, which nobody else may read
     try:
         student.export(staging, native)
         shutil.copy2(folder.path / "student.json", staging / "student.json")

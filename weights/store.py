@@ -37,6 +37,7 @@ from weights.student_files import (
     NotFound,
     StoreError,
     copy_file,
+    digest_base,
     digest_folder,
     file_sha256,
     publishable,
@@ -55,6 +56,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StudentFolder",
+    "digest_base",
     "digest_folder",
     "file_sha256",
 ]
@@ -164,7 +166,7 @@ class Store:
             AlreadyExists: the name is taken in root (bundled students may be hidden).
             NotFound: a student that it routes to is not here.
             Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
-            Corrupt: a safetensors file does not parse.
+            Corrupt: a safetensors file does not parse, or the manifest would not be read back.
             DiskFull: no space; the staging folder is gone and an old version stays.
             StoreError: the folder or root cannot be read or written.
         """
@@ -184,6 +186,7 @@ class Store:
                 files = {path: copy_file(folder / path, staging / path) for path in paths}
                 published = manifest.model_copy(update={"files": files})
                 write_file(staging / MANIFEST, published.model_dump_json(indent=2).encode() + b"\n")
+                read_manifest(staging, name)  # what cannot be read back is not published
                 for parent, _, _ in os.walk(staging):
                     sync_folder(Path(parent))
                 # A link to a version that is gone is no student, and nothing is lost by replacing it.

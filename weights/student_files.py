@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,6 +17,8 @@ MANIFEST = "student.json"
 WEIGHTS = ".safetensors"
 HARMLESS = frozenset({".md", ".png", ".txt"})
 ALLOWED = HARMLESS | {".json", WEIGHTS}
+VARIANTS = ("*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors", "*.non_ema-*.safetensors")
+"""Names of a diffusers component's other precisions and states, whole or in shards, which are never loaded here."""
 _CHUNK = 1 << 20
 
 
@@ -54,9 +56,28 @@ def digest_folder(path: Path) -> str:
         NotFound: the folder holds no safetensors file.
     """
     root = Path(path)
-    weights = [file for file in root.rglob(f"*{WEIGHTS}") if file.is_file()]
+    walked = (Path(parent) / name for parent, _, names in os.walk(root, followlinks=True) for name in names)
+    return _digest(root, walked)
+
+
+def digest_base(path: Path) -> str:
+    """`digest_folder` of a diffusers pipeline, over the weights that are loaded from it: its components', each in a folder.
+
+    Single-file checkpoints beside these, other precisions and a safety checker may come and go; a student's base stays its
+    base.
+
+    Raises:
+        NotFound: the folder holds no such file.
+    """
+    root = Path(path)
+    parts = (file for file in root.glob(f"*/*{WEIGHTS}") if not file.match("safety_checker/*"))
+    return _digest(root, (file for file in parts if not any(file.match(pattern) for pattern in VARIANTS)))
+
+
+def _digest(root: Path, files: Iterable[Path]) -> str:
+    weights = [file for file in files if file.suffix == WEIGHTS and file.is_file()]
     if not weights:
-        raise NotFound(f"{path} holds no {WEIGHTS} file, so there is nothing to take a digest of")
+        raise NotFound(f"{root} holds no {WEIGHTS} file, so there is nothing to take a digest of")
     records = sorted((path.relative_to(root).as_posix(), file_sha256(path)) for path in weights)
     lines = [f"{sha256}  {path}\n" for path, sha256 in records]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

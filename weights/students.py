@@ -1,15 +1,16 @@
 """From a student's folder in the store to a model that draws."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from weights.bundled import resolve_base
+from weights.bundled import bundled_bases, resolve_base
 from weights.contracts import BaseReference, Router, StudentManifest
 from weights.families.base import TextToImage
 from weights.modules import storages, stored_numbers
 from weights.router import route
-from weights.store import Store, StudentFolder, digest_folder
+from weights.store import Store, StudentFolder, digest_base
 
 
 class WrongBase(ValueError):
@@ -31,10 +32,14 @@ class Routed(ValueError):
 def base_reference(source: str) -> BaseReference:
     """How a manifest names a base: its id, and a digest over its weight files.
 
+    A folder is named by its whole path, since a student is drawn with from other working directories.
+
     Raises:
         FileNotFoundError: there is no such base.
     """
-    return BaseReference(id=source, sha256=digest_folder(resolve_base(source)))
+    folder = resolve_base(source)
+    here = source not in bundled_bases() and Path(source).is_dir()
+    return BaseReference(id=str(folder) if here else source, sha256=digest_base(folder))
 
 
 def check_base(folder: StudentFolder, digest: str) -> None:

@@ -14,7 +14,7 @@ at the unit vectors.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -172,7 +172,9 @@ def student_trajectory(
         start = times[-1] if skip_only else times[0]
         if not skip_only:
             # A leg at scale 0 is there to leave the prompt out: a negative prompt would be all that it is told.
-            leg = _ddim_steps("base", diffusion, times, base_leg_scales(diversity), base_tells_guidance, unprompted=True)
+            leg = _ddim_steps(
+                "base", diffusion, times, base_leg_scales(diversity), base_tells_guidance, unprompted=True
+            )
     x_t, x0, eps = _UNIT
     own = tuple(
         TrajectoryStep(
@@ -220,7 +222,13 @@ _UNIT = [row.unsqueeze(1) for row in torch.eye(3, dtype=torch.float64)]
 """x_t, x_0 and eps ``(3, 1)`` of a batch in which each is 1 where the others are 0."""
 
 
-def _weights(keep: Tensor, estimate: Tensor, fresh: Tensor) -> dict[str, float]:
+class _Weights(TypedDict):
+    keep: float
+    estimate: float
+    fresh: float
+
+
+def _weights(keep: Tensor, estimate: Tensor, fresh: Tensor) -> _Weights:
     """An update's rows at the unit vectors, by name."""
     return {"keep": float(keep), "estimate": float(estimate), "fresh": float(fresh)}
 

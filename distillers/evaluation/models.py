@@ -6,7 +6,7 @@ from pathlib import Path
 from distillers.evaluation.subjects import Model
 from weights.bundled import STUDENTS, bundled_bases, resolve_base
 from weights.families import TextToImage, load
-from weights.store import Store, StudentFolder, digest_folder
+from weights.store import Store, StudentFolder, digest_base
 from weights.students import check_base, load_routed, load_student
 
 DEFAULT_BASE = "emoji-base"
@@ -40,7 +40,7 @@ def load_models(
     source = choose_base([*([base] if base else []), *bases], folders)
     family = folders[0].manifest.family if folders else DEFAULT_FAMILY
     for folder in folders:
-        check_base(folder, digest_folder(resolve_base(source)))
+        check_base(folder, digest_base(resolve_base(source)))
     pipeline = load(family, source, device)
     teacher = Model(Path(source).name, pipeline)
     return teacher, [student_model(found, folder, pipeline) for folder in folders]

@@ -26,7 +26,7 @@ from weights.families.base import TextToImage
 class MethodConfig(BaseModel):
     """Base of every method's Config: keyword-only, frozen, unknown fields refused, each field described."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def least_iterations(self) -> int:

@@ -34,6 +34,35 @@ class Catalog:
 
     def __init__(self, store: Store, listed: Mapping[str, str], aliases: Mapping[str, str]) -> None:
         self._store, self._listed, self._aliases = store, listed, aliases
+        self._references: dict[str, BaseReference] = {}
+
+    def identify(self, base: str) -> None:
+        """Take down which weights a listed base has, before its first student is asked for.
+
+        Raises:
+            FileNotFoundError: there is no such base.
+        """
+        self._references[base] = base_reference(base)
+
+    def base_key(self, base: BaseReference, family: str) -> Key:
+        """What a student's base lies in memory under: a listed one of the same weights, whatever its name at training."""
+        for name, known in self._references.items():
+            if known.sha256 == base.sha256 and self._listed[name] == family:
+                return Key(name, family)
+        return Key(base.id, family)
+
+    def reference(self, base: str) -> BaseReference:
+        """How manifests name this base.
+
+        Raises:
+            ModelBroken: there is no such base.
+        """
+        if base in self._references:
+            return self._references[base]
+        try:
+            return base_reference(base)
+        except FileNotFoundError as error:
+            raise broken(base) from error
 
     def own_name(self, name: str) -> str:
         """What the name stands for, if it is an alias."""
@@ -60,7 +89,7 @@ class Catalog:
             base = Key(name, self._listed[name])
             if not loras:
                 return Wanted(key=base, base=base, folder=None, adapters=())
-            adapters = self._adapters(_reference(name), loras, open_student)
+            adapters = self._adapters(self.reference(name), loras, open_student)
             return Wanted(key=Key(name, None, loras), base=base, folder=None, adapters=adapters)
         folder, routed = self.folder(name, open_student), None
         if folder.manifest.router is not None:
@@ -72,7 +101,7 @@ class Catalog:
         manifest = folder.manifest
         return Wanted(
             key=Key(manifest.name, None, loras),
-            base=Key(manifest.base.id, manifest.family),
+            base=self.base_key(manifest.base, manifest.family),
             folder=folder,
             adapters=self._adapters(manifest.base, loras, open_student),
             routed=routed,
@@ -89,7 +118,7 @@ class Catalog:
         if not loras:
             return
         name = self.own_name(name)
-        base = _reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
+        base = self.reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
         self._adapters(base, loras, self._store.open)
 
     def folder(self, name: str, open_student: Open) -> StudentFolder:
@@ -146,11 +175,3 @@ class Catalog:
                 raise broken(name) from error
             adapters.append(folder)
         return tuple(adapters)
-
-
-def _reference(base: str) -> BaseReference:
-    """How manifests name a base that is listed. Raises: ModelBroken."""
-    try:
-        return base_reference(base)
-    except FileNotFoundError as error:
-        raise broken(base) from error

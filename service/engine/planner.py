@@ -39,7 +39,7 @@ class Planner:
         self._residency.check_loras(name, request.loras)
         if isinstance(info, StudentManifest):
             size = self._residency.size_of(info.base, info.family)
-            return name, info.base.id, _plan(request, name, info, size)
+            return name, self._residency.base_name(info), _plan(request, name, info, size)
         return name, info.id, _plan(request, name, info, info.size)
 
     def at_hand(self, request: DrawRequest) -> bool:
@@ -82,7 +82,7 @@ class Planner:
             yield name
             with contextlib.suppress(EngineError):  # one that cannot be read is nobody's default
                 info = self._residency.info(name)
-                if isinstance(info, StudentManifest) and info.base.id in self._settings.bases:
+                if isinstance(info, StudentManifest) and self._residency.base_name(info) in self._settings.bases:
                     return
         yield self._settings.bases[0]
 

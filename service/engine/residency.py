@@ -20,7 +20,7 @@ from service.engine.recent import Recent
 from service.engine.resident import Key, Loras, Prepare, Resident
 from weights.contracts import BaseReference, StudentManifest
 from weights.store import Store, StoreError, StudentFolder
-from weights.students import base_reference, check_base, network_bytes
+from weights.students import check_base, network_bytes
 
 __all__ = ["Found", "Residency", "Resident"]
 
@@ -86,6 +86,7 @@ class Residency:
         """
         for name, family in self._listed.items():
             self._base(Key(name, family))
+            self._catalog.identify(name)
         for name in sorted(self._pinned - self._listed.keys()):
             try:
                 for member in self._members(name):
@@ -172,8 +173,12 @@ class Residency:
 
     def size_of(self, base: BaseReference, family: str) -> int | None:
         """Pixels of a side that this base draws; None while it is not in memory."""
-        held = self._shelf.get(Key(base.id, family), ())
+        held = self._shelf.get(self._catalog.base_key(base, family), ())
         return held.value.base.size if held else None
+
+    def base_name(self, student: StudentManifest) -> str:
+        """What its base is listed as here, or was called at training."""
+        return self._catalog.base_key(student.base, student.family).name
 
     def bytes_by_model(self) -> dict[str, int]:
         """Memory of every model: the bases, then the others, the least recently used first.
@@ -205,12 +210,12 @@ class Residency:
 
     def _base_of(self, folder: StudentFolder) -> Resident:
         """A student's base, loaded if need be, once it is known to be the right one."""
-        reference = folder.manifest.base
-        check_base(folder, base_reference(reference.id).sha256)
-        return self._base(Key(reference.id, folder.manifest.family))
+        key = self._catalog.base_key(folder.manifest.base, folder.manifest.family)
+        check_base(folder, self._catalog.reference(key.name).sha256)
+        return self._base(key)
 
     def _base_in_memory(self, folder: StudentFolder) -> Resident | None:
-        held = self._shelf.get(Key(folder.manifest.base.id, folder.manifest.family), ())
+        held = self._shelf.get(self._catalog.base_key(folder.manifest.base, folder.manifest.family), ())
         return held.value if held is not None else None
 
     def _make(self, wanted: Wanted) -> Held[Resident]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distillers.averaging import CannotAverage, average, main, parts_of
 from weights.contracts import StepSchedule, StudentManifest
-from weights.store import NotFound, Store, digest_folder
+from weights.store import NotFound, Store, digest_base, digest_folder
 
 WEIGHTS = "unet/model.safetensors"
 Publish = Callable[..., StudentManifest]
@@ -109,7 +109,7 @@ def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) 
     (base / "unet").mkdir(parents=True)
     (base / "model_index.json").write_text("{}")
     save_file(tensors(9), base / WEIGHTS)
-    reference = {"id": str(base), "sha256": digest_folder(base)}
+    reference = {"id": str(base), "sha256": digest_base(base)}
     publish("a", 1, base=reference)
     publish("b", 2, base=reference)
     made = average(store, "mean", {"a": 3, "b": 1}, base_share=0.6)
@@ -131,8 +131,8 @@ def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) 
     save_file(tensors(8), base / WEIGHTS)
     with pytest.raises(CannotAverage, match=r"is another version than the one 'a' was made from"):
         average(store, "other", {"a": 1}, base_share=0.5)
-    (base / WEIGHTS).rename(base / "unet" / "model.fp16.safetensors")
-    publish("c", 1, base={"id": str(base), "sha256": digest_folder(base)})
+    (base / WEIGHTS).rename(base / "unet" / "other.safetensors")
+    publish("c", 1, base={"id": str(base), "sha256": digest_base(base)})
     with pytest.raises(CannotAverage, match=r"'base' has no file unet/model\.safetensors"):
         average(store, "other", {"c": 1}, base_share=0.5)
 

@@ -27,6 +27,7 @@ from weights.contracts import BaseReference, Router
 from weights.families import TextToImage, load
 from weights.modules import architecture, storages
 from weights.store import Store
+from weights.students import base_reference
 
 PLENTY = 10**9
 
@@ -187,6 +188,16 @@ def test_a_base_that_is_not_listed_goes_after_its_students(place: Place, tmp_pat
     place.publish("c")
     made.get("c", "red apple")
     assert set(names(made)) == {"a", "b", "c"}
+
+
+def test_a_base_is_known_by_its_weights_wherever_it_lies(place: Place, tmp_path: Path) -> None:
+    moved = BaseReference(id="/where/it/was/trained", sha256=base_reference(place.base.id).sha256)
+    place.publish("a", base=moved)
+    made = place.residency()
+    assert made.get("a", "red apple").raw_base is made.get(place.base.id, "red apple").raw_base
+    assert made.base_name(place.store.manifest("a")) == place.base.id
+    assert made.find("a", "red apple").resident is not None
+    assert made.size_of(moved, "stable_diffusion") == 32
 
 
 class Prepared:

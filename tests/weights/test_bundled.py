@@ -11,7 +11,7 @@ from weights.drawing import draw, draw_base
 from weights.export import export
 from weights.families import load
 from weights.families.base import TextToImage
-from weights.store import Store, digest_folder
+from weights.store import Store, digest_base
 from weights.students import check_base, load_student
 
 SUNNY, LEAFY, BLUE = "smiling face with open mouth, twemoji", "green book, noto emoji", "blue book, fluent 3d emoji"
@@ -45,7 +45,7 @@ def test_a_bundled_student_is_its_bases_and_draws_the_colours_it_is_asked_for(
     name: str, base: TextToImage, tmp_path: Path
 ) -> None:
     folder = Store(tmp_path, STUDENTS).open(name)
-    check_base(folder, digest_folder(resolve_base(folder.manifest.base.id)))
+    check_base(folder, digest_base(resolve_base(folder.manifest.base.id)))
     assert folder.manifest.licence != "unspecified"
     students = [part for part in folder.manifest.averaged if part.name != "base"]
     assert folder.manifest.job is not None or (students and all(part.job is not None for part in students))

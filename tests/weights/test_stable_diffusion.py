@@ -1,5 +1,7 @@
 """The Stable Diffusion family against diffusers itself: the same pixels, from a base, a student and an export."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from tests.helpers import student_manifest, tiny_pipeline
-from weights.contracts import GuidanceConvention, StepSchedule
+from weights.contracts import BaseReference, GuidanceConvention, StepSchedule
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
 from weights.drawing import draw, draw_base
 from weights.export import export
 from weights.families import load
 from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
-from weights.store import Store, digest_folder
+from weights.store import Store, digest_base
 from weights.students import WrongBase, check_base, load_student
 
 PROMPT = "red apple, noto"
@@ -35,8 +37,8 @@ def base(base_folder: Path) -> StableDiffusion:
     return model
 
 
-def published(store: Store, base: StableDiffusion, base_folder: Path, tmp_path: Path, **changes: object) -> None:
-    student = base.copy()
+def published(store: Store, model: StableDiffusion, base_folder: Path, tmp_path: Path, **changes: object) -> None:
+    student = model.copy()
     with torch.no_grad():
         for parameter in student.network.parameters():
             parameter.mul_(1.05)
@@ -75,12 +77,48 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
     pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
     theirs = diffusers_pixels(pipeline, 4, 1.0, seed=7)
     assert (ours - theirs).abs().mean() * 255 < 0.01
+    assert exported.stat().st_mode == tmp_path.joinpath("store").stat().st_mode, (
+        "whoever may read the store may read it"
+    )
     for written in (exported, store.open("student").path):
         configs = {path.relative_to(written): path.read_text() for path in written.rglob("*.json")}
         named = [name for name, text in configs.items() if name.name != "student.json" and str(tmp_path.parent) in text]
         assert configs and not named, "they tell where the base lay on this machine"
     base_pixels = (base.decode(draw(base, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
     assert (ours - base_pixels).abs().mean() * 255 > 0.01, "the student's own weights must show"
+
+
+def test_an_export_takes_no_more_of_the_bases_scheduler_than_its_noise(base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "thresholding"
+    shutil.copytree(base_folder, other)
+    settings = other / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "thresholding": True, "sample_max_value": 0.5}))
+    base = load("stable_diffusion", other)
+    store = Store(tmp_path / "store")
+    published(store, base, other, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
+    student = load_student(store.open("student"), base)
+    ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
+    assert (ours - diffusers_pixels(pipeline, 4, 1.0, seed=7)).abs().mean() * 255 < 0.01
+
+
+def test_an_export_finds_a_base_that_has_moved(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    gone = BaseReference(id=str(tmp_path / "gone"), sha256=digest_base(base_folder))
+    published(store, base, base_folder, tmp_path, base=gone)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        export(store, "student", tmp_path / "out", 4)
+    with pytest.raises(WrongBase, match="made from base"):
+        export(store, "student", tmp_path / "out", 4, base=str(tiny_pipeline(tmp_path / "other", seed=1)))
+    assert (export(store, "student", tmp_path / "out", 4, base=str(base_folder)) / "model_index.json").is_file()
+
+
+def test_another_kind_of_pipeline_is_refused_by_its_name(base_folder: Path, tmp_path: Path) -> None:
+    index = tmp_path / "xl" / "model_index.json"
+    shutil.copytree(base_folder, index.parent)
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(ValueError, match="holds a StableDiffusionXLPipeline, and family 'stable_diffusion' takes"):
+        load("stable_diffusion", index.parent)
 
 
 def told_guidance(base: StableDiffusion) -> StableDiffusion:
@@ -248,9 +286,9 @@ def test_a_student_is_refused_another_base(base: StableDiffusion, base_folder: P
     store = Store(tmp_path / "store")
     published(store, base, base_folder, tmp_path)
     folder = store.open("student")
-    check_base(folder, digest_folder(base_folder))
+    check_base(folder, digest_base(base_folder))
     with pytest.raises(WrongBase, match="was made from base"):
-        check_base(folder, digest_folder(tiny_pipeline(tmp_path / "other", seed=1)))
+        check_base(folder, digest_base(tiny_pipeline(tmp_path / "other", seed=1)))
     published(store, base, base_folder, tmp_path / "b", name="stranger", family="gaussian_mixture")
     with pytest.raises(WrongBase, match="of family"):
         load_student(store.open("stranger"), base)

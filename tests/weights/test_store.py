@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
-from weights.contracts import Diversity, StepSchedule, StudentManifest
+from weights.contracts import Diversity, StepSchedule, StudentManifest, TrainSpec
 from weights.store import (
     LEFTOVER_SECONDS,
     AlreadyExists,
@@ -30,6 +31,7 @@ from weights.store import (
     NotFound,
     Store,
     StoreError,
+    digest_base,
     digest_folder,
     file_sha256,
 )
@@ -535,6 +537,37 @@ def test_readers_always_find_a_whole_student_while_it_is_replaced(published: Sto
     assert value(published) in range(2, 8)
 
 
+def test_what_cannot_be_read_back_is_not_published(published: Store, tmp_path: Path) -> None:
+    unreadable = manifest().model_copy(update={"created_at": "yesterday"})
+    with pytest.warns(UserWarning, match="created_at"), pytest.raises(Corrupt, match="no valid manifest"):
+        published.publish(unreadable, student(tmp_path / "second", 2.0), replace=True)
+    assert value(published) == 1.0
+    assert len(hidden(published.root)) == 1
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+def test_numbers_that_json_cannot_tell_are_refused(number: str) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        TrainSpec(gradient_clip=float(number))
+
+
+def test_digest_of_a_base(tmp_path: Path) -> None:
+    base = student(tmp_path / "base", 1.0)
+    before = digest_base(base)
+    assert before == digest_folder(base)
+    for stray in ("single-file.safetensors", "unet/model.fp16.safetensors", "safety_checker/model.safetensors"):
+        (base / stray).parent.mkdir(exist_ok=True)
+        save_file({"w": np.zeros(1, dtype=np.float32)}, base / stray)
+    assert digest_base(base) == before, "nothing that is loaded has changed"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "unet").symlink_to(base / "unet")
+    assert digest_base(tmp_path / "linked") == before
+    (base / WEIGHTS).rename(base / "unet" / "other.safetensors")
+    assert digest_base(base) != before
+    with pytest.raises(NotFound, match="nothing to take a digest of"):
+        digest_base(tmp_path / "nothing")
+
+
 def test_digest_of_a_folder(tmp_path: Path) -> None:
     first, second = student(tmp_path / "a", 1.0), student(tmp_path / "b", 1.0)
     (second / "README.md").write_text("another card: the same weights")
@@ -543,6 +576,9 @@ def test_digest_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "linked" / WEIGHTS).symlink_to(first / WEIGHTS)  # as in the hub's cache
     before = digest_folder(first)
     assert digest_folder(tmp_path / "linked") == before
+    (tmp_path / "by-folder").mkdir()
+    (tmp_path / "by-folder" / "unet").symlink_to(first / "unet")
+    assert digest_folder(tmp_path / "by-folder") == before
     (first / WEIGHTS).rename(first / "unet" / "other.safetensors")
     assert digest_folder(first) != before
     save_file({"w": np.full(1000, 2.0, dtype=np.float32)}, second / WEIGHTS)

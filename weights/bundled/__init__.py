@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+from weights.student_files import VARIANTS, WEIGHTS
+
 BUNDLED = Path(__file__).resolve().parent
 STUDENTS = BUNDLED / "students"
 """Students of the bundled bases. A server that is told of no other default draws with the first by name: the best is it."""
 DATA = BUNDLED / "emoji-data"
+
+FETCHED = ["model_index.json", "fewstep.json", *(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", WEIGHTS))]
+"""Of a hub's repository: a pipeline's components, each in a folder."""
+NOT_FETCHED = ["safety_checker/*", *VARIANTS]
+"""What many a repository holds besides, several times as large as what is loaded."""
 
 
 def bundled_bases() -> dict[str, Path]:
@@ -27,8 +34,7 @@ def resolve_base(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
     except Exception as error:  # the hub's client has a dozen ways to say that it cannot be had
         raise FileNotFoundError(
             f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is no folder with a model_index.json, "

@@ -64,6 +64,16 @@ def _weightless(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
+def _check_kind(folder: Path) -> None:
+    """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
+    kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    if kind != StableDiffusionPipeline.__name__:
+        raise ValueError(
+            f"{folder} holds a {kind}, and family 'stable_diffusion' takes a {StableDiffusionPipeline.__name__} alone "
+            "(Stable Diffusion 1 and 2, and their fine-tunes)"
+        )
+
+
 def _config(module: nn.Module) -> dict[str, Any]:
     """What a module of diffusers or transformers is made from, without what tells where it lay."""
     config = cast(Any, module).config
@@ -130,6 +140,7 @@ class StableDiffusion(TextToImage):
     @quiet
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
+        _check_kind(folder)
         pipeline = StableDiffusionPipeline.from_pretrained(
             folder,
             dtype=dtype,
@@ -282,7 +293,9 @@ class StableDiffusion(TextToImage):
 
     @quiet
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        network: Any = copy.deepcopy(self.network)
+        # Copied with its weights where they go, so that a GPU that is full holds no second network.
+        stored = {id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), False) for p in self.network.parameters()}
+        network: Any = copy.deepcopy(self.network, memo=stored)
         network.to("cpu", dtype).save_pretrained(folder / self.network_name)
 
     @quiet
@@ -307,6 +320,7 @@ class StableDiffusion(TextToImage):
     @quiet
     def export(self, folder: Path, timesteps: list[int]) -> None:
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
+        config["thresholding"] = False  # a student's x_0 is taken as it is
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() != timesteps:

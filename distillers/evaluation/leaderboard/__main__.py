@@ -36,7 +36,7 @@ from distillers.evaluation.leaderboard.training import COST, Busy, Stale, Traine
 from distillers.evaluation.models import DEFAULT_BASE
 from distillers.spec import RECIPES
 from weights.bundled import resolve_base
-from weights.store import StoreError, digest_folder
+from weights.store import StoreError, digest_base
 
 PROBE_SECONDS = 60.0
 KEPT = "leaderboard.json"
@@ -123,7 +123,7 @@ class Board:
             threads=options.threads,
             seed=options.seed,
             base=options.base,
-            base_sha256=digest_folder(resolve_base(options.base)),
+            base_sha256=digest_base(resolve_base(options.base)),
             protocol=self.protocol.digest,
             quick=options.quick,
             batch=options.batch,

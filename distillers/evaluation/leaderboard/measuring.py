@@ -15,7 +15,7 @@ from distillers.methods.few_step import default_schedules
 from weights.bundled import resolve_base
 from weights.contracts import BaseReference, StudentManifest
 from weights.families import load
-from weights.store import Store, digest_folder
+from weights.store import Store, digest_base
 from weights.students import check_base
 from weights.version import code_version
 
@@ -84,7 +84,7 @@ class Measurer:
         """
         self.store, self.extractor, self.device = Store(store), extractor, device
         family, source = base
-        self.sha256 = digest_folder(resolve_base(source))
+        self.sha256 = digest_base(resolve_base(source))
         self.base = Model(Path(source).name, load(family, source, device))
         shared, own = (Cache(folder) for folder in caches)
         self.evaluation = Evaluation(protocol, self.base, [extractor], shared, own, track, batch)
