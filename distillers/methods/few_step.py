@@ -1,6 +1,7 @@
 """What methods share whose student draws in few steps: its schedules and its guidance, where nothing else is trained its
 optimizer, and where it learns from its own answers the average that gives them."""
 
+from collections.abc import Hashable
 from typing import ClassVar, Self
 
 import torch
@@ -8,9 +9,20 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distillers.adapters import copy_sharing_frozen
-from distillers.methods.base import Betas, Method, MethodConfig, OptimizerKind, OptimizerSettings, Setup, Trained, Turn
+from distillers.methods.base import (
+    Betas,
+    Method,
+    MethodConfig,
+    OptimizerKind,
+    OptimizerSettings,
+    Setup,
+    Step,
+    Trained,
+    Turn,
+)
+from distillers.rollout import at_time, draw_noise, draw_step, noised_real, simulate
 from weights.contracts import GuidanceConvention, StepSchedule
-from weights.denoiser import Denoiser
+from weights.denoiser import Cond, Denoiser
 from weights.families.base import TextToImage
 
 
@@ -63,6 +75,61 @@ class FewStepMethod(Method):
 
     def guidance(self) -> GuidanceConvention:
         return GuidanceConvention(trained_scale=self.config.guidance_scale, default_scale=1.0)
+
+
+class RolledOutConfig(FewStepConfig):
+    """Of a method whose losses judge the student's pictures, one step of one step count at a time."""
+
+    step_weights: dict[int, float] | None = Field(
+        None, description="how often each step count is trained, in proportion; equally when left out"
+    )
+    backward_simulation: bool = Field(
+        True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+    )
+
+    @model_validator(mode="after")
+    def _weighs_what_there_is(self) -> Self:
+        weights = self.step_weights
+        if weights is not None and (
+            set(weights) - set(self.schedules) or min(weights.values(), default=0) < 0 or not sum(weights.values())
+        ):
+            raise ValueError(
+                f"step_weights: {weights} must be at least 0, not all 0, and only for {sorted(self.schedules)}"
+            )
+        return self
+
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Whether a step of some count starts from noised real pictures."""
+        return not self.backward_simulation and max(self.schedules) > 1
+
+
+class RolledOut(FewStepMethod):
+    """Draws a step count and a step of it, and makes the student's pictures there."""
+
+    config: RolledOutConfig
+
+    def _draw_step(self, shared: torch.Generator) -> tuple[StepSchedule, int]:
+        return draw_step(self.config.schedules, self.config.step_weights, shared)
+
+    @staticmethod
+    def _way(schedule: StepSchedule, k: int) -> Hashable:
+        """All that `_sample` goes by: the first step of one schedule is that of another with the same times."""
+        times, told = schedule.timesteps[: k + 1], schedule.network_times[: k + 1]
+        return (*times, *told, schedule.sampler, schedule.eta) if k else (*times, *told)
+
+    def _sample(self, step: Step) -> tuple[Tensor, Cond]:
+        """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
+        schedule, k = self._draw_step(step.shared)
+        denoiser, batch = self.student.denoiser, step.batch
+        noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
+        cond = batch.cond
+        if self.config.backward_simulation or len(schedule.timesteps) == 1:
+            x_t = simulate(denoiser, noise, schedule, k, cond, step.local)
+        else:
+            real, cond = batch.pictures
+            x_t = noised_real(denoiser, real, noise, schedule, k)
+        return denoiser(x_t, at_time(schedule.network_times[k], x_t), cond), cond
 
 
 class LoneStudentConfig(FewStepConfig):

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distillers.adversary import AdversaryConfig, LatentAdversary
+from distillers.adversary import Adversary, AdversaryConfig
 from distillers.methods.base import Setup, Step, Trained, Turn, TurnLoss
 from distillers.methods.ladd import starting_states
 from distillers.methods.scm import SCM, SCMConfig
@@ -45,7 +45,7 @@ class Hybrid(SCM):
 
     def __init__(self, config: HybridConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.adversary = LatentAdversary(config, setup)
+        self.adversary = Adversary(config, setup)
 
     def trained(self) -> dict[str, Trained]:
         return {**super().trained(), "heads": self.adversary.trained(self.config.weight_decay, self.config.warmup)}

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distillers.adversary import AdversaryConfig, LatentAdversary
+from distillers.adversary import Adversary, AdversaryConfig
 from distillers.methods.base import (
     Betas,
     OptimizerSettings,
@@ -72,7 +72,7 @@ class LADD(FewStepMethod):
 
     def __init__(self, config: LADDConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.adversary = LatentAdversary(config, setup)
+        self.adversary = Adversary(config, setup)
         self.pairs: TeacherPairs | None = None
 
     @classmethod

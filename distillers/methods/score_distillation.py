@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from distillers.adversary import LatentAdversary
+from distillers.adversary import Adversary
 from distillers.critics import Heads, guided_x0
 from distillers.losses.adversarial import approximate_r1, discriminator_loss, generator_loss, relative_weight
 from distillers.losses.score import denoising_loss, score_weight
@@ -39,18 +39,9 @@ from distillers.methods.base import (
     Turn,
     TurnLoss,
 )
-from distillers.methods.few_step import FewStepMethod
+from distillers.methods.few_step import RolledOut
 from distillers.methods.score_settings import ScoreDistillationConfig
-from distillers.rollout import (
-    at_time,
-    draw_lognormal_times,
-    draw_noise,
-    draw_step,
-    draw_times,
-    noised_real,
-    simulate,
-)
-from weights.contracts import StepSchedule
+from distillers.rollout import draw_lognormal_times, draw_noise, draw_times
 from weights.denoiser import Cond
 from weights.diffusion.schedules import add_noise
 
@@ -72,7 +63,7 @@ class Noised:
     """The discriminator's, ``(B, heads)``, with a graph to x; of x_t itself where times are shared."""
 
 
-class ScoreDistillation(FewStepMethod):
+class ScoreDistillation(RolledOut):
     """See the module's text. A method of the family says what its loss between the scores is."""
 
     config: ScoreDistillationConfig
@@ -87,7 +78,7 @@ class ScoreDistillation(FewStepMethod):
         if config.gan_weight > 0:
             self.critic = self.fake_score if config.gan_features == "fake_score" else self.teacher
             self.heads = Heads(self.critic, setup.latent_shape, setup.uncond, setup.device)
-        self.adversary = None if config.adversary is None else LatentAdversary(config.adversary, setup)
+        self.adversary = None if config.adversary is None else Adversary(config.adversary, setup)
 
     @classmethod
     def needs_pictures(cls, config: ScoreDistillationConfig) -> str | None:
@@ -95,7 +86,7 @@ class ScoreDistillation(FewStepMethod):
             return f"gan_weight {config.gan_weight} compares with real pictures; set it to 0 to train on prompts alone"
         if config.adversary is not None:
             return "adversary compares with real pictures; leave it out to train on prompts alone"
-        if not config.backward_simulation and max(config.schedules) > 1:
+        if config.starts_from_pictures:
             return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
         return None
 
@@ -161,32 +152,10 @@ class ScoreDistillation(FewStepMethod):
             (turn.name, self._way(*self._draw_step(shared(turn)))) for turn in turns if turn.name != "adversary"
         )
 
-    def _draw_step(self, shared: torch.Generator) -> tuple[StepSchedule, int]:
-        return draw_step(self.config.schedules, self.config.step_weights, shared)
-
-    @staticmethod
-    def _way(schedule: StepSchedule, k: int) -> Hashable:
-        """All that `_sample` goes by: the first step of one schedule is that of another with the same times."""
-        times, told = schedule.timesteps[: k + 1], schedule.network_times[: k + 1]
-        return (*times, *told, schedule.sampler, schedule.eta) if k else (*times, *told)
-
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         if turn.name == "adversary":
             return self._adversary_loss(step)
         return self._student_loss(step) if turn.name == "student" else self._critic_loss(step)
-
-    def _sample(self, step: Step) -> tuple[Tensor, Cond]:
-        """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
-        schedule, k = self._draw_step(step.shared)
-        denoiser, batch = self.student.denoiser, step.batch
-        noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
-        cond = batch.cond
-        if self.config.backward_simulation or len(schedule.timesteps) == 1:
-            x_t = simulate(denoiser, noise, schedule, k, cond, step.local)
-        else:
-            real, cond = batch.pictures
-            x_t = noised_real(denoiser, real, noise, schedule, k)
-        return denoiser(x_t, at_time(schedule.network_times[k], x_t), cond), cond
 
     def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
         return add_noise(self.teacher.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)

@@ -7,17 +7,14 @@ from pydantic import Field, model_validator
 from distillers.adversary import AdversaryConfig
 from distillers.losses.score import Weighting
 from distillers.methods.base import Betas
-from distillers.methods.few_step import FewStepConfig
+from distillers.methods.few_step import RolledOutConfig
 
 Interval = tuple[float, float]
 
 
-class ScoreDistillationConfig(FewStepConfig):
+class ScoreDistillationConfig(RolledOutConfig):
     """Settings of the whole family; the defaults are DMD2's for SD1.5 where its public code has them."""
 
-    step_weights: dict[int, float] | None = Field(
-        None, description="how often each step count is trained, in proportion; equally when left out"
-    )
     guidance_scale: float = Field(
         1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
     )
@@ -26,9 +23,6 @@ class ScoreDistillationConfig(FewStepConfig):
     )
     student_every: int = Field(
         5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)"
-    )
-    backward_simulation: bool = Field(
-        True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
     )
     share_samples: bool = Field(True, description="the fake score reuses the samples of the student's turn")
     dm_weight: float = Field(1.0, gt=0, description="weight of the distribution matching loss")
@@ -80,13 +74,6 @@ class ScoreDistillationConfig(FewStepConfig):
                 raise ValueError(f"{name}: {interval} must not start below 0.001, where nothing is noised")
         if self.dm_levels is not None and self.dm_levels[1] <= 0:
             raise ValueError(f"dm_levels: {self.dm_levels} must be (mean, std) with std above 0")
-        weights = self.step_weights
-        if weights is not None and (
-            set(weights) - set(self.schedules) or min(weights.values(), default=0) < 0 or not sum(weights.values())
-        ):
-            raise ValueError(
-                f"step_weights: {weights} must be at least 0, not all 0, and only for {sorted(self.schedules)}"
-            )
         return self
 
 

@@ -17,6 +17,7 @@ from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
 
 METHODS = sorted(methods())
 SMALL: dict[str, dict[str, Any]] = {
+    "add": {"features": "random"},
     "disback": {"degradation_iterations": 4, "path_points": 3, "backtrack_every": 2, "settings": {"student_every": 2}},
     "tscd": {"stages": [{"segments": 8, "iterations": 3}, {"segments": 4, "iterations": 3}, {"segments": 1}]},
 }

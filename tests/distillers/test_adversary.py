@@ -11,7 +11,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import distillers.adversary as module
-from distillers.adversary import AdversaryConfig, LatentAdversary, LatentHead, UnitConv, mismatched_rows
+from distillers.adversary import (
+    Adversary,
+    AdversaryConfig,
+    LatentHead,
+    PictureEye,
+    TeacherEye,
+    UnitConv,
+    mismatched_rows,
+)
 from distillers.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from distillers.methods.base import Setup
 from distillers.seeds import generator_of
@@ -44,11 +52,11 @@ class Mirror(Denoiser):
         return [x_t + cond["label"].reshape(-1, 1, 1, 1) for _ in blocks]
 
 
-def mirrored(**config: Any) -> tuple[LatentAdversary, Mirror]:
+def mirrored(**config: Any) -> tuple[Adversary, Mirror]:
     """A discriminator whose logit is the picture plus its label."""
     mirror = Mirror()
     setup = replace(mixture_setup(), base=SimpleNamespace(denoiser=mirror))
-    adversary = LatentAdversary(AdversaryConfig(**config), setup)
+    adversary = Adversary(AdversaryConfig(**config), setup)
     adversary.heads = nn.ModuleList([nn.Identity()])
     mirror.asked.clear()
     return adversary, mirror
@@ -206,7 +214,7 @@ def test_a_pictures_logits_do_not_depend_on_its_company() -> None:
 
 def test_heads_keep_no_state_but_their_weights() -> None:
     """Nothing of a head is changed by looking, so that a checkpoint of its weights is all of it."""
-    adversary = LatentAdversary(AdversaryConfig(), unet_setup())
+    adversary = Adversary(AdversaryConfig(), unet_setup())
     assert not list(adversary.heads.buffers())
     x, cond = shown(2)
     before = {name: value.clone() for name, value in adversary.heads.state_dict().items()}
@@ -219,8 +227,8 @@ def test_heads_keep_no_state_but_their_weights() -> None:
 
 def test_every_block_of_the_teacher_gets_a_head_and_the_graph_runs_through_it() -> None:
     setup = unet_setup()
-    adversary = LatentAdversary(AdversaryConfig(), setup)
-    assert adversary.critic is setup.teacher
+    adversary = Adversary(AdversaryConfig(), setup)
+    assert isinstance(adversary.eye, TeacherEye) and adversary.eye.critic is setup.teacher
     assert len(adversary.heads) == 7  # three down, one in the middle, three up
     x, cond = shown(2)
     x.requires_grad_(True)
@@ -232,7 +240,7 @@ def test_every_block_of_the_teacher_gets_a_head_and_the_graph_runs_through_it() 
 
 def test_the_heads_loss_reaches_only_the_heads() -> None:
     setup = unet_setup()
-    adversary = LatentAdversary(AdversaryConfig(r1_weight=1.0), setup)
+    adversary = Adversary(AdversaryConfig(r1_weight=1.0), setup)
     x, cond = shown(3)
     x.requires_grad_(True)
     adversary.critic_loss(x, cond, x.detach(), cond, generator_of("look")).loss.backward()
@@ -242,8 +250,8 @@ def test_the_heads_loss_reaches_only_the_heads() -> None:
 
 def test_chosen_blocks_are_all_that_is_run() -> None:
     setup = unet_setup()
-    adversary = LatentAdversary(AdversaryConfig(blocks=["mid_block", "down_blocks.1"]), setup)
-    assert adversary.blocks == ["down_blocks.1", "mid_block"]
+    adversary = Adversary(AdversaryConfig(blocks=["mid_block", "down_blocks.1"]), setup)
+    assert isinstance(adversary.eye, TeacherEye) and adversary.eye.blocks == ["down_blocks.1", "mid_block"]
     calls = []
     unet = setup.teacher.get_submodule("unet")
     for name in ("conv_in", "up_blocks.0"):
@@ -255,17 +263,75 @@ def test_chosen_blocks_are_all_that_is_run() -> None:
 
 def test_a_block_that_is_not_the_teachers_is_refused_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"blocks: \['block.5'\].*up_blocks.2"):
-        LatentAdversary(AdversaryConfig(blocks=["mid_block", "block.5"]), unet_setup())
+        Adversary(AdversaryConfig(blocks=["mid_block", "block.5"]), unet_setup())
 
 
 def test_a_teacher_without_features_lends_a_frozen_copy_of_what_students_start_from() -> None:
     setup = mixture_setup()
-    adversary = LatentAdversary(AdversaryConfig(), setup)
-    critic = adversary.critic
+    adversary = Adversary(AdversaryConfig(), setup)
+    assert isinstance(adversary.eye, TeacherEye)
+    critic = adversary.eye.critic
     assert critic is not setup.teacher and critic.feature_blocks == ["blocks.0", "blocks.1"]
     assert not any(weight.requires_grad for weight in critic.parameters())
     start = fitted("line", VP, "v").denoiser.state_dict()
     assert all(torch.equal(start[name], value) for name, value in critic.state_dict().items())
+
+
+# A critic of pictures
+
+PICTURES: dict[str, Any] = {"features": "random", "prompted": False, "mismatched_share": 0.0}
+
+
+class Decoder:
+    """A base that only decodes: latents doubled, in three channels."""
+
+    def render(self, latents: Tensor) -> Tensor:
+        return 2 * latents[:, :3]
+
+
+def picture_setup() -> Setup:
+    base: Any = Decoder()
+    return replace(mixture_setup(), base=base, latent_shape=(4, 8, 8))
+
+
+def test_pictures_are_judged_decoded_and_without_noise() -> None:
+    adversary = Adversary(AdversaryConfig(**PICTURES), picture_setup())
+    assert isinstance(adversary.eye, PictureEye)
+    x, _ = shown(3)
+    t = adversary.eye.times(3, generator_of("look"))
+    assert torch.equal(adversary.eye.shown(x, t, generator_of("look")), x)
+    for own, expected in zip(adversary.eye.maps(x, t, {}), adversary.eye.backbone(2 * x[:, :3]), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_both_losses_of_a_critic_of_pictures() -> None:
+    adversary = Adversary(AdversaryConfig(r1_weight=1.0, **PICTURES), picture_setup())
+    x, _ = shown(4)
+    cond = labels(0, 1, 0, 1)
+    fake, real = x.clone().requires_grad_(True), -x
+    adversary.student_loss(fake, cond, generator_of("look")).backward()
+    assert fake.grad is not None and torch.isfinite(fake.grad).all()
+    adversary.heads.zero_grad()
+    found = adversary.critic_loss(fake, cond, real, cond, generator_of("look"))
+    found.loss.backward()
+    assert set(found.metrics) == {"critic/discriminator", "critic/fake_logits", "critic/real_logits", "critic/r1"}
+    assert all(weight.grad is not None for weight in adversary.heads.parameters())
+    assert isinstance(adversary.eye, PictureEye)
+    assert not any(weight.requires_grad for weight in adversary.eye.backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompted": True}, "features: random is told no prompt"),
+        ({"blocks": ["mid_block"]}, "leave blocks out"),
+        ({"features": None, "feature_size": 64}, "feature_size: 64 is for features"),
+        ({"features": "vgg"}, "features"),
+    ],
+)
+def test_a_critic_of_pictures_refuses_what_it_cannot_use(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        AdversaryConfig(**{**PICTURES, **changes})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +358,7 @@ def prompt_gap(share: float) -> float:
     """How much more real a picture looks beside its own label, to heads trained against perfect fakes."""
     setup = mixture_setup("ring")
     torch.manual_seed(0)
-    adversary = LatentAdversary(AdversaryConfig(mismatched_share=share), setup)
+    adversary = Adversary(AdversaryConfig(mismatched_share=share), setup)
     optimizer = torch.optim.Adam(adversary.heads.parameters(), 2e-3, betas=(0.0, 0.99))
     mixture = setup.base.mixture  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(0)

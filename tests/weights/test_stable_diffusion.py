@@ -121,6 +121,19 @@ def test_another_kind_of_pipeline_is_refused_by_its_name(base_folder: Path, tmp_
         load("stable_diffusion", index.parent)
 
 
+def test_rendering_is_decoding_with_a_gradient_also_where_it_is_cut_off(base: StableDiffusion) -> None:
+    latents = (20 * torch.randn(2, *base.latent_shape(), generator=torch.Generator().manual_seed(0))).requires_grad_(
+        True
+    )
+    pictures = base.render(latents)
+    decoded = base.decode(latents)
+    torch.testing.assert_close(pictures.detach(), decoded, atol=1e-5, rtol=1e-5)
+    cut = decoded.abs() == 1
+    assert cut.any()
+    pictures[cut].sum().backward()
+    assert latents.grad is not None and latents.grad.abs().amax() > 0
+
+
 def told_guidance(base: StableDiffusion) -> StableDiffusion:
     """A student of the base that is told a scale, and answers to it."""
     student = base.with_guidance_embedding()

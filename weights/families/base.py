@@ -97,6 +97,10 @@ class TextToImage(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures ``(B, 3, H, W)`` in [-1, 1], float32."""
 
+    def render(self, latents: Tensor) -> Tensor:
+        """`decode` with its graph, for losses on pictures: values that are cut off there keep their gradient."""
+        raise NotImplementedError(f"family {self.family!r} has no decoder to train through")
+
     @abstractmethod
     def with_network(self, network: nn.Module) -> Self:
         """This model with another network; every other component is shared, not copied."""

@@ -292,6 +292,9 @@ class GaussianMixture(TextToImage):
         """The points as they are, of any size: a mixture has no pixels to keep inside [-1, 1]."""
         return latents
 
+    def render(self, latents: Tensor) -> Tensor:
+        return latents
+
     def with_network(self, network: nn.Module) -> Self:
         """A model that denoises with this `MLP`, in the same schedule.
 

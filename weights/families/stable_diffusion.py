@@ -222,6 +222,11 @@ class StableDiffusion(TextToImage):
     def decode(self, latents: Tensor) -> Tensor:
         return cast(Tensor, self._decode(latents))
 
+    def render(self, latents: Tensor) -> Tensor:
+        vae: Any = self.vae
+        pictures: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+        return pictures + (pictures.clamp(-1, 1) - pictures).detach()
+
     def with_network(self, network: nn.Module) -> Self:
         others: Programs = {name: program for name, program in self._programs.items() if name != "network"}
         return type(self)(self.pipeline, network, self.card, others)

