@@ -65,6 +65,7 @@ class Captured:
         networks = [trainer.networks[name] for turn in turns for name in turn.trains]
         optimizers = [network.optimizer for network in networks]
         kept = [_moments(each) for each in optimizers]
+        own = {name: value.clone() for name, value in trainer.method.state().items()}
         names: list[str] = []
 
         def iteration(*tensors: Tensor) -> Tensor:
@@ -77,7 +78,9 @@ class Captured:
             return torch.stack([value.detach().float() for value in noted.values()])
 
         def restore() -> None:
-            """Rates of 0 leave weights as they were, but not the moments."""
+            """Rates of 0 leave weights as they were, but not the moments, nor what the method keeps."""
+            for name, value in trainer.method.state().items():
+                value.copy_(own[name])
             for optimizer, before in zip(optimizers, kept, strict=True):
                 for weight, state in optimizer.state.items():
                     for name, value in state.items():

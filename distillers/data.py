@@ -28,8 +28,8 @@ from weights.families.base import TextToImage
 ENCODE_BATCH = 64
 """Pictures encoded at a time."""
 CAPTIONS_BATCH = 512
-SHARE_OF_GPU = 0.25
-"""Of a GPU's free memory, at most so much for encoded data."""
+SHARE_OF_GPU, MOST_ON_GPU = 0.25, 4 << 30
+"""Of a GPU's free memory at most so much, and at most so many bytes, for encoded data: networks come after it."""
 Tick = Callable[[str, int, int], None]
 
 
@@ -97,7 +97,7 @@ class Feed:
         if self.device.type != "cuda":
             return kept
         size = sum(tensor.nbytes for tensor in kept.values())
-        if size > torch.cuda.mem_get_info(self.device)[0] * SHARE_OF_GPU:
+        if size > min(torch.cuda.mem_get_info(self.device)[0] * SHARE_OF_GPU, MOST_ON_GPU):
             return kept
         return {name: tensor.to(self.device) for name, tensor in kept.items()}
 
@@ -140,6 +140,11 @@ class Feed:
         """Conditions of the prompts, by their number in 0..`prompts` - 1: of all, also where only a part is drawn."""
         rows = numbers if self.corpus.prompts is None else torch.tensor(self.corpus.prompts)[numbers]
         return self.conditions(rows)
+
+    @property
+    def identity(self) -> str:
+        """Of its prompts, and of their numbers."""
+        return _key(*self.corpus.captions, str(self.corpus.prompts))
 
     @property
     def prompts(self) -> int:

@@ -1,5 +1,6 @@
 """One job from its spec to a published student."""
 
+import hashlib
 import math
 import signal
 import tempfile
@@ -196,7 +197,7 @@ class JobRun:
         )
         self._resume(trainer, resume)
         with self.preparation:
-            built.prepare(self._workspace(feed))
+            built.prepare(self._workspace(feed, builder))
         return trainer
 
     def _write_spec(self) -> None:
@@ -246,8 +247,10 @@ class JobRun:
         scale = built.guidance().default_scale
         return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
 
-    def _workspace(self, feed: Feed) -> Workspace:
-        folder = self.shared / "prepared"
+    def _workspace(self, feed: Feed, builder: Builder) -> Workspace:
+        """What was prepared for other prompts, another seed or another teacher lies in other folders."""
+        made_from = "\n".join([*builder.teaching(), str(self.job.guide), str(self.job.train.seed), feed.identity])
+        folder = self.shared / "prepared" / hashlib.sha256(made_from.encode()).hexdigest()[:20]
         folder.mkdir(parents=True, exist_ok=True)
 
         def seed(*parts: int | str) -> int:

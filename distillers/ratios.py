@@ -62,7 +62,7 @@ class Ratios:
         count = member.sum(0)
         seen = (member * ratio.detach().unsqueeze(1)).sum(0) / count.clamp_min(1)
         decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
-        self.means = decay * self.means + (1 - decay) * seen
+        self.means.mul_(decay).add_((1 - decay) * seen)  # in place: a captured iteration knows this tensor
         return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
 
 
@@ -77,4 +77,4 @@ class WithRatios(ScoreDistillation):
         return {"ratio_means": self.ratios.means}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.ratios.means = tensors["ratio_means"].to(self.setup.device)
+        self.ratios.means.copy_(tensors["ratio_means"])

@@ -19,6 +19,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA 
 ITERATIONS = 8
 # Rates that are the same numbers in half as many bits.
 SETTINGS = {"student_every": 1, "student_lr": 2**-10, "fake_score_lr": 2**-10, "weight_decay": 0.0, "warmup": 4}
+OWN_SETTINGS: dict[str, dict[str, Any]] = {
+    "consistency": {},
+    "add": {"features": "random", "student_lr": 2**-10, "head_lr": 2**-10, "warmup": 4},
+}
 ONE = {"timesteps": [1.0]}
 ADVERSARY = {"blocks": ["up_blocks.0"], "prompted": False, "mismatched_share": 0.0, "head_lr": 1e-3}
 
@@ -78,7 +82,7 @@ def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: s
             "iterations": ITERATIONS, "batch_size": 2, "log_every": 4, "checkpoint_every": 100, "sample_every": 100,
             "threads": 1, "precision": "float32", "capture": True, **train,
         },
-        "config": {**({} if method == "consistency" else SETTINGS), **(config or {})},
+        "config": {**OWN_SETTINGS.get(method, SETTINGS), **(config or {})},
     }  # fmt: skip
     job = JobRun(raw, folder / name, Store(folder / "store"))
     return Ran(job, job.run(resume=True))
@@ -89,11 +93,18 @@ def state(folder: Path, name: str) -> dict[str, Tensor]:
     return load_checkpoint(path)[0]
 
 
-def test_capturing_leaves_no_trace_in_the_weights(rerun: type[Rerun], tmp_path: Path) -> None:
-    config = {"adversary": ADVERSARY, "gan_weight": 0.1}
-    assert run(tmp_path, "warmed", config).status == 0
+LEARNS_BY: dict[str, dict[str, Any]] = {
+    "dmd2": {"adversary": ADVERSARY, "gan_weight": 0.1},
+    "f_distill": {"gan_weight": 0.1},  # keeps averages of ratios
+    "add": {"backward_simulation": True},
+}
+
+
+@pytest.mark.parametrize("method", LEARNS_BY)
+def test_capturing_leaves_no_trace_in_the_weights(rerun: type[Rerun], tmp_path: Path, method: str) -> None:
+    assert run(tmp_path, "warmed", LEARNS_BY[method], method).status == 0
     rerun.warmups = 0
-    assert run(tmp_path, "cold", config).status == 0
+    assert run(tmp_path, "cold", LEARNS_BY[method], method).status == 0
     warmed, cold = state(tmp_path, "warmed"), state(tmp_path, "cold")
     assert warmed.keys() == cold.keys()
     assert not [name for name in warmed if not torch.equal(warmed[name], cold[name])]
@@ -181,9 +192,11 @@ def test_without_a_gpu_there_is_nothing_to_capture(tmp_path: Path, capsys: pytes
 
 
 @gpu
-@pytest.mark.parametrize("method", ["dmd2", "sim"])
+@pytest.mark.parametrize("method", ["dmd2", "sim", "f_distill", "add"])
 def test_a_graph_trains_as_the_function_does(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"adversary": ADVERSARY, "gan_weight": 0.1, "guidance_scale": 1.5}
+    config: dict[str, Any] = {"guidance_scale": 1.5}
+    if method != "add":
+        config |= {"adversary": ADVERSARY, "gan_weight": 0.1}
     assert run(tmp_path, "replayed", config, method).status == 0
     Rerun.made, Rerun.warmups = [], 3
     monkeypatch.setattr(captured, "Replayed", Rerun)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.dmd2 as module
+import distillers.methods.few_step as few_step
 import distillers.methods.score_distillation as family
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
 from distillers.methods.dmd2 import DMD2, DMD2Config
@@ -322,13 +323,13 @@ def test_backward_simulation_decides_what_a_step_is_trained_on(
 ) -> None:
     called: Counter[str] = Counter()
     for name in ("simulate", "noised_real"):
-        original = getattr(family, name)
+        original = getattr(few_step, name)
 
         def spy(*args: Any, _original: Callable[..., Tensor] = original, _name: str = name) -> Tensor:
             called[_name] += 1
             return _original(*args)
 
-        monkeypatch.setattr(family, name, spy)
+        monkeypatch.setattr(few_step, name, spy)
     counted = Counted(schedules=FOUR, backward_simulation=simulated)
     counted.take(STUDENT)
     counted.take(CRITIC)

@@ -63,7 +63,7 @@ def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
     method = build(
         divergence="forward_kl", normalize_weights=False, ratio_bins=2, ratio_decay=0.5, ratio_range=(0.5, 9)
     )
-    t = torch.tensor([0.1, 0.4, 0.9])
+    t, means = torch.tensor([0.1, 0.4, 0.9]), method.ratios.means
     weight = weighed(method, [2.0, 4.0, 1.0], t)
     assert torch.allclose(method.ratios.means, torch.tensor([0.5 + 0.5 * 3.0, 1.0]))
     assert torch.allclose(weight, torch.tensor([2 / 2.0, 4 / 2.0, 1.0]))
@@ -71,6 +71,7 @@ def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
     assert held.min() == 0.5
     assert held[1].item() == pytest.approx(4.0, abs=0.01), "it is a quarter of its bin's average"
     assert method.ratios.means[1] == pytest.approx(1.0)
+    assert method.ratios.means is means, "a captured iteration writes where it was captured"
 
 
 def test_normalized_weights_leave_the_steps_size() -> None:
