@@ -8,6 +8,11 @@ import socket
 
 import psutil  # type: ignore[import-untyped]
 
+CLOCK_STEP = 120.0
+"""Seconds by which a process's time of birth may differ and it still be the same: it is told by the clock, which is set at
+times. Where the process's number was given away within them, its lease still expires.
+"""
+
 
 def host_name() -> str:
     """This machine's name, with its process namespace where there are such, so that process ids can be compared."""
@@ -30,7 +35,7 @@ def is_dead(owner: str) -> bool:
     if host != host_name():
         return False
     try:
-        return repr(psutil.Process(int(pid)).create_time()) != created
+        return abs(psutil.Process(int(pid)).create_time() - float(created)) > CLOCK_STEP
     except psutil.NoSuchProcess:
         return True
 

@@ -3,7 +3,8 @@
 It holds a lease on every job it runs and renews it with each heartbeat. Whoever finds a lease expired (or its owner
 dead, on the same machine) takes the job over, ends what is left of its processes, and queues it again; it then goes on
 from its checkpoint. A supervisor that can no longer renew its lease ends its own attempt first, so that two attempts
-at one job do not write at the same time.
+at one job do not write at the same time. Where it could not write how an attempt ended, it finds that job's lease expired
+like anybody else.
 """
 
 import asyncio
@@ -53,8 +54,11 @@ class Supervisor:
         """Ask running attempts to save and exit, queue their jobs again, and return when that is done."""
         self._stopping.set()
         self._news.set()
-        await asyncio.gather(*self._tasks)
+        ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        for error in ended:  # after every device's attempt has ended, not instead
+            if isinstance(error, BaseException):
+                raise error
 
     def wake(self) -> None:
         """Look at the table now: something was queued or cancelled."""
@@ -76,8 +80,8 @@ class Supervisor:
                 if job is not None:
                     await self._run(job, device)
                     continue
-            except SQLAlchemyError:
-                log.exception("The job table cannot be used; trying again.")
+            except Exception:  # whatever it was, this device's queue goes on; the job's lease expires
+                log.exception("The job table cannot be used, or a job not be followed; trying again.")
             await self._pause()
 
     async def _watch(self) -> None:
@@ -85,17 +89,17 @@ class Supervisor:
         while not self._stopping.is_set():
             try:
                 await self.reclaim()
-            except SQLAlchemyError:
-                log.exception("The job table cannot be read; trying again.")
+            except Exception:  # as above
+                log.exception("Lost jobs cannot be looked for; trying again.")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._settings.poll_seconds)
 
     async def reclaim(self) -> None:
         """Queue again every running job whose lease has expired or whose owner is dead; its processes end first."""
         for job in await asyncio.to_thread(self._table.running):
-            if job.owner == self._owner or job.owner is None or job.lease_until is None:
+            if job.owner is None or job.lease_until is None:
                 continue
-            if job.lease_until < time.time() or is_dead(job.owner):
+            if job.lease_until < time.time() or (job.owner != self._owner and is_dead(job.owner)):
                 await self._rescue(job)
 
     async def _rescue(self, lost: Job) -> None:
@@ -193,7 +197,11 @@ class Supervisor:
     ) -> tuple[Job, int | None, dict[str, object] | None]:
         """Stop the attempt with grace, under a lease that lasts as long."""
         lease = self._settings.lease_seconds + self._settings.grace_seconds
-        current = await asyncio.to_thread(self._table.heartbeat, job, lease, None)
+        try:
+            current = await asyncio.to_thread(self._table.heartbeat, job, lease, None)
+        except SQLAlchemyError:  # the lease that it has lasts for a while: a checkpoint is worth the try
+            log.exception("The lease on job %s could not be renewed.", job.id)
+            current = job
         status = await attempt.stop(self._settings.grace_seconds if current else 0)
         _, finished = await asyncio.to_thread(_read, reader)
         return job, status if current else None, finished or outcome

@@ -159,7 +159,7 @@ class JobTable:
     def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
         with self._engine.begin() as connection:
             row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
-        return None if row is None else _as_job(row)
+            return None if row is None else _as_job(row)  # a row that cannot be read stays as it was
 
     def claim(self, owner: str, device: str, lease: float) -> Job | None:
         """Take the oldest queued job for ``device``; None when there is none, or the device is taken."""

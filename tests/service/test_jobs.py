@@ -513,6 +513,82 @@ def test_a_supervisor_without_its_database_ends_its_attempt(tmp_path: Path, monk
     run(scenario())
 
 
+def away(*_: Any, **__: Any) -> Any:
+    raise OperationalError("UPDATE", {}, Exception("the database is away"))
+
+
+@pytest.mark.parametrize("lost", ["heartbeat", "finish", "take_over"])
+def test_when_its_database_is_back_the_job_and_the_queue_go_on(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is not left running under the name of a supervisor that has stopped following it."""
+    settings = job_settings(tmp_path, lease_seconds=0.6)
+
+    async def scenario() -> None:
+        async with supervised(settings) as (table, supervisor):
+            first, second = table.add([spec("first", steps=100, delay=0.02), spec("second", steps=1)])
+            await until(table, first, at_step(1))
+            with monkeypatch.context() as patch:
+                patch.setattr(table, "heartbeat" if lost == "take_over" else lost, away)
+                if lost == "take_over":  # as if rescuing it had gone wrong half way
+                    patch.setattr(supervisor._executor, "end_orphans", away)
+                deadline = time.monotonic() + PATIENCE
+                while (table.get(first.id).lease_until or 0) > time.time() or table.get(first.id).ended:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.02)
+            assert (await until(table, first, ended)).status == "succeeded"
+            assert (await until(table, second, ended)).status == "succeeded"
+
+    run(scenario())
+
+
+def test_whatever_goes_wrong_with_one_job_the_devices_queue_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = job_settings(tmp_path, lease_seconds=0.6)
+    launched = LocalExecutor.launch
+
+    async def launch(self: LocalExecutor, job: Any, folder: Path, device: str) -> Any:
+        if job.spec.student == "first" and job.attempt == 1:
+            raise RuntimeError("what nobody thought of")
+        return await launched(self, job, folder, device)
+
+    monkeypatch.setattr(LocalExecutor, "launch", launch)
+
+    async def scenario() -> None:
+        async with supervised(settings) as (table, _):
+            jobs = table.add([spec("first", steps=1), spec("second", steps=1)])
+            for job in jobs:
+                assert (await until(table, job, ended)).status == "succeeded"
+            assert table.get(jobs[0].id).losses == 1
+
+    run(scenario())
+    assert "what nobody thought of" in caplog.text
+
+
+def test_a_cancelled_job_saves_also_while_the_database_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = job_settings(tmp_path)
+
+    async def scenario() -> None:
+        async with supervised(settings) as (table, _):
+            (job,) = table.add([spec(steps=10_000, delay=0.05)])
+            await until(table, job, at_step(1))
+            right = table.heartbeat
+
+            def heartbeat(held: Any, lease: float, progress: Any) -> Any:
+                return away() if lease > settings.lease_seconds else right(held, lease, progress)
+
+            monkeypatch.setattr(table, "heartbeat", heartbeat)
+            table.cancel(job.id)
+            assert (await until(table, job, ended)).status == "cancelled"
+
+    run(scenario())
+    assert "ended with status 143" in caplog.text, "it was asked to end, not killed"
+
+
 def test_a_command_that_does_not_start_fails_the_job(tmp_path: Path) -> None:
     settings = job_settings(tmp_path, command=(str(tmp_path / "missing"),))
 
@@ -531,6 +607,8 @@ def test_owners_tell_the_living_from_the_dead() -> None:
     host, pid, _, token = owner.split("|")
     assert not is_dead(owner)
     assert is_dead(f"{host}|{pid}|1.0|{token}")  # the number was given to another process
+    stepped = psutil.Process().create_time() + 3.0  # as it is told once the clock was set
+    assert not is_dead(f"{host}|{pid}|{stepped!r}|{token}")
     assert not is_dead(f"elsewhere|{pid}|1.0|{token}")
 
 
