@@ -24,7 +24,13 @@ block with nine taps, and a 1x1 convolution to one channel, whose spectral norm 
 - Pairs whose two pictures have the same condition are no mismatch, and are left out of the fakes.
 
 With ``features`` the frozen network is one that was trained on pictures (`distillers.backbones`), and looks at decoded ones
-without noise, as in ADD (https://arxiv.org/abs/2311.17042): then x_t is x, and nobody is told a prompt.
+without noise, as in ADD (https://arxiv.org/abs/2311.17042): then x_t is x, and the heads are told no prompt. What was asked
+for is the business of a matcher (``matching_weight``), a product of picture and prompt in a space of its own, as in
+projection discriminators (https://arxiv.org/abs/1802.05637). It learns from real pictures alone, under their own prompts and
+others', so that it can be asked about prompts that nobody has a picture of:
+
+    student  ... - w mean M(x, c)
+    matcher  mean max(0, 1 - M(y, c)) + mean max(0, 1 + M(y, c'))
 
 Heads are told time and prompt by the features alone, as in SANA-Sprint's code; LADD tells them once more.
 """
@@ -45,6 +51,8 @@ from distillers.rollout import draw_lognormal_times, draw_noise
 from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_rows
 from weights.diffusion.schedules import add_noise
 
+LABELS = 64
+"""Classes that a matcher tells apart where conditions are labels."""
 Look = tuple[Tensor, Tensor, Cond]
 """What the discriminator is shown: ``x_t (B, ...)``, ``t (B,)`` and B rows of conditions."""
 
@@ -57,6 +65,9 @@ class AdversaryConfig(MethodConfig):
     )
     feature_size: int | None = Field(
         None, ge=8, description="side to resize decoded pictures to for 'features'; that network's own when left out"
+    )
+    matching_weight: float = Field(
+        0.0, ge=0, description="w, of whether a picture shows what was asked for, with 'features'; 0 is off"
     )
     blocks: list[str] | None = Field(
         None, min_length=1, description="teacher's blocks that get a head each, such as 'mid_block'; all when left out"
@@ -94,6 +105,11 @@ class AdversaryConfig(MethodConfig):
         if self.features is None and self.feature_size is not None:
             raise ValueError(
                 f"feature_size: {self.feature_size} is for features, which is left out: set that, or neither"
+            )
+        if self.features is None and self.matching_weight > 0:
+            raise ValueError(
+                f"matching_weight: {self.matching_weight} is for features, which is left out: without it, mismatched_share "
+                "is what teaches the heads to look at the prompt"
             )
         if self.features is not None and (self.prompted or self.blocks is not None):
             raise ValueError(
@@ -145,6 +161,40 @@ class LatentHead(nn.Module):
         hidden = self.enter(features.to(self.leave.weight.dtype))
         logits: Tensor = self.leave((hidden + self.around(hidden)) / math.sqrt(2))
         return logits.float()
+
+
+class Matcher(nn.Module):
+    """How well pictures show what was asked for: a product of both in a space of their own.
+
+    Args:
+        channels: of each feature map.
+        prompt: length of `prompt_vectors`.
+        width: of the space.
+    """
+
+    def __init__(self, channels: list[int], prompt: int, width: int = 128) -> None:
+        super().__init__()
+        self.of_picture = nn.Sequential(nn.LayerNorm(sum(channels)), nn.Linear(sum(channels), width))
+        self.of_prompt = nn.Sequential(nn.LayerNorm(prompt), nn.Linear(prompt, width))
+        self.width = width
+
+    def forward(self, maps: list[Tensor], cond: Cond) -> Tensor:
+        """``(B,)`` float32 for feature maps ``(B, C, h, w)``; larger means that they belong together."""
+        pooled = torch.cat([each.float().mean(dim=(2, 3)) for each in maps], dim=1)
+        pictures, prompts = self.of_picture(pooled), self.of_prompt(prompt_vectors(cond))
+        logits: Tensor = (pictures * prompts).sum(1) / math.sqrt(self.width)
+        return logits.float()
+
+
+def prompt_vectors(cond: Cond) -> Tensor:
+    """One vector a prompt, ``(B, D)`` float32: text states ``(B, L, D)`` by their mean, labels ``(B,)`` one-hot."""
+
+    def vector(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return F.one_hot(value % LABELS, LABELS).float()
+        return value.float().mean(dim=1) if value.ndim == 3 else value.float()
+
+    return torch.cat([vector(value) for value in cond.values()], dim=1)
 
 
 class TeacherEye:
@@ -226,6 +276,10 @@ class Adversary:
             maps = self.eye.maps(x_t, torch.ones(1, device=setup.device), setup.uncond)
         heads = [LatentHead(each.shape[1], min(each.shape[2:]), config.head_kernel) for each in maps]
         self.heads = nn.ModuleList(heads).to(setup.device)
+        self.matcher: Matcher | None = None
+        if config.matching_weight > 0:
+            length = prompt_vectors(setup.uncond).shape[1]
+            self.matcher = Matcher([each.shape[1] for each in maps], length).to(setup.device)
 
     def trained(self, weight_decay: float, warmup: int) -> Trained:
         """The heads, for `Method.trained`."""
@@ -233,7 +287,9 @@ class Adversary:
         optimizer = OptimizerSettings(
             lr=config.head_lr, betas=config.head_betas, weight_decay=weight_decay, warmup=warmup
         )
-        return Trained(module=self.heads, optimizer=optimizer)
+        if self.matcher is None:
+            return Trained(module=self.heads, optimizer=optimizer)
+        return Trained(module=nn.ModuleDict({"heads": self.heads, "matcher": self.matcher}), optimizer=optimizer)
 
     def student_loss(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
         """How fake the student's pictures look; its gradient reaches x through the frozen critic.
@@ -244,8 +300,11 @@ class Adversary:
             generator: draws times and noise.
         """
         t = self.eye.times(len(x), generator)
-        logits = self._logits((self.eye.shown(x, t, generator), t, self._told(cond, len(x))))
-        return _over_heads(hinge_generator_loss, logits)
+        maps = self.eye.maps(self.eye.shown(x, t, generator), t, self._told(cond, len(x)))
+        loss = _over_heads(hinge_generator_loss, self._logits(maps))
+        if self.matcher is not None:
+            loss = loss + self.config.matching_weight * hinge_generator_loss(self.matcher(maps, cond))
+        return loss
 
     def critic_loss(self, x: Tensor, cond: Cond, real: Tensor, real_cond: Cond, generator: torch.Generator) -> TurnLoss:
         """The heads' loss on as many real pictures as the student's, at the same times.
@@ -257,7 +316,7 @@ class Adversary:
             real_cond: what these show.
             generator: draws times and noise.
         """
-        config, t = self.config, self.eye.times(len(x), generator)
+        config, t, asked = self.config, self.eye.times(len(x), generator), real_cond
         cond, real_cond = self._told(cond, len(x)), self._told(real_cond, len(real))
         real_t = self.eye.shown(real, t, generator)
         shown: dict[str, Look] = {"fake": (self.eye.shown(x, t, generator), t, cond), "real": (real_t, t, real_cond)}
@@ -268,7 +327,8 @@ class Adversary:
         if config.r1_weight > 0:
             noise = draw_noise(tuple(real.shape), generator, real.device)
             shown["disturbed"] = (real_t + config.r1_noise * noise, t, real_cond)
-        logits = self._all_logits(shown)
+        maps = self._all_maps(shown)
+        logits = {name: self._logits(own) for name, own in maps.items()}
         loss = _over_heads(hinge_discriminator_loss, logits["real"], logits["fake"])
         if "mismatched" in logits:
             share = config.mismatched_share * len(rows) / len(x)
@@ -281,29 +341,46 @@ class Adversary:
         if "disturbed" in logits:
             metrics["critic/r1"] = _over_heads(approximate_r1, logits["real"], logits["disturbed"])
             loss = loss + config.r1_weight * metrics["critic/r1"]
+        if self.matcher is not None:
+            matching, seen = self._matching_loss(self.matcher, maps["real"], asked)
+            loss, metrics = loss + matching, metrics | seen
         return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+    @staticmethod
+    def _matching_loss(matcher: Matcher, maps: list[Tensor], cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+        """The matcher's loss on real pictures under their own prompts and their neighbours', and what to log."""
+        others = {name: value.roll(1, 0) for name, value in cond.items()}
+        own, wrong = matcher(maps, cond), matcher(maps, others)
+        counts = _differs(cond).to(wrong.dtype)
+        loss = F.relu(1 - own).mean() + (F.relu(1 + wrong) * counts).sum() / counts.sum().clamp_min(1)
+        return loss, {"critic/matching": loss, "critic/own_prompts": own.mean(), "critic/other_prompts": wrong.mean()}
 
     def _told(self, cond: Cond, count: int) -> Cond:
         """What the critic is told of so many pictures: what was asked for, or the empty prompt."""
         return cond if self.config.prompted else cond_repeat(self.setup.uncond, count)
 
-    def _logits(self, look: Look) -> list[Tensor]:
-        return [head(each) for head, each in zip(self.heads, self.eye.maps(*look), strict=True)]
+    def _logits(self, maps: list[Tensor]) -> list[Tensor]:
+        return [head(each) for head, each in zip(self.heads, maps, strict=True)]
 
-    def _all_logits(self, shown: dict[str, Look]) -> dict[str, list[Tensor]]:
-        """Every head's logits of each batch, in one evaluation of the critic, which needs no graph here."""
+    def _all_maps(self, shown: dict[str, Look]) -> dict[str, list[Tensor]]:
+        """The critic's feature maps of each batch, in one evaluation of it, which needs no graph here."""
         x_t, t, conds = zip(*shown.values(), strict=True)
         with torch.no_grad():
             features = self.eye.maps(torch.cat(x_t), torch.cat(t), cond_cat(conds))
         sizes = [len(times) for times in t]
-        parts = [head(each).split(sizes) for head, each in zip(self.heads, features, strict=True)]
-        return dict(zip(shown, (list(logits) for logits in zip(*parts, strict=True)), strict=True))
+        parts = [each.split(sizes) for each in features]
+        return dict(zip(shown, (list(maps) for maps in zip(*parts, strict=True)), strict=True))
 
 
 def mismatched_rows(cond: Cond) -> Tensor:
     """Rows whose condition is not that of the row before (the last, for the first): int64, ``(at most B,)``."""
+    return _differs(cond).nonzero().flatten()
+
+
+def _differs(cond: Cond) -> Tensor:
+    """Whether a row's condition is not that of the row before (the last, for the first): bool, ``(B,)``."""
     differs = [(value != value.roll(1, 0)).reshape(len(value), -1).any(dim=1) for value in cond.values()]
-    return torch.stack(differs).any(dim=0).nonzero().flatten()
+    return torch.stack(differs).any(dim=0)
 
 
 def _over_heads(loss: Callable[..., Tensor], *logits: list[Tensor]) -> Tensor:

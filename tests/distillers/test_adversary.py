@@ -320,9 +320,59 @@ def test_both_losses_of_a_critic_of_pictures() -> None:
     assert not any(weight.requires_grad for weight in adversary.eye.backbone.parameters())
 
 
+def matched(iterations: int = 60) -> tuple[Adversary, Any]:
+    """A matcher that has seen some of a ring's points beside their labels, and the ring."""
+    setup = mixture_setup("ring")
+    torch.manual_seed(0)
+    adversary = Adversary(AdversaryConfig(matching_weight=1.0, **PICTURES), setup)
+    optimizer = torch.optim.Adam(adversary.trained(0.0, 0).module.parameters(), 2e-3, betas=(0.0, 0.99))
+    mixture = setup.base.mixture  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(0)
+    for iteration in range(iterations):
+        cond = {"label": torch.randint(8, (64,), generator=generator)}
+        real = mixture.sample(cond["label"], generator).float()
+        optimizer.zero_grad()
+        adversary.critic_loss(real, cond, real, cond, generator_of("look", iteration)).loss.backward()
+        optimizer.step()
+    return adversary, mixture
+
+
+def test_a_matcher_learns_which_pictures_show_what_was_asked_for() -> None:
+    adversary, mixture = matched()
+    cond = {"label": torch.arange(8).repeat(32)}
+    x, t = mixture.sample(cond["label"], torch.Generator().manual_seed(1)).float(), torch.zeros(256)
+    opposite = {"label": (cond["label"] + 4) % 8}
+    assert adversary.matcher is not None
+    with torch.no_grad():
+        own, other = (float(adversary.matcher(adversary.eye.maps(x, t, {}), each).mean()) for each in (cond, opposite))
+    assert own > other + 1, (own, other)
+    leads = []
+    for asked in (cond, opposite):
+        moved = x.clone().requires_grad_(True)
+        adversary.student_loss(moved, asked, generator_of("look")).backward()
+        assert moved.grad is not None
+        leads.append(moved.grad)
+    assert not torch.allclose(*leads), "where the student is led depends on the prompt"
+
+
+def test_the_matchers_loss_is_hinge_on_own_and_other_prompts_and_leaves_equal_ones_out() -> None:
+    adversary, mixture = matched(5)
+    assert adversary.matcher is not None
+    cond = labels(0, 1, 1, 2)
+    x = mixture.sample(cond["label"], torch.Generator().manual_seed(1)).float()
+    found = adversary.critic_loss(x, cond, x, cond, generator_of("look"))
+    maps = adversary.eye.maps(x, torch.zeros(4), cond)
+    own, other = (adversary.matcher(maps, each).detach() for each in (cond, labels(2, 0, 1, 1)))
+    expected = (1 - own).relu().mean() + (1 + other).relu()[[0, 1, 3]].mean()
+    assert float(found.metrics["critic/matching"]) == pytest.approx(float(expected), rel=1e-5)
+    plain = float(found.metrics["critic/discriminator"])
+    assert float(found.loss.detach()) == pytest.approx(plain + float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"features": None, "matching_weight": 1.0, "prompted": True}, "matching_weight: 1.0 is for features"),
         ({"prompted": True}, "features: random is told no prompt"),
         ({"blocks": ["mid_block"]}, "leave blocks out"),
         ({"features": None, "feature_size": 64}, "feature_size: 64 is for features"),
@@ -372,7 +422,9 @@ def prompt_gap(share: float) -> float:
     x, t = mixture.sample(cond["label"], generator).float(), torch.full((512,), 0.1)
     opposite = {"label": (cond["label"] + 4) % 8}
     with torch.no_grad():
-        own, other = (module._over_heads(torch.mean, adversary._logits((x, t, c))) for c in (cond, opposite))
+        own, other = (
+            module._over_heads(torch.mean, adversary._logits(adversary.eye.maps(x, t, c))) for c in (cond, opposite)
+        )
     return float(own - other)
 
 

@@ -21,7 +21,7 @@ ITERATIONS = 8
 SETTINGS = {"student_every": 1, "student_lr": 2**-10, "fake_score_lr": 2**-10, "weight_decay": 0.0, "warmup": 4}
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "consistency": {},
-    "add": {"features": "random", "student_lr": 2**-10, "head_lr": 2**-10, "warmup": 4},
+    "add": {"features": "random", "matching_weight": 1.0, "student_lr": 2**-10, "head_lr": 2**-10, "warmup": 4},
 }
 ONE = {"timesteps": [1.0]}
 ADVERSARY = {"blocks": ["up_blocks.0"], "prompted": False, "mismatched_share": 0.0, "head_lr": 1e-3}
