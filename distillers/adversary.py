@@ -37,90 +37,22 @@ Heads are told time and prompt by the features alone, as in SANA-Sprint's code; 
 
 import math
 from collections.abc import Callable
-from typing import Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from distillers.backbones import BackboneName, backbone
+from distillers.adversary_settings import AdversaryConfig
+from distillers.eyes import PictureEye, TeacherEye
 from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
-from distillers.methods.base import Betas, MethodConfig, OptimizerSettings, Setup, Trained, TurnLoss
-from distillers.rollout import draw_lognormal_times, draw_noise
-from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_rows
-from weights.diffusion.schedules import add_noise
+from distillers.methods.base import OptimizerSettings, Setup, Trained, TurnLoss
+from distillers.rollout import draw_noise
+from weights.denoiser import Cond, cond_cat, cond_repeat, cond_rows
 
 LABELS = 64
 """Classes that a matcher tells apart where conditions are labels."""
 Look = tuple[Tensor, Tensor, Cond]
 """What the discriminator is shown: ``x_t (B, ...)``, ``t (B,)`` and B rows of conditions."""
-
-
-class AdversaryConfig(MethodConfig):
-    """The discriminator's settings, for methods that have one; the defaults are SANA-Sprint's."""
-
-    features: BackboneName | None = Field(
-        None, description="a network of pictures to judge decoded pictures by, without noise, in place of the teacher"
-    )
-    feature_size: int | None = Field(
-        None, ge=8, description="side to resize decoded pictures to for 'features'; that network's own when left out"
-    )
-    matching_weight: float = Field(
-        0.0, ge=0, description="w, of whether a picture shows what was asked for, with 'features'; 0 is off"
-    )
-    blocks: list[str] | None = Field(
-        None, min_length=1, description="teacher's blocks that get a head each, such as 'mid_block'; all when left out"
-    )
-    head_kernel: int = Field(
-        3, ge=1, description="side of the residual block's kernel; 3 has the nine taps of the published head"
-    )
-    prompted: bool = Field(
-        True,
-        description="tell the critic what was asked for; off: pictures are judged by themselves, whatever the prompts",
-    )
-    critic_noise_mean: float = Field(
-        0.1, description="mean of ln(sigma / alpha) shown to the discriminator, for latents of unit variance"
-    )
-    critic_noise_std: float = Field(1.0, ge=0, description="standard deviation of it")
-    mismatched_share: float = Field(
-        0.5, ge=0, lt=1, description="share of the fakes that are real pictures under another's prompt; 0 is off"
-    )
-    r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
-    r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
-    head_lr: float = Field(2e-6, gt=0, description="heads' learning rate")
-    head_betas: Betas = Field(
-        (0.0, 0.999), description="AdamW's betas of the heads; beta1 = 0 steadies the game of two"
-    )
-
-    @field_validator("head_kernel")
-    @classmethod
-    def _has_a_middle(cls, kernel: int) -> int:
-        if kernel % 2 == 0:
-            raise ValueError(f"{kernel} must be odd")
-        return kernel
-
-    @model_validator(mode="after")
-    def _mismatches_are_seen(self) -> Self:
-        if self.features is None and self.feature_size is not None:
-            raise ValueError(
-                f"feature_size: {self.feature_size} is for features, which is left out: set that, or neither"
-            )
-        if self.features is None and self.matching_weight > 0:
-            raise ValueError(
-                f"matching_weight: {self.matching_weight} is for features, which is left out: without it, mismatched_share "
-                "is what teaches the heads to look at the prompt"
-            )
-        if self.features is not None and (self.prompted or self.blocks is not None):
-            raise ValueError(
-                f"features: {self.features} is told no prompt and has no teacher's blocks: set prompted to false and "
-                "mismatched_share to 0, and leave blocks out"
-            )
-        if not self.prompted and self.mismatched_share > 0:
-            raise ValueError(
-                f"mismatched_share: {self.mismatched_share} must be 0 where prompted is off: no prompt is there to mismatch"
-            )
-        return self
 
 
 class UnitConv(nn.Conv2d):
@@ -195,62 +127,6 @@ def prompt_vectors(cond: Cond) -> Tensor:
         return value.float().mean(dim=1) if value.ndim == 3 else value.float()
 
     return torch.cat([vector(value) for value in cond.values()], dim=1)
-
-
-class TeacherEye:
-    """Looks at noised latents through the teacher's blocks.
-
-    A teacher without inner features, such as the exact one of a Gaussian mixture, lends those of a frozen copy of what its
-    students start from.
-
-    Raises:
-        ValueError: ``blocks`` names what it does not have.
-    """
-
-    def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
-        self.config, self.device = config, setup.device
-        self.critic = _critic(setup)
-        self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
-
-    def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Of the noise, ``(count,)``."""
-        mean, std = self.config.critic_noise_mean, self.config.critic_noise_std
-        return draw_lognormal_times(count, mean, std, self.critic.schedule, generator, self.device)
-
-    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """What it is shown of the pictures x."""
-        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
-
-    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """Its features."""
-        return self.critic.block_features(x_t, t, cond, self.blocks)
-
-
-class PictureEye:
-    """Looks at decoded pictures, without noise, through a network that was trained on pictures.
-
-    Raises:
-        Unavailable: that network needs a package or weights that are not here.
-        ValueError: it cannot look at such pictures.
-    """
-
-    def __init__(self, name: BackboneName, size: int | None, setup: Setup) -> None:
-        self.base = setup.base
-        with torch.no_grad():
-            channels = self.base.render(torch.zeros(1, *setup.latent_shape, device=setup.device)).shape[1]
-        self.backbone = backbone(name, size, channels, setup.device)
-
-    def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """See `TeacherEye.times`: there is no noise."""
-        return torch.zeros(count, device=generator.device)
-
-    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """See `TeacherEye.shown`."""
-        return x
-
-    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """See `TeacherEye.maps`."""
-        return self.backbone(self.base.render(x_t))
 
 
 class Adversary:
@@ -386,20 +262,3 @@ def _differs(cond: Cond) -> Tensor:
 def _over_heads(loss: Callable[..., Tensor], *logits: list[Tensor]) -> Tensor:
     """The mean over heads of their losses: maps of all sizes weigh the same."""
     return torch.stack([loss(*each) for each in zip(*logits, strict=True)]).mean()
-
-
-def _critic(setup: Setup) -> Denoiser:
-    """The teacher, or the frozen network that stands in for one without features."""
-    if setup.teacher.feature_blocks:
-        return setup.teacher
-    stand_in = setup.new_network(False)
-    stand_in.network.requires_grad_(False).eval()
-    return stand_in.denoiser
-
-
-def _chosen(asked: list[str] | None, available: list[str]) -> list[str]:
-    """Those blocks in the order they run; all when none are asked for."""
-    unknown = set(asked or ()) - set(available)
-    if unknown:
-        raise ValueError(f"blocks: {sorted(unknown)} are none of this teacher's, which are {available}")
-    return [block for block in available if asked is None or block in asked]

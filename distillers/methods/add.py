@@ -24,7 +24,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distillers.adversary import Adversary, AdversaryConfig
+from distillers.adversary import Adversary
+from distillers.adversary_settings import AdversaryConfig
 from distillers.backbones import BackboneName
 from distillers.critics import guided_x0
 from distillers.methods.base import Betas, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss

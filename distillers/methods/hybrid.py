@@ -19,7 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distillers.adversary import Adversary, AdversaryConfig
+from distillers.adversary import Adversary
+from distillers.adversary_settings import AdversaryConfig
 from distillers.methods.base import Setup, Step, Trained, Turn, TurnLoss
 from distillers.methods.ladd import starting_states
 from distillers.methods.scm import SCM, SCMConfig

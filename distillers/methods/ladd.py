@@ -25,7 +25,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distillers.adversary import Adversary, AdversaryConfig
+from distillers.adversary import Adversary
+from distillers.adversary_settings import AdversaryConfig
 from distillers.methods.base import (
     Betas,
     OptimizerSettings,

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from distillers.adversary import AdversaryConfig
+from distillers.adversary_settings import AdversaryConfig
 from distillers.losses.score import Weighting
 from distillers.methods.base import Betas
 from distillers.methods.few_step import RolledOutConfig

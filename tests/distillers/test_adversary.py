@@ -11,15 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import distillers.adversary as module
-from distillers.adversary import (
-    Adversary,
-    AdversaryConfig,
-    LatentHead,
-    PictureEye,
-    TeacherEye,
-    UnitConv,
-    mismatched_rows,
-)
+from distillers.adversary import Adversary, LatentHead, UnitConv, mismatched_rows
+from distillers.adversary_settings import AdversaryConfig
+from distillers.eyes import PictureEye, TeacherEye
 from distillers.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
 from distillers.methods.base import Setup
 from distillers.seeds import generator_of

@@ -97,9 +97,9 @@ class TextToImage(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures ``(B, 3, H, W)`` in [-1, 1], float32."""
 
+    @abstractmethod
     def render(self, latents: Tensor) -> Tensor:
         """`decode` with its graph, for losses on pictures: values that are cut off there keep their gradient."""
-        raise NotImplementedError(f"family {self.family!r} has no decoder to train through")
 
     @abstractmethod
     def with_network(self, network: nn.Module) -> Self:

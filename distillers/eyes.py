@@ -1,0 +1,84 @@
+"""What a discriminator looks at pictures through (`distillers.adversary`): the teacher, or a network that knows pictures."""
+
+import torch
+from torch import Tensor
+
+from distillers.adversary_settings import AdversaryConfig
+from distillers.backbones import BackboneName, backbone
+from distillers.methods.base import Setup
+from distillers.rollout import draw_lognormal_times, draw_noise
+from weights.denoiser import Cond, Denoiser
+from weights.diffusion.schedules import add_noise
+
+
+class TeacherEye:
+    """Looks at noised latents through the teacher's blocks.
+
+    A teacher without inner features, such as the exact one of a Gaussian mixture, lends those of a frozen copy of what its
+    students start from.
+
+    Raises:
+        ValueError: ``blocks`` names what it does not have.
+    """
+
+    def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
+        self.config, self.device = config, setup.device
+        self.critic = _critic(setup)
+        self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of the noise, ``(count,)``."""
+        mean, std = self.config.critic_noise_mean, self.config.critic_noise_std
+        return draw_lognormal_times(count, mean, std, self.critic.schedule, generator, self.device)
+
+    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """What it is shown of the pictures x."""
+        return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
+
+    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Its features."""
+        return self.critic.block_features(x_t, t, cond, self.blocks)
+
+
+class PictureEye:
+    """Looks at decoded pictures, without noise, through a network that was trained on pictures.
+
+    Raises:
+        Unavailable: that network needs a package or weights that are not here.
+        ValueError: it cannot look at such pictures.
+    """
+
+    def __init__(self, name: BackboneName, size: int | None, setup: Setup) -> None:
+        self.base = setup.base
+        with torch.no_grad():
+            channels = self.base.render(torch.zeros(1, *setup.latent_shape, device=setup.device)).shape[1]
+        self.backbone = backbone(name, size, channels, setup.device)
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """See `TeacherEye.times`: there is no noise."""
+        return torch.zeros(count, device=generator.device)
+
+    def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """See `TeacherEye.shown`."""
+        return x
+
+    def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """See `TeacherEye.maps`."""
+        return self.backbone(self.base.render(x_t))
+
+
+def _critic(setup: Setup) -> Denoiser:
+    """The teacher, or the frozen network that stands in for one without features."""
+    if setup.teacher.feature_blocks:
+        return setup.teacher
+    stand_in = setup.new_network(False)
+    stand_in.network.requires_grad_(False).eval()
+    return stand_in.denoiser
+
+
+def _chosen(asked: list[str] | None, available: list[str]) -> list[str]:
+    """Those blocks in the order they run; all when none are asked for."""
+    unknown = set(asked or ()) - set(available)
+    if unknown:
+        raise ValueError(f"blocks: {sorted(unknown)} are none of this teacher's, which are {available}")
+    return [block for block in available if asked is None or block in asked]
