@@ -231,13 +231,16 @@ class KeyRing:
         right = hmac.compare_digest(record.sha256 if record is not None else _NOBODY, _digest(key))
         return record if right and record is not None and not record.is_expired(self._clock()) else None
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """What changes with every change of the file; None where it is gone."""
+    def _look(self) -> tuple[int, ...] | None:
+        """What changes with every change of the file and of who may read it; None where it is gone."""
         try:
             found = self._path.stat()
-        except OSError:
+        except FileNotFoundError:
             return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        except OSError as error:
+            log.error("%s cannot be looked at (%s); the keys that were there before stay in use", self._path, error)
+            return self._stamp
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
     def _refresh(self) -> None:
         stamp = self._look()

@@ -5,10 +5,14 @@ looks at decoded pictures through a network that knows pictures already (`distil
 stay where the frozen teacher, guided, leads it when it is noised again:
 
     student   adversarial_weight * (-mean D(x)) + distillation_weight * c(t) ||x - F_T(sg(x_t), t | c)||^2
+              + anchor_weight * ||x - x_start||^2
     heads     hinge, on x and real pictures
 
 with ``x_t = alpha_t sg(x) + sigma_t eps`` and the paper's exponential weighting ``c(t) = alpha_t``. The first loss makes
 pictures real, the second makes them show what was asked for.
+
+The anchor is ours, off by default, for a job that goes on from a student (``start``): x_start is what that one answers in
+the same state. It has learned variety and prompts by other means, and this keeps both while pictures get real.
 
 Departures: the distance is a mean over latents instead of a sum, so that the weight holds at any size. The discriminator is
 told neither the prompt nor the picture that was noised, as the paper's is: so it can judge pictures of made-up prompts. R1
@@ -24,6 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from distillers.adapters import copy_sharing_frozen
 from distillers.adversary import Adversary
 from distillers.adversary_settings import AdversaryConfig
 from distillers.backbones import BackboneName
@@ -31,7 +36,7 @@ from distillers.critics import guided_x0
 from distillers.methods.base import Betas, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
 from distillers.methods.few_step import RolledOut, RolledOutConfig
 from distillers.rollout import draw_noise, draw_times
-from weights.denoiser import Cond
+from weights.denoiser import Cond, Denoiser
 from weights.diffusion.schedules import add_noise, expand
 
 
@@ -48,6 +53,9 @@ class ADDConfig(AdversaryConfig, RolledOutConfig):
     adversarial_weight: float = Field(1.0, gt=0, description="of the discriminator's verdict")
     distillation_weight: float = Field(
         2.5, ge=0, description="of the squared distance to the teacher's estimate, a mean over latents; 0 is off"
+    )
+    anchor_weight: float = Field(
+        0.0, ge=0, description="of the squared distance to what the student answered before training; 0 is off"
     )
     distillation_times: tuple[float, float] = Field(
         (0.001, 1.0), description="times at which the teacher looks at the student's pictures, uniform between"
@@ -79,6 +87,11 @@ class ADD(RolledOut):
     def __init__(self, config: ADDConfig, setup: Setup) -> None:
         super().__init__(config, setup)
         self.adversary = Adversary(config, setup)
+        self.anchor: Denoiser | None = None
+        if config.anchor_weight > 0:
+            start = self.student.with_network(copy_sharing_frozen(self.student.network))
+            start.network.requires_grad_(False).eval()
+            self.anchor = start.denoiser
 
     @classmethod
     def needs_pictures(cls, config: ADDConfig) -> str | None:
@@ -121,7 +134,7 @@ class ADD(RolledOut):
 
     def _student_loss(self, step: Step) -> TurnLoss:
         config = self.config
-        x, cond = self._sample(step)
+        x, cond, started, told = self._sampled(step)
         step.scratch["samples"] = (x.detach(), cond)
         adversarial = self.adversary.student_loss(x, cond, step.local)
         loss = config.adversarial_weight * adversarial
@@ -130,6 +143,12 @@ class ADD(RolledOut):
             distillation = self._distillation(x, cond, step)
             loss = loss + config.distillation_weight * distillation
             metrics["student/distillation"] = distillation
+        if self.anchor is not None:
+            with torch.no_grad():
+                before = self.anchor(started, told, cond)
+            moved = (x - before).square().mean()
+            loss = loss + config.anchor_weight * moved
+            metrics["student/moved"] = moved
         return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def _distillation(self, x: Tensor, cond: Cond, step: Step) -> Tensor:

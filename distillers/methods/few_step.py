@@ -2,7 +2,7 @@
 optimizer, and where it learns from its own answers the average that gives them."""
 
 from collections.abc import Hashable
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -104,6 +104,19 @@ class RolledOutConfig(FewStepConfig):
         return not self.backward_simulation and max(self.schedules) > 1
 
 
+class Sampled(NamedTuple):
+    """The student's pictures of one step, and what they were made from."""
+
+    x: Tensor
+    """``(B, ...)``, with a graph to that step alone."""
+    cond: Cond
+    """What they were asked to show."""
+    x_t: Tensor
+    """The states that the step denoises."""
+    t: Tensor
+    """The times that the network is told, ``(B,)``."""
+
+
 class RolledOut(FewStepMethod):
     """Draws a step count and a step of it, and makes the student's pictures there."""
 
@@ -120,6 +133,10 @@ class RolledOut(FewStepMethod):
 
     def _sample(self, step: Step) -> tuple[Tensor, Cond]:
         """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
+        return self._sampled(step)[:2]
+
+    def _sampled(self, step: Step) -> Sampled:
+        """The same, with what they were made from."""
         schedule, k = self._draw_step(step.shared)
         denoiser, batch = self.student.denoiser, step.batch
         noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
@@ -129,7 +146,8 @@ class RolledOut(FewStepMethod):
         else:
             real, cond = batch.pictures
             x_t = noised_real(denoiser, real, noise, schedule, k)
-        return denoiser(x_t, at_time(schedule.network_times[k], x_t), cond), cond
+        t = at_time(schedule.network_times[k], x_t)
+        return Sampled(denoiser(x_t, t, cond), cond, x_t, t)
 
 
 class LoneStudentConfig(FewStepConfig):

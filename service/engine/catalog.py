@@ -55,14 +55,10 @@ class Catalog:
         """How manifests name this base.
 
         Raises:
-            ModelBroken: there is no such base.
+            FileNotFoundError: there is no such base.
         """
-        if base in self._references:
-            return self._references[base]
-        try:
-            return base_reference(base)
-        except FileNotFoundError as error:
-            raise broken(base) from error
+        known = self._references.get(base)
+        return base_reference(base) if known is None else known
 
     def own_name(self, name: str) -> str:
         """What the name stands for, if it is an alias."""
@@ -89,7 +85,7 @@ class Catalog:
             base = Key(name, self._listed[name])
             if not loras:
                 return Wanted(key=base, base=base, folder=None, adapters=())
-            adapters = self._adapters(self.reference(name), loras, open_student)
+            adapters = self._adapters(self._of_listed(name), loras, open_student)
             return Wanted(key=Key(name, None, loras), base=base, folder=None, adapters=adapters)
         folder, routed = self.folder(name, open_student), None
         if folder.manifest.router is not None:
@@ -118,7 +114,7 @@ class Catalog:
         if not loras:
             return
         name = self.own_name(name)
-        base = self.reference(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
+        base = self._of_listed(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
         self._adapters(base, loras, self._store.open)
 
     def folder(self, name: str, open_student: Open) -> StudentFolder:
@@ -136,6 +132,13 @@ class Catalog:
         except NotFound as error:
             raise self._unknown(name) from error
         except StoreError as error:
+            raise broken(name) from error
+
+    def _of_listed(self, name: str) -> BaseReference:
+        """A listed base's reference. Raises: ModelBroken."""
+        try:
+            return self.reference(name)
+        except FileNotFoundError as error:
             raise broken(name) from error
 
     def _unknown(self, name: str) -> UnknownModel:

@@ -26,6 +26,7 @@ class Place:
         self.client, self.seconds = client, seconds
         self._line, self._start, self._number = line, start, number
         self._remaining = seconds
+        self._drawing = False
 
     @property
     def order(self) -> Order:
@@ -41,6 +42,10 @@ class Place:
     def remaining(self) -> float:
         """Seconds of work that are left."""
         return self._remaining
+
+    def begin(self) -> None:
+        """Its model is there, and it is being drawn: from now on virtual time goes by it."""
+        self._drawing = True
 
     def progress(self, remaining_seconds: float) -> None:
         """So much is left: never more than before, since others were admitted on the strength of that."""
@@ -147,7 +152,9 @@ class Line:
             raise _overloaded(about, min(end - deadline, sum(held.values())))
 
     def _admit(self, client: str, seconds: float) -> Place:
-        reached = min((place._reached for place in self._places.values()), default=self._virtual)
+        # Not those that wait for a model: they stand where they stood, while everybody else goes on.
+        drawing = (place._reached for place in self._places.values() if place._drawing)
+        reached = min(drawing, default=self._virtual)
         self._virtual = max(self._virtual, reached)
         self._finish = {name: tag for name, tag in self._finish.items() if tag > self._virtual}
         own = (place._start for place in self._places.values() if place.client == client)

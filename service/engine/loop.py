@@ -1,5 +1,6 @@
 """The engine's thread, tick by tick: one call of a model, for whoever is ready for it, and what follows from its answer."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,10 @@ class DrawingLoop:
         self._planner, self._costs, self._prompts, self._observer = planner, costs, prompts, observer
         self._previews: WeakKeyDictionary[TextToImage, LinearPreview] = WeakKeyDictionary()
         self._active: list[ActiveRequest] = []
+        self._wanting: dict[Prompt, list[ActiveRequest]] = {}
+        """Who waits for a prompt to be encoded."""
+        self.failed = False
+        """Whether a call has failed that nobody else shared; whoever looks into it clears this."""
         self._last: Call | None = None
 
     @property
@@ -69,12 +74,14 @@ class DrawingLoop:
             known = self._prompts.get(prompt)
             if known is not None:
                 active.texts[prompt] = known
+            else:
+                self._wanting.setdefault(prompt, []).append(active)
         active.progressed()
         self._active.append(active)
 
     def tick(self) -> None:
         """Make the next call, if there is one. Whatever goes wrong ends requests, never the loop."""
-        self._active = [request for request in self._active if not request.ticket.over]
+        self._forget_ended()
         if not self._active:
             return
         try:
@@ -83,14 +90,23 @@ class DrawingLoop:
             with torch.inference_mode(), calls.determinism(works[0].group.alone):
                 self._call(works)
         except Exception as error:  # noqa: BLE001 - a bug of ours, nobody's in particular; it is logged there
-            failed = told(error)
-            for request in self._active:
-                request.ticket.end(failed)
+            self.end(told(error))
+
+    def end(self, error: EngineError) -> None:
+        """Give up everybody."""
+        for request in self._active:
+            request.ticket.end(error)
 
     def clear(self) -> None:
         """Forget everything, for good."""
-        self._active = []
+        self._active, self._wanting = [], {}
         self._prompts.clear()
+
+    def _forget_ended(self) -> None:
+        before, self._active = len(self._active), [each for each in self._active if not each.ticket.over]
+        if len(self._active) < before:
+            left = {p: [each for each in waiting if not each.ticket.over] for p, waiting in self._wanting.items()}
+            self._wanting = {prompt: waiting for prompt, waiting in left.items() if waiting}
 
     def preview_of(self, base: TextToImage) -> LinearPreview:
         """The base's cheap previews, fitted when they are first asked for."""
@@ -140,7 +156,7 @@ class DrawingLoop:
             answers = self._timed(works, run)
         except Exception as error:  # noqa: BLE001 - as above
             if len(works) == 1:
-                failed = told(error)
+                failed, self.failed = told(error), True
                 for request in self._waiting(works[0]):
                     request.ticket.end(failed)
                 return
@@ -152,7 +168,8 @@ class DrawingLoop:
             return
         # Out of the except block: the error's traceback holds the failed call's tensors.
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a GPU that is broken for good: the halves will say so
+                torch.cuda.empty_cache()
         half = len(works) // 2
         for some in (works[:half], works[half:]):
             # Without those whose request has failed by now.
@@ -177,11 +194,11 @@ class DrawingLoop:
         """Whose work it is."""
         if isinstance(work, Picture):
             return [work.request]
-        return [request for request in self._active if work in request.missing]
+        return self._wanting.get(work, [])
 
     def _encoded(self, prompts: Sequence[Prompt], conds: list[Cond]) -> None:
         for prompt, cond in zip(prompts, conds, strict=True):
-            for request in self._waiting(prompt):
+            for request in self._wanting.pop(prompt, []):
                 request.texts[prompt] = cond
             self._prompts.put(prompt, cond)
 

@@ -100,6 +100,7 @@ class ActiveRequest:
         self.seconds_left = self._seconds_left(costs)
         orders = ticket.place.orders(len(request.seeds))
         self.order = ticket.place.order
+        ticket.place.begin()
         self.pictures = [Picture(self, index, order) for index, order in enumerate(orders)]
 
     def told(self, step: TrajectoryStep) -> tuple[Prompt, ...]:
@@ -147,6 +148,7 @@ class ActiveRequest:
         self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
         if not self.pictures:
             self.ticket.over = True
+            self.ticket.place.leave()  # however long its answer takes to be read
 
     def show(self, picture: "Picture", pixels: NDArray[uint8]) -> None:
         """A preview of the picture after its last step."""

@@ -71,13 +71,16 @@ def choose(ready: Sequence[W], profile: Callable[[Group], Profile], after: Call 
         The first of those that are ready for a network, or of the others, and more of its group. They fit into the largest
         batch together, but for a single one that does not fit alone: see `batch_of`.
     """
-    middle = [work for work in ready if work.group.part.call == "network"]
-    ends = [work for work in ready if work.group.part.call != "network"]
-    first = ends[0] if ends and (not middle or after in (None, "network")) else middle[0]
-    own = profile(first.group)
-    if first.group.alone or first.rows > own.batches[-1]:
+    grouped = [(work, work.group) for work in ready]  # asked once: thousands may wait
+    middle = next((each for each in grouped if each[1].part.call == "network"), None)
+    end = next((each for each in grouped if each[1].part.call != "network"), None)
+    chosen_first = end if end is not None and (middle is None or after in (None, "network")) else middle
+    assert chosen_first is not None, "callers have somebody ready"
+    first, group = chosen_first
+    own = profile(group)
+    if group.alone or first.rows > own.batches[-1]:
         return [first]
-    alike = [work for work in ready if work.group == first.group and work.rows <= own.batches[-1]]
+    alike = [work for work, theirs in grouped if theirs == group and work.rows <= own.batches[-1]]
     if len(alike) == 1:
         return alike
     # Rows are taken by twos where everybody brings two; where some bring one, they fill what is left.

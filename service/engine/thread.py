@@ -64,7 +64,7 @@ class EngineThread:
         self.warm = False
         """Whether a first picture was drawn."""
         self.failure: str | None = None
-        """Why none ever will be."""
+        """Why none ever will be, or none more."""
         self.parts: dict[str, Parts] = {}
         """Of the bases that always stay, once they are loaded."""
 
@@ -95,10 +95,31 @@ class EngineThread:
         self.warm = True
         log.info("ready to draw on %s", self._device)
         self._loader.start()
-        while self._take_in():
-            with self._gate.passing():
-                self._loop.tick()
+        try:
+            while self._take_in():
+                with self._gate.passing():
+                    self._loop.tick()
+                if self._loop.failed:
+                    self._loop.failed = False
+                    self._check_device()
+        except Exception as error:
+            log.exception("the engine is broken; only a new process can draw again")
+            self._give_up(f"{type(error).__name__}: {error}")
         self._loop.clear()
+
+    def _check_device(self) -> None:
+        """After a call that failed: where nothing at all can be computed any more, no request is to blame."""
+        torch.ones(1, device=self._device).sum().item()
+
+    def _give_up(self, why: str) -> None:
+        """Let nobody in, and answer everybody who waits or still comes, until the end."""
+        self.failure = why
+        self._line.close()
+        broken = EngineError("the engine is broken, and has to be started again")
+        self._loop.end(broken)
+        while (come := self._inbox.get()) is not None:
+            for ticket in come.tickets if isinstance(come, Wait) else [come]:
+                ticket.end(broken)
 
     def _take_in(self) -> bool:
         """All requests that have come, at least one where there is nothing else to do; False at the end."""

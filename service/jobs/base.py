@@ -6,6 +6,7 @@ can be queued again and goes on from its checkpoint. Each claim raises ``attempt
 writes about an attempt names its number, and a number that is no longer the row's is refused.
 """
 
+import os
 import sys
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
@@ -172,6 +173,8 @@ class JobSettings:
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     """The devices to run one job each on: ``auto`` is every NVIDIA GPU, or the CPU where there is none.
 
+    Where CUDA_VISIBLE_DEVICES is set, the GPUs are those that it lists, numbered from 0.
+
     Raises:
         ValueError: something else than ``auto`` alone, ``cpu`` and ``cuda:N``.
     """
@@ -179,6 +182,9 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
         for device in wanted:
             device_environment(device)
         return tuple(dict.fromkeys(wanted))
+    visible = visible_gpus()
+    if visible is not None:
+        return tuple(f"cuda:{number}" for number in range(len(visible))) or ("cpu",)
     gpus = sorted(
         int(path.name.removeprefix("nvidia"))
         for path in Path("/dev").glob("nvidia[0-9]*")
@@ -187,15 +193,26 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"cuda:{number}" for number in range(len(gpus))) or ("cpu",)
 
 
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES lists; None where it is not set."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if listed is None else [each.strip() for each in listed.split(",") if each.strip()]
+
+
 def device_environment(device: str) -> dict[str, str]:
-    """The variables that show a process only this device (``cpu``, ``cuda:N``).
+    """The variables that show a process only this device (``cpu``, ``cuda:N``: the N-th that this process sees).
 
     Raises:
-        ValueError: another kind of device.
+        ValueError: another kind of device, or a GPU that CUDA_VISIBLE_DEVICES hides.
     """
     kind, _, number = device.partition(":")
     if device == "cpu":
         return {"CUDA_VISIBLE_DEVICES": ""}
+    visible = visible_gpus()
     if kind == "cuda" and number.isdigit():
-        return {"CUDA_VISIBLE_DEVICES": number}
+        if visible is None:
+            return {"CUDA_VISIBLE_DEVICES": number}
+        if int(number) < len(visible):
+            return {"CUDA_VISIBLE_DEVICES": visible[int(number)]}
+        raise ValueError(f"no device {device!r} for jobs: CUDA_VISIBLE_DEVICES lists {len(visible)}, numbered from 0")
     raise ValueError(f"no device {device!r} for jobs: use 'auto' alone, 'cpu' or 'cuda:N', as in 'cuda:0'")

@@ -91,6 +91,24 @@ def test_the_losses_add_up_as_they_are_weighed() -> None:
     assert total == pytest.approx(2 * parts["student/adversarial"] + 3 * parts["student/distillation"], rel=1e-5)
 
 
+def test_the_anchor_is_what_the_student_was_and_stays_so() -> None:
+    method = build(anchor_weight=2.0, distillation_weight=0.0)
+    unmoved = method.loss(STUDENT, step_of(method.setup, B, name="student"))
+    assert float(unmoved.metrics["student/moved"]) == 0
+    with torch.no_grad():
+        for weight in method.student.network.parameters():
+            weight.mul_(1.1)
+    found = method.loss(STUDENT, step_of(method.setup, B, name="student"))
+    moved = float(found.metrics["student/moved"])
+    assert moved > 0
+    assert float(found.loss.detach()) == pytest.approx(
+        float(found.metrics["student/adversarial"]) + 2 * moved, rel=1e-5
+    )
+    assert method.anchor is not None
+    assert not any(weight.requires_grad for weight in method.anchor.parameters())
+    assert "anchor" not in method.trained() and not method.state(), "it is made again from the job's start"
+
+
 def test_the_heads_judge_the_samples_of_the_students_turn_beside_the_data() -> None:
     method, scratch, seen = build(), {}, []  # type: ignore[var-annotated]
     method.student.network.register_forward_hook(lambda *_: seen.append(1))

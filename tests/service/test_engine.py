@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 
-from service.engine.base import BadRequest, DiversityWish, Drawn, ModelBroken, NotReady, UnknownModel
+from service.engine import calls
+from service.engine.base import BadRequest, DiversityWish, Drawn, EngineError, ModelBroken, NotReady, UnknownModel
 from service.engine.calls import to_pixels
 from service.engine.plan import plan_student
 from service.engine.step_engine import StepEngine
+from service.engine.thread import EngineThread
 from tests.service.conftest import SCHEDULES, TinyBase
 from tests.service.engine_help import Harness, pixels, request, until, until_seen
 from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router
 from weights.denoiser import cond_repeat
 from weights.drawing import draw
 from weights.store import Store
-from weights.students import base_reference
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -151,6 +152,32 @@ def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
     assert plan_student(request(diversity=DiversityWish()), harness.store.open("tiny").manifest).needs_uncond
 
 
+def test_a_device_that_computes_nothing_any_more_is_found_out(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad request is not: every failed call is followed by a look at the device itself."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async def scenario(engine: StepEngine) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(calls, "denoise", broken)
+            with pytest.raises(EngineError, match="the server's log says why"):
+                await engine.generate(request())
+        await engine.generate(request())
+        assert engine.failure is None, "the device was well"
+        monkeypatch.setattr(calls, "denoise", broken)
+        monkeypatch.setattr(EngineThread, "_check_device", broken)
+        together = await asyncio.gather(*(engine.generate(request()) for _ in range(3)), return_exceptions=True)
+        assert all(isinstance(each, EngineError) for each in together), "everybody is answered"
+        assert engine.failure is not None and "illegal memory access" in engine.failure
+        with pytest.raises(NotReady, match="has failed"):
+            await engine.generate(request())
+
+    harness.run(scenario)
+
+
 @pytest.mark.parametrize("wish", [DiversityWish(unprompted=0.1), DiversityWish(base_guidance=0.0, unprompted=0.0)])
 def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: Harness, wish: DiversityWish) -> None:
     async def scenario(engine: StepEngine) -> list[Drawn]:
@@ -262,7 +289,7 @@ def test_a_broken_student_breaks_nothing_else(harness: Harness) -> None:
     harness.run(scenario)
 
 
-@pytest.mark.parametrize("base", [{"sha256": "0" * 64}, {"id": "nobody/nothing"}])
+@pytest.mark.parametrize("base", [{"sha256": "0" * 64}, {"id": "nobody/nothing", "sha256": "1" * 64}])
 def test_a_student_of_another_base_is_not_drawn_with(harness: Harness, base: dict[str, str]) -> None:
     reference = harness.store.manifest("tiny").base.model_dump()
     harness.publish("stranger", base=BaseReference(**{**reference, **base}))
@@ -282,7 +309,7 @@ def test_a_bundled_student_of_a_base_that_is_not_served_is_no_default(
     tiny_base: TinyBase, tmp_path: Path, broken: bool
 ) -> None:
     bundled = Store(tmp_path / "bundled")
-    strange = base_reference(tiny_base.id).model_copy(update={"id": "emoji-base"})
+    strange = BaseReference(id="emoji-base", sha256="0" * 64)
     tiny_base.publish(bundled, tmp_path / "work", "shipped", base=strange)
     if broken:
         (bundled.root / "shipped" / "student.json").write_text("{")

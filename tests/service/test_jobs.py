@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
-from service.jobs.base import JobConflict, JobNotFound, find_devices
+from service.jobs.base import JobConflict, JobNotFound, device_environment, find_devices
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail, write_atomically
 from service.jobs.processes import is_dead, new_owner
@@ -174,6 +174,19 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'tpu'"):
         find_devices(["cpu", "tpu"])
     assert find_devices(["cuda:1", "cpu", "cuda:1"]) == ("cuda:1", "cpu")
+
+
+def test_jobs_get_the_gpus_that_the_server_may_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_environment("cuda:2") == {"CUDA_VISIBLE_DEVICES": "2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8932f937")
+    assert find_devices(["auto"]) == ("cuda:0", "cuda:1")
+    assert device_environment("cuda:0") == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert device_environment("cuda:1") == {"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES lists 2, numbered from 0"):
+        find_devices(["cuda:2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_devices(["auto"]) == ("cpu",)
 
 
 # Files

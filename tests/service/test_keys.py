@@ -156,6 +156,32 @@ def test_a_file_that_others_can_write_is_refused(file: Path) -> None:
     assert len(KeyRing(file)) == 1
 
 
+def test_a_file_that_was_mended_is_read_again(file: Path) -> None:
+    key, _ = create_key(file, "ann", ["generate"])
+    ring = KeyRing(file)
+    content = json.loads(file.read_text())
+    content["keys"] = []
+    file.write_text(json.dumps(content))
+    file.chmod(0o664)
+    assert ring.authenticate(key) is not None, "a file that others can write is not believed"
+    file.chmod(0o600)
+    assert ring.authenticate(key) is None, "what the log asked for was done"
+
+
+def test_a_disk_that_fails_takes_nobodys_key_away(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, _ = create_key(file, "ann", ["generate"])
+    ring = KeyRing(file)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", failing)
+        assert ring.authenticate(key) is not None
+    file.unlink()
+    assert ring.authenticate(key) is None
+
+
 def test_what_cannot_be_written(file: Path, tmp_path: Path) -> None:
     create_key(file, "ann", ["generate"])
     before = file.read_bytes()

@@ -18,6 +18,12 @@ def full(line: Line, client: str, pieces: int = 10) -> list[Place]:
     return [line.join(client, BOUND / pieces) for _ in range(pieces)]
 
 
+def begun(line: Line, client: str) -> Place:
+    place = line.join(client, 1.0)
+    place.begin()
+    return place
+
+
 def refused(line: Line, client: str, seconds: float, deadline: float | None = None) -> Overloaded:
     with pytest.raises(Overloaded) as caught:
         line.join(client, seconds, deadline)
@@ -83,6 +89,7 @@ def test_a_request_that_would_time_out_anyway_is_refused() -> None:
 def test_one_picture_is_not_behind_anothers_hundred() -> None:
     line = Line(1000.0)
     hundred = line.join("a", 100.0)
+    hundred.begin()
     ranks = hundred.orders(100)
     assert ranks[0] == hundred.order
     assert ranks == sorted(ranks)
@@ -95,13 +102,25 @@ def test_one_picture_is_not_behind_anothers_hundred() -> None:
 
 def test_who_was_idle_has_nothing_saved_up() -> None:
     line = Line(1000.0)
-    ranks = [line.join("a", 1.0) for _ in range(20)]
+    ranks = [begun(line, "a") for _ in range(20)]
     line.join("b", 1.0).leave()
     for place in ranks[:10]:
         place.progress(0)
         place.leave()
     orders = [line.join("b", 1.0).order for _ in range(3)]
     assert ranks[10].order <= orders[0] < ranks[11].order < orders[1] < ranks[12].order < orders[2]
+
+
+def test_who_waits_for_a_model_does_not_hold_the_clock() -> None:
+    line = Line(1000.0)
+    cold = line.join("a", 1.0)
+    busy = line.join("b", 60.0)
+    busy.begin()
+    busy.progress(10.0)
+    late = line.join("c", 1.0)
+    assert late.order > (50.0, 0, 0) > cold.order, "it was idle, and has nothing saved up"
+    cold.begin()
+    assert line.join("d", 1.0).order > late.order, "virtual time does not go back"
 
 
 def test_what_was_given_up_is_not_charged() -> None:
