@@ -111,6 +111,11 @@ class Settings(BaseSettings):
         CACHE / "serving",
         description="Folder for models that OpenVINO has converted; without it the next start takes longer.",
     )
+    cache_bytes: int = Field(
+        16 * 2**30,
+        ge=0,
+        description="Disk for converted models, each LoRA at each scale being one; those used longest ago go first.",
+    )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         "auto",
         description="Attention on a GPU: torch's (sdpa) or xformers'; auto is xformers' where that is installed.",

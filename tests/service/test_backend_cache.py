@@ -191,6 +191,22 @@ def test_nothing_stays_of_what_failed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, limit=2500)
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_bytes(bytes(1000))
+
+    for age, key in enumerate(["a", "b"]):
+        os.utime(cache.put(key, write), (age, age))
+    assert cache.get("a") is not None, "and it is used now"
+    cache.put("c", write)
+    assert [key for key in "abc" if cache.get(key) is not None] == ["a", "c"]
+    cache.limit = 10
+    cache.put("d", write)
+    assert [key for key in "abcd" if cache.get(key) is not None] == ["d"], "what was made just now is used"
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     left, busy = tmp_path / f"{ASIDE}left", tmp_path / f"{ASIDE}busy"
     for folder in (left, busy):

@@ -41,7 +41,7 @@ LEVEL = 2 / 255
 
 
 def openvino(folder: Path, precision: Any = "f32", most: int = 4) -> OpenVinoBackend:
-    return OpenVinoBackend(batches=doubling(most), cache=folder, precision=precision, threads=1)
+    return OpenVinoBackend(batches=doubling(most), cache=Cache(folder), precision=precision, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_what_openvino_cannot_run_stays_with_torch(
     parts = {"decoder": part(module), "text_encoder": tiny.plain.parts()["text_encoder"]}
     monkeypatch.setattr(tiny.plain, "parts", lambda: parts)
     torch.set_num_threads(2)
-    backend = OpenVinoBackend(batches=(1,), cache=tmp_path, precision="f32", threads=None)
+    backend = OpenVinoBackend(batches=(1,), cache=Cache(tmp_path), precision="f32", threads=None)
     assert torch.get_num_threads() == 1
     prepared = backend.prepare(tiny.plain)
     assert set(prepared.programs) == {"text_encoder"}

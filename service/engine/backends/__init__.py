@@ -38,11 +38,12 @@ def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -
             compiled=settings.compile,
             threads=settings.threads,
         )
+    from service.engine.backends.cache import Cache
     from service.engine.backends.openvino_backend import OpenVinoBackend
 
     return OpenVinoBackend(
         batches=doubling(settings.max_batch),
-        cache=settings.cache / "openvino",
+        cache=Cache(settings.cache / "openvino", settings.cache_bytes),
         precision="auto" if settings.dtype == "auto" else "f32" if dtype == torch.float32 else "bf16",
         threads=settings.threads,
     )

@@ -31,10 +31,11 @@ class Cache:
     Args:
         folder: made where it does not exist. Where nothing can be written there, a folder takes its place that lasts as
             long as this process.
+        limit: bytes for all of them; the one that was used longest ago goes. None: no limit.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, limit
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
             tempfile.TemporaryFile(dir=folder).close()
@@ -60,6 +61,8 @@ class Cache:
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s is broken and will be made again: %s", folder, error)
             return None
+        with contextlib.suppress(OSError):  # a disk that cannot be written, or somebody has just removed it
+            os.utime(folder)  # used now
         return folder
 
     def put(self, key: str, write: Callable[[Path], None]) -> Path:
@@ -82,7 +85,24 @@ class Cache:
                     os.replace(staged, target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+        self._make_room(target)
         return target
+
+    def _make_room(self, kept: Path) -> None:
+        """Delete what was used longest ago, but for ``kept``. Who has such files open goes on reading them."""
+        if self.limit is None:
+            return
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(ASIDE)]
+        with contextlib.suppress(OSError):  # another process clears up as well
+            used = sorted(
+                (path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path) for path in folders
+            )
+            total = sum(size for _, size, _ in used)
+            for _, size, path in used:
+                if total > self.limit and path != kept:
+                    log.info("%s goes: converted models take more than %d bytes", path, self.limit)
+                    self._remove(path)
+                    total -= size
 
     def get_file(self, path: Path) -> bytes | None:
         """What `put_file` wrote; None where there is nothing, or something else."""

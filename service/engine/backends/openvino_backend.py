@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,7 +23,7 @@ class OpenVinoBackend:
 
     Args:
         batches: sizes to draw in, rising from 1.
-        cache: folder for what was converted and compiled.
+        cache: for what was converted and compiled.
         precision: what programs compute in; ``auto`` is bf16 where the processor has it.
         threads: that one call uses; every core when None.
     """
@@ -32,10 +31,10 @@ class OpenVinoBackend:
     name = "openvino"
 
     def __init__(
-        self, *, batches: Sequence[int], cache: Path, precision: Precision | Literal["auto"], threads: int | None
+        self, *, batches: Sequence[int], cache: Cache, precision: Precision | Literal["auto"], threads: int | None
     ) -> None:
         self.batches = batches
-        self._compiler = Compiler(Cache(cache), precision, threads)
+        self._compiler = Compiler(cache, precision, threads)
         self._threads = threads or torch.get_num_threads()
         torch.set_num_threads(1)
 
