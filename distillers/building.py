@@ -54,6 +54,7 @@ class Builder:
         )
         built = chosen(config, setup)
         for frozen in (self.base,) if guide is None else (self.base, guide.model):
+            self._spare_memory(frozen)  # some losses go back through the teacher
             frozen.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
             if self.precision == "bfloat16":
                 frozen.network.to(torch.bfloat16)  # autocast would convert its weights anew at every call
@@ -74,7 +75,18 @@ class Builder:
         else:
             model.network.requires_grad_(True)
         model.network.train()
+        self._spare_memory(model)
         return model
+
+    def _spare_memory(self, model: TextToImage) -> None:
+        if not self.job.train.gradient_checkpointing:
+            return
+        enable = getattr(model.network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ValueError(
+                f"train.gradient_checkpointing: networks of family {model.family!r} have none; leave it out"
+            )
+        enable()
 
     def _new_network(self, adapters: bool) -> TextToImage:
         """See `Setup.new_network`."""

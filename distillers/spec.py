@@ -18,7 +18,10 @@ from distillers.methods.base import MethodConfig
 from weights.contracts import DistillJob, check_name
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-FREE = {"iterations", "max_minutes", "threads", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
+FREE = {
+    "iterations", "max_minutes", "threads", "gradient_checkpointing", "log_every", "checkpoint_every", "sample_every",
+    "keep_checkpoints",
+}  # fmt: skip
 """Settings of the trainer that may differ when a job is resumed: they change how far it goes, not where (but for a
 cooldown, which moves with the iterations)."""
 
@@ -120,6 +123,7 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
                 f"{config.least_iterations}, or shorten its phases in config",
             )
         )
+    errors += _hindrances_of_capture(job)
     if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
@@ -146,6 +150,21 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     if errors:
         raise BadSpec(errors)
     return job.model_copy(update={"config": config.model_dump(mode="json")}), config
+
+
+def _hindrances_of_capture(job: DistillJob) -> list[dict[str, str]]:
+    """What the trainer's other settings have against captured iterations."""
+    train = job.train
+    if not train.capture:
+        return []
+    errors = []
+    if train.gradient_accumulation > 1:
+        errors.append(_error("train.gradient_accumulation", "must be 1 with capture: use a larger batch_size"))
+    if train.gradient_checkpointing:
+        errors.append(
+            _error("train.gradient_checkpointing", "random states cannot be kept in a graph: leave it out, or capture")
+        )
+    return errors
 
 
 def _has_pictures(job: DistillJob) -> bool:

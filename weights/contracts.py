@@ -85,6 +85,11 @@ class TrainSpec(Contract):
         "auto", description="auto: bfloat16 where the processor computes in it, else float32"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: far less memory, and about a "
+        "third more work, for the same numbers",
+    )
     capture: bool = Field(
         False,
         description="run each iteration as a CUDA graph: for networks so small that the GPU waits for the processor; one "
