@@ -23,10 +23,15 @@ from distillers.evaluation import report
 from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import EXTRACTORS, EfficientNetLite0, Unavailable, extractor
 from distillers.evaluation.measure import Distances, Evaluation
-from distillers.evaluation.models import load_models
+from distillers.evaluation.models import DEFAULT_BASE, load_models
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.store import StoreError
+
+FOREIGN = (
+    "captions and real pictures are the bundled emoji's, so these figures say how well it draws emoji; compare its students "
+    "with it by them, and hold no bar against it"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         base, students = load_models(options.names, options.store, options.base, options.device)
+        if base.name != DEFAULT_BASE:
+            errors.print(Text(f"{base.name}: {FOREIGN}", style="yellow"))
         results = evaluate(base, students, options, errors)
     except (Unavailable, StoreError, ValueError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "--minutes", type=float, default=10.0, help="training budget of each method on each thread (%(default)s)"
+        "--minutes", type=float, default=6.0, help="training budget of each method on each thread (%(default)s)"
     )
     made.add_argument("--threads", type=int, default=1, help="CPU threads of training and measuring (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of every training (%(default)s)")
