@@ -6,9 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weights.contracts import StepSchedule, StudentManifest
 from weights.students import base_reference
@@ -78,6 +85,60 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     pipeline.save_pretrained(folder)
     vocabulary.unlink()
     (folder / "fewstep.json").write_text(json.dumps({"licence": "CC0-1.0"}))
+    return folder
+
+
+def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Writes one of Stable Diffusion 1's classes: CLIP, a KL autoencoder, eps over scaled-linear betas; its folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    merges.write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=24)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=len(tokens) - 2,
+            eos_token_id=len(tokens) - 1,
+        )
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    scheduler = PNDMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="epsilon",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    vocabulary.unlink(), merges.unlink()
     return folder
 
 

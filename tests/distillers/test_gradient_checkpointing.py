@@ -12,7 +12,7 @@ from distillers.job import JobRun
 from distillers.methods.base import Step, Turn
 from distillers.seeds import generator_of
 from distillers.spec import BadSpec, check_spec
-from tests.helpers import picture_folder, tiny_pipeline
+from tests.helpers import picture_folder, tiny_sd15_pipeline
 from weights.store import Store
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def spec(folder: Path, name: str, method: str, **train: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("jobs")
-    tiny_pipeline(made / "base")
+    tiny_sd15_pipeline(made / "base")
     picture_folder(made / "data")
     return made
 

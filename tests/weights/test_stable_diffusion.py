@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from tests.helpers import student_manifest, tiny_pipeline
+from tests.helpers import student_manifest, tiny_pipeline, tiny_sd15_pipeline
 from weights.contracts import BaseReference, GuidanceConvention, StepSchedule
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
@@ -25,9 +26,11 @@ PROMPT = "red apple, noto"
 FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("base"))
+@pytest.fixture(scope="module", params=[tiny_pipeline, tiny_sd15_pipeline], ids=["bundled", "sd15"])
+def base_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the bundled teacher's classes, and of Stable Diffusion 1's."""
+    make: Callable[[Path], Path] = request.param
+    return make(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def diffusers_pixels(pipeline: StableDiffusionPipeline, steps: int, guidance: fl
 def test_the_base_draws_what_diffusers_draws(base: StableDiffusion, base_folder: Path) -> None:
     drawing = draw_base(base, base.encode_prompts([PROMPT]), base.encode_prompts([""]), [5], 5, 3.0)
     pipeline = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    ending_clean = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ending_clean)
     theirs = diffusers_pixels(pipeline, 5, 3.0, seed=5)
     assert drawing.evaluations == 10
     assert torch.allclose((base.decode(drawing.latents) + 1) / 2, theirs, atol=1e-4)
@@ -309,4 +313,5 @@ def test_a_student_is_refused_another_base(base: StableDiffusion, base_folder: P
 
 def test_a_guided_base_at_the_first_trailing_time_sees_pure_noise(base: StableDiffusion) -> None:
     assert trailing_times(4)[0] == 1.0
-    assert float(base.denoiser.schedule.alpha(torch.tensor([1.0]))) < 1e-6, "zero terminal SNR must survive loading"
+    rescaled = base.pipeline.scheduler.config.get("rescale_betas_zero_snr", False)
+    assert (float(base.denoiser.schedule.alpha(torch.tensor([1.0]))) < 1e-6) == rescaled, "it must survive loading"
