@@ -109,8 +109,6 @@ def _hindrance(trainer: "Trainer") -> str | None:
         return reason
     if accelerator.num_processes > 1:
         return f"works in one process, not in {accelerator.num_processes}"
-    if trainer.spec.gradient_accumulation > 1:
-        return f"gradient_accumulation {trainer.spec.gradient_accumulation} must be 1: use a larger batch_size"
     if accelerator.device.type != "cuda":
         return f"needs an NVIDIA GPU, and this job runs on {accelerator.device}"
     return None

@@ -86,14 +86,12 @@ class TrainSpec(Contract):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
     gradient_checkpointing: bool = Field(
-        False,
-        description="compute activations again in the backward pass instead of keeping them: far less memory, and about a "
-        "third more work, for the same numbers",
+        False, description="compute activations again in the backward pass: far less memory, a third more work"
     )
     capture: bool = Field(
         False,
         description="run each iteration as a CUDA graph: for networks so small that the GPU waits for the processor; one "
-        "GPU, score distillation alone, and random numbers drawn on the GPU",
+        "GPU, score distillation and ADD alone, and random numbers drawn on the GPU",
     )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
     cooldown: float = Field(
