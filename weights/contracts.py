@@ -90,8 +90,7 @@ class TrainSpec(Contract):
     )
     capture: bool = Field(
         False,
-        description="run each iteration as a CUDA graph: for networks so small that the GPU waits for the processor; one "
-        "GPU, score distillation and ADD alone, and random numbers drawn on the GPU",
+        description="run each iteration as a CUDA graph: for small networks on one GPU, by score distillation or ADD",
     )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
     cooldown: float = Field(
