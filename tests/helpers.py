@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,14 @@ def tiny_unet() -> UNet2DConditionModel:
     )
 
 
+def save_pipeline(folder: Path, **parts: Any) -> None:
+    """A StableDiffusionPipeline of these parts around a tiny UNet, whose weights are the next random numbers."""
+    pipeline = StableDiffusionPipeline(
+        unet=tiny_unet(), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+    )
+    pipeline.save_pretrained(folder)
+
+
 def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     """Writes a StableDiffusionPipeline of the bundled teacher's classes, 32x32 pictures, random weights; its folder."""
     torch.manual_seed(seed)
@@ -72,17 +81,7 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
         clip_sample=False,
         steps_offset=1,  # unused by trailing spacing; the pipeline warns about 0
     )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=tiny_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    save_pipeline(folder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
     vocabulary.unlink()
     (folder / "fewstep.json").write_text(json.dumps({"licence": "CC0-1.0"}))
     return folder
@@ -127,17 +126,7 @@ def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=tiny_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    save_pipeline(folder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
     vocabulary.unlink(), merges.unlink()
     return folder
 

@@ -17,8 +17,10 @@ MANIFEST = "student.json"
 WEIGHTS = ".safetensors"
 HARMLESS = frozenset({".md", ".png", ".txt"})
 ALLOWED = HARMLESS | {".json", WEIGHTS}
-VARIANTS = ("*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors", "*.non_ema-*.safetensors")
-"""Names of a diffusers component's other precisions and states, whole or in shards, which are never loaded here."""
+NOT_LOADED = (
+    "safety_checker/*", "*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors", "*.non_ema-*.safetensors",
+)  # fmt: skip
+"""Of a diffusers pipeline's components: a safety checker, and other precisions and states, whole or in shards."""
 _CHUNK = 1 << 20
 
 
@@ -70,8 +72,8 @@ def digest_base(path: Path) -> str:
         NotFound: the folder holds no such file.
     """
     root = Path(path)
-    parts = (file for file in root.glob(f"*/*{WEIGHTS}") if not file.match("safety_checker/*"))
-    return _digest(root, (file for file in parts if not any(file.match(pattern) for pattern in VARIANTS)))
+    parts = root.glob(f"*/*{WEIGHTS}")
+    return _digest(root, (file for file in parts if not any(file.match(pattern) for pattern in NOT_LOADED)))
 
 
 def _digest(root: Path, files: Iterable[Path]) -> str:

@@ -29,18 +29,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distillers.adapters import copy_sharing_frozen
-from distillers.adversary import Adversary
-from distillers.adversary_settings import AdversaryConfig
 from distillers.backbones import BackboneName
 from distillers.critics import guided_x0
-from distillers.methods.base import Betas, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
+from distillers.methods.base import Betas, Setup, Step, Turn, TurnLoss
 from distillers.methods.few_step import RolledOut, RolledOutConfig
+from distillers.methods.judged import Judged, JudgedConfig
 from distillers.rollout import draw_noise, draw_times
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.schedules import add_noise, expand
 
 
-class ADDConfig(AdversaryConfig, RolledOutConfig):
+class ADDConfig(JudgedConfig, RolledOutConfig):
     """The paper's numbers where it has them."""
 
     features: BackboneName | None = Field(
@@ -77,7 +76,7 @@ class ADDConfig(AdversaryConfig, RolledOutConfig):
         return self
 
 
-class ADD(RolledOut):
+class ADD(Judged, RolledOut):
     """See the module's text."""
 
     name = "add"
@@ -86,7 +85,6 @@ class ADD(RolledOut):
 
     def __init__(self, config: ADDConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.adversary = Adversary(config, setup)
         self.anchor: Denoiser | None = None
         if config.anchor_weight > 0:
             start = self.student.with_network(copy_sharing_frozen(self.student.network))
@@ -96,22 +94,6 @@ class ADD(RolledOut):
     @classmethod
     def needs_pictures(cls, config: ADDConfig) -> str | None:
         return "the discriminator compares with real pictures"
-
-    def trained(self) -> dict[str, Trained]:
-        config = self.config
-        optimizer = OptimizerSettings(
-            lr=config.student_lr, betas=config.student_betas, weight_decay=config.weight_decay, warmup=config.warmup
-        )
-        return {
-            "student": Trained(module=self.student.network, optimizer=optimizer, average=True),
-            "heads": self.adversary.trained(config.weight_decay, config.warmup),
-        }
-
-    def turns(self, iteration: int) -> list[Turn]:
-        critic = Turn(name="critic", trains=("heads",))
-        if (iteration + 1) % self.config.student_every == 0:
-            return [Turn(name="student", trains=("student",)), critic]
-        return [critic]
 
     def needs_eager(self) -> str | None:
         if self.config.mismatched_share > 0:

@@ -25,19 +25,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distillers.adversary import Adversary
-from distillers.adversary_settings import AdversaryConfig
 from distillers.methods.base import (
     Betas,
-    OptimizerSettings,
     Setup,
     Step,
-    Trained,
     Turn,
     TurnLoss,
     Workspace,
 )
-from distillers.methods.few_step import FewStepConfig, FewStepMethod
+from distillers.methods.judged import Judged, JudgedConfig
 from distillers.pairs import TeacherPairs
 from distillers.rollout import draw_noise
 from weights.contracts import GuidanceConvention, StepSchedule
@@ -45,7 +41,7 @@ from weights.denoiser import Cond
 from weights.diffusion.schedules import Schedule, add_noise, expand
 
 
-class LADDConfig(AdversaryConfig, FewStepConfig):
+class LADDConfig(JudgedConfig):
     """The defaults are SANA-Sprint's."""
 
     noise_share: float = Field(
@@ -64,7 +60,7 @@ class LADDConfig(AdversaryConfig, FewStepConfig):
     warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises")
 
 
-class LADD(FewStepMethod):
+class LADD(Judged):
     """See the module's text."""
 
     name = "ladd"
@@ -73,7 +69,6 @@ class LADD(FewStepMethod):
 
     def __init__(self, config: LADDConfig, setup: Setup) -> None:
         super().__init__(config, setup)
-        self.adversary = Adversary(config, setup)
         self.pairs: TeacherPairs | None = None
 
     @classmethod
@@ -81,22 +76,6 @@ class LADD(FewStepMethod):
         if config.pictures == "data":
             return "pictures 'data' is what the student has to pass for; 'teacher' trains on prompts alone"
         return None
-
-    def trained(self) -> dict[str, Trained]:
-        config = self.config
-        optimizer = OptimizerSettings(
-            lr=config.student_lr, betas=config.student_betas, weight_decay=config.weight_decay, warmup=config.warmup
-        )
-        return {
-            "student": Trained(module=self.student.network, optimizer=optimizer, average=True),
-            "heads": self.adversary.trained(config.weight_decay, config.warmup),
-        }
-
-    def turns(self, iteration: int) -> list[Turn]:
-        critic = Turn(name="critic", trains=("heads",))
-        if (iteration + 1) % self.config.student_every == 0:
-            return [Turn(name="student", trains=("student",)), critic]
-        return [critic]
 
     def guidance(self) -> GuidanceConvention:
         guided = self.config.guidance_scale if self.config.pictures == "teacher" else 1.0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from weights.student_files import VARIANTS, WEIGHTS
+from weights.student_files import NOT_LOADED, WEIGHTS
 
 BUNDLED = Path(__file__).resolve().parent
 STUDENTS = BUNDLED / "students"
@@ -10,9 +10,7 @@ STUDENTS = BUNDLED / "students"
 DATA = BUNDLED / "emoji-data"
 
 FETCHED = ["model_index.json", "fewstep.json", *(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", WEIGHTS))]
-"""Of a hub's repository: a pipeline's components, each in a folder."""
-NOT_FETCHED = ["safety_checker/*", *VARIANTS]
-"""What many a repository holds besides, several times as large as what is loaded."""
+"""Of a hub's repository: a pipeline's components, each in a folder. Many hold several times as much besides."""
 
 
 def bundled_bases() -> dict[str, Path]:
@@ -34,7 +32,7 @@ def resolve_base(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=FETCHED, ignore_patterns=NOT_FETCHED))
+        return Path(snapshot_download(str(source), allow_patterns=FETCHED, ignore_patterns=list(NOT_LOADED)))
     except Exception as error:  # the hub's client has a dozen ways to say that it cannot be had
         raise FileNotFoundError(
             f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is no folder with a model_index.json, "
