@@ -1,6 +1,7 @@
 """Training on a Gaussian mixture, whose scores are exact: whole methods in seconds, checked against closed forms."""
 
 import copy
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from weights.families.base import TextToImage
 from weights.families.gaussian_mixture import MLP, PRESETS, AnalyticDenoiser, GaussianMixture, fit
 
 QUIET = {"checkpoint_every": 10_000, "sample_every": 10_000}
+Loss = Callable[..., Tensor]
+HINGE_SWAPPED: dict[str, Callable[[Loss], Loss]] = {
+    "hinge_generator_loss": lambda right: lambda fake: -right(fake),
+    "hinge_discriminator_loss": lambda right: lambda real, fake: right(fake, real),
+}
+"""One side's loss turned round, for tests that show that it matters."""
 VP = DiscreteVP.from_betas("cosine", zero_terminal_snr=True)
 
 

@@ -1,6 +1,5 @@
 """ADD: what its two losses are, and that it finds the data's distribution in every convention."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 import distillers.adversary as module
 from distillers.methods.add import ADD, ADDConfig
 from distillers.methods.base import Setup, Turn
 from distillers.rollout import draw_noise, draw_times
 from tests.distillers.conventions import in_every_convention
-from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
+from tests.distillers.mixtures import HINGE_SWAPPED, VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 from weights.diffusion.guidance import Guided
 from weights.diffusion.parameterizations import Prediction
@@ -178,17 +176,10 @@ def test_a_student_of_four_steps_finds_every_mode_of_a_ring(tmp_path: Path) -> N
     assert after < 0.5 * before, (before, after)
 
 
-Wrong = Callable[..., Tensor]
-SWAPPED: dict[str, Callable[[Wrong], Wrong]] = {
-    "hinge_generator_loss": lambda right: lambda fake: -right(fake),
-    "hinge_discriminator_loss": lambda right: lambda real, fake: right(fake, real),
-}
-
-
-@pytest.mark.parametrize("loss", SWAPPED)
+@pytest.mark.parametrize("loss", HINGE_SWAPPED)
 def test_with_one_sides_loss_turned_round_it_does_not(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, loss, SWAPPED[loss](getattr(module, loss)))
+    monkeypatch.setattr(module, loss, HINGE_SWAPPED[loss](getattr(module, loss)))
     before, after = distances_after(100, tmp_path, mixture_setup())
     assert after > 0.9 * before, (before, after)
