@@ -1,24 +1,20 @@
 """Where training data comes from: the bundled emoji, a folder of pictures with captions, a file of prompts."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from distillers.folder import BadData, load_picture, read_folder
 from weights.contracts import DataSpec
 
 SHEET = 8
 """Prompts on a sample sheet."""
-
-
-class BadData(ValueError):
-    """The data cannot be trained on; the message says what is wrong with which file."""
+LOADED = "upright on white\n"
+"""How `load_picture` makes pixels of a file; part of the identity, since latents are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,50 +98,31 @@ def _emoji() -> Corpus:
 
 
 def _folder(folder: Path, size: int) -> Corpus:
-    """A folder with metadata.jsonl: ``{"file_name", "text": caption or list of captions}``, optionally "split", "group"."""
-    metadata = folder / "metadata.jsonl"
-    if not metadata.is_file():
-        raise BadData(f"data source {str(folder)!r} is neither 'emoji' nor a folder with a metadata.jsonl")
-    texts, files, groups, held_out = [], [], [], []
-    for number, line in enumerate(metadata.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-            path = folder / record["file_name"]
-            text = [record["text"]] if isinstance(record["text"], str) else [str(each) for each in record["text"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadData(f'{metadata}:{number}: want {{"file_name": ..., "text": ...}}, got {line[:80]!r}') from error
-        group = record.get("group")
-        if group is not None and not isinstance(group, str):
-            raise BadData(f"{metadata}:{number}: group {group!r} must be a string")
-        if record.get("split") == "held_out":
-            held_out.append((text, group))
-            continue
-        if not text:
-            raise BadData(f"{metadata}:{number}: {record['file_name']} has no text")
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            raise BadData(f"{metadata}:{number}: no picture {record['file_name']!r} inside {folder}")
-        texts.append(text)
-        files.append(path)
-        groups.append(group)
-    if not files:
-        raise BadData(f"{metadata} names no pictures to train on")
-    captions, rows = _numbered(texts)
-    stats = "".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}\n" for path in files)
+    """The training split of a folder with metadata.jsonl."""
+    found = read_folder(folder)
+    train = [row for row in found if not row.held_out]
+    for row in train:
+        row.check(folder)
+    if not train:
+        raise BadData(f"{folder / 'metadata.jsonl'} names no pictures to train on")
+    captions, rows = _numbered([row.texts for row in train])
+    stats = [row.path.stat() for row in train]
+    files = "".join(f"{r.path.name}:{s.st_size}:{s.st_mtime_ns}\n" for r, s in zip(train, stats, strict=True))
 
     def pictures(numbers: list[int]) -> Tensor:
-        return torch.stack([_load_picture(files[number], size) for number in numbers])
+        return torch.stack([load_picture(train[number].path, size) for number in numbers])
 
     return Corpus(
         captions=captions,
         rows=rows,
-        weights=torch.full((len(files),), 1 / len(files), dtype=torch.float64),
+        weights=torch.full((len(train),), 1 / len(train), dtype=torch.float64),
         odds=None,
         pictures=pictures,
         prompts=None,
         sheet=captions[:SHEET],
-        identity=hashlib.sha256(stats.encode()).hexdigest(),
-        groups=groups,
-        held_out=_unseen(captions, held_out),
+        identity=hashlib.sha256((LOADED + files).encode()).hexdigest(),
+        groups=[row.group for row in train],
+        held_out=_unseen(captions, [(row.texts, row.group) for row in found if row.held_out]),
     )
 
 
@@ -164,19 +141,6 @@ def _numbered(texts: list[list[str]]) -> tuple[list[str], list[list[int]]]:
     number: dict[str, int] = {}
     rows = [[number.setdefault(caption, len(number)) for caption in captions] for captions in texts]
     return list(number), rows
-
-
-def _load_picture(path: Path, size: int) -> Tensor:
-    """The central square at ``size``, ``(3, size, size)`` uint8."""
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except OSError as error:
-        raise BadData(f"{path} is no readable picture ({error})") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _prompt_lines(path: Path) -> list[str]:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distillers.corpus import BadData, Corpus
+from distillers.corpus import Corpus
+from distillers.folder import BadData
 from distillers.methods.base import Batch
 from distillers.seeds import generator_of
 from weights.denoiser import Cond

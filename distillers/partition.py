@@ -23,7 +23,8 @@ from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.clustering import balanced_kmeans, consecutive
-from distillers.corpus import SHEET, BadData, Corpus
+from distillers.corpus import SHEET, Corpus
+from distillers.folder import BadData
 from distillers.seeds import generator_of
 from weights.contracts import PartitionSpec, Router
 from weights.router import route, unit_means

@@ -1,6 +1,6 @@
 """Measures students against their base, under the one protocol, and writes JSON, sheets, curves and an HTML report.
 
-    python -m distillers.evaluation emoji-average --store STORE --out evaluation [--quick]
+    python -m distillers.evaluation emoji-average --store STORE --out evaluation [--data FOLDER] [--quick]
 
 NAMES are students of the store (or the bundled ones); a base's name or folder among them only says which base to
 use. The base is measured in any case. An evaluation that was stopped goes on where it was.
@@ -18,19 +18,20 @@ from rich.table import Table
 from rich.text import Text
 
 from distillers.evaluation import bars as bars_
-from distillers.evaluation import protocol as protocol_
 from distillers.evaluation import report
 from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import EXTRACTORS, EfficientNetLite0, Unavailable, extractor
 from distillers.evaluation.measure import Distances, Evaluation
 from distillers.evaluation.models import DEFAULT_BASE, load_models
+from distillers.evaluation.protocol import CHOICES
+from distillers.evaluation.real import yardstick
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.store import StoreError
 
 FOREIGN = (
-    "captions and real pictures are the bundled emoji's, so these figures say how well it draws emoji; compare its students "
-    "with it by them, and hold no bar against it"
+    "captions and real pictures are the bundled emoji's, so these figures say how well it draws emoji: name a folder of its "
+    "own with --data"
 )
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         base, students = load_models(options.names, options.store, options.base, options.device)
-        if base.name != DEFAULT_BASE:
+        if base.name != DEFAULT_BASE and options.data is None:
             errors.print(Text(f"{base.name}: {FOREIGN}", style="yellow"))
         results = evaluate(base, students, options, errors)
     except (Unavailable, StoreError, ValueError, OSError) as error:
@@ -88,14 +89,12 @@ def parser() -> argparse.ArgumentParser:
 def evaluate(base: Model, students: list[Model], options: argparse.Namespace, console: Console) -> report.Results:
     """All measurements, the teacher first."""
     check_batch(options.batch)
-    protocol = protocol_.load()
-    if options.quick:
-        protocol = protocol.quick()
+    protocol, pictures = yardstick(options.data, base.pipeline.size, options.quick)
     names = dict.fromkeys([EfficientNetLite0.name, *options.extractors])
     extractors = [extractor(name, options.device) for name in names]
     with tracking(console) as track:
         shared, own = Cache(options.cache), Cache(options.out / "cache")
-        evaluation = Evaluation(protocol, base, extractors, shared, own, track, options.batch)
+        evaluation = Evaluation(protocol, base, extractors, shared, own, track, options.batch, pictures)
         real = evaluation.real()
         qualities = [evaluation.quality(subject) for subject in specific_subjects(base, students)]
         spreads = [evaluation.spread(subject) for subject in coarse_subjects(base, students)]
@@ -103,6 +102,7 @@ def evaluate(base: Model, students: list[Model], options: argparse.Namespace, co
     return report.Results(
         protocol=protocol,
         quick=options.quick,
+        data="emoji" if options.data is None else str(options.data),
         extractor=EfficientNetLite0.name,
         real=real,
         qualities=qualities,
@@ -117,7 +117,8 @@ def tables(results: report.Results) -> list[Table]:
     """What the terminal shows: the figures in short, and the bars."""
     note = f" (QUICK: {len(results.protocol.drawings)} pictures, no bar counts)" if results.quick else ""
     figures = Table("pictures", title="Held-out prompts" + note)
-    for name in ("kernel distance", "Frechet", "precision", "recall", "R-precision", "evaluations", "ms", "ms alone"):
+    found = "R-precision" + ("" if results.protocol.choices == CHOICES else f" (1 of {results.protocol.choices})")
+    for name in ("kernel distance", "Frechet", "precision", "recall", found, "evaluations", "ms", "ms alone"):
         figures.add_column(name, justify="right")
     yardsticks = (("real (floor)", results.real.floor), ("real, held out", results.real.held_out))
     for title, distances in yardsticks:

@@ -61,7 +61,7 @@ def fit(features: Tensor, texts: Tensor, penalties: tuple[float, ...] = PENALTIE
     return Regression(feature_mean, feature_scale, weight, texts.mean(0), best)
 
 
-def r_precision(predicted: Tensor, texts: Tensor, own: Tensor, choices: int = 100) -> Tensor:
+def r_precision(predicted: Tensor, texts: Tensor, own: Tensor, choices: int) -> Tensor:
     """Each picture's chance that its own caption is the nearest (by cosine) of ``choices``, ``(N,)`` in [0, 1].
 
     Instead of drawing the other ``choices - 1`` captions at random, their exact average is taken: where w of the M - 1

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distillers.evaluation import protocol as protocol_
 from distillers.evaluation.cache import Cache
 from distillers.evaluation.features import EfficientNetLite0, Unavailable, extractor
 from distillers.evaluation.measure import Evaluation, Quality, Spread
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.models import load_models
+from distillers.evaluation.real import yardstick
 from distillers.evaluation.subjects import Model, Subject, can_hand_over
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
@@ -220,13 +220,11 @@ def check_writable(store: Store, options: argparse.Namespace) -> None:
 
 def measure(base: Model, student: Model, limits: Limits, options: argparse.Namespace, console: Console) -> Calibration:
     """`calibrate` under the committed protocol, with progress."""
-    protocol = protocol_.load()
-    if options.quick:
-        protocol = protocol.quick()
+    protocol, pictures = yardstick(options.data, base.pipeline.size, options.quick)
     cache = Cache(options.cache)
     with tracking(console) as track:
         features = [extractor(EfficientNetLite0.name, options.device)]
-        evaluation = Evaluation(protocol, base, features, cache, cache, track, options.batch)
+        evaluation = Evaluation(protocol, base, features, cache, cache, track, options.batch, pictures)
         return calibrate(evaluation, student, limits)
 
 

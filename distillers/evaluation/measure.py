@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from distillers.emoji.data import captions, load_pictures, load_records, to_range
-from distillers.emoji.prepare import Record
+from distillers.emoji.data import to_range
 from distillers.evaluation import alignment, metrics
-from distillers.evaluation.cache import Cache, PictureSet, digest
+from distillers.evaluation.cache import FEATURE_CHUNK, Cache, PictureSet, digest
 from distillers.evaluation.features import Clip, Extractor
 from distillers.evaluation.metrics import Estimate
-from distillers.evaluation.protocol import Protocol, pairs
+from distillers.evaluation.protocol import Protocol
+from distillers.evaluation.real import EmojiPictures, RealPictures
 from distillers.evaluation.subjects import Model, Subject
 
 Track = Callable[[str, int], Callable[[int], None]]
@@ -92,6 +92,7 @@ class Evaluation:
         own: cache of what belongs to the students.
         track: progress.
         batch: pictures drawn at a time.
+        pictures: the real ones; the bundled emoji when left out.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class Evaluation:
         own: Cache,
         track: Track,
         batch: int = 64,
+        pictures: RealPictures | None = None,
     ) -> None:
+        self.pictures = pictures or EmojiPictures()
         self.protocol, self.base, self.extractors = protocol, base, list(extractors)
         self.shared, self.own, self.track, self.batch = shared, own, track, batch
         self.teacher: dict[str, Tensor] = {}
@@ -111,30 +114,41 @@ class Evaluation:
 
     def _prepare(self) -> None:
         """Features of the real pictures, and the alignment's regression, fitted on training pictures alone."""
-        records = {record.file_name: record for record in load_records()}
-        self.held_out_pictures = load_pictures([records[p.file_name] for p in self.protocol.held_out])
-        self.reference = self._real_features([records[name] for name in self.protocol.reference], "real, reference")
-        self.floor = self._real_features([records[name] for name in self.protocol.floor], "real, floor")
-        self.held_out = self._real_features([records[p.file_name] for p in self.protocol.held_out], "real, held out")
-        train = pairs(list(records.values()), "train")
+        held_out = [prompt.file_name for prompt in self.protocol.held_out]
+        self.held_out_pictures = self.pictures.load(held_out)
+        self.reference = self._real_features(self.protocol.reference, "real, reference")
+        self.floor = self._real_features(self.protocol.floor, "real, floor")
+        self.held_out = self._real_features(held_out, "real, held out")
+        train = self.pictures.training()
         if self.protocol.fit is not None:
             # Every k-th, since the archive lists one category after the other.
             train = train[:: max(1, len(train) // self.protocol.fit)]
-        texts = self._texts([captions(record)[0] for record in train])
-        features = self._features(self.shared, self.extractors[0], load_pictures(train), "training pictures")
+        texts = self._texts([prompt.caption for prompt in train])
+        names = [prompt.file_name for prompt in train]
+        features = self._real_features(names, "training pictures", self.extractors[:1])[self.extractors[0].name]
         self.regression = alignment.fit(features, texts)
         self.captions = [prompt.caption for prompt in self.protocol.held_out]
         self.caption_texts = self._texts(self.captions) - self.regression.text_mean
 
-    def _real_features(self, records: list[Record], title: str) -> dict[str, Tensor]:
-        """Features of these pictures, by extractor."""
-        pictures = load_pictures(records)
-        return {e.name: self._features(self.shared, e, pictures, title) for e in self.extractors}
+    def _real_features(
+        self, names: Sequence[str], title: str, extractors: Sequence[Extractor] | None = None
+    ) -> dict[str, Tensor]:
+        """Features of these pictures, by extractor. Only so many are in memory at a time as share a file of features."""
+        used = self.extractors if extractors is None else extractors
+        parts: dict[str, list[Tensor]] = {extractor.name: [] for extractor in used}
+        advance = self.track(f"{title}: {', '.join(parts)}", len(names) * len(used))
+        for start in range(0, len(names), FEATURE_CHUNK):
+            pictures = self.pictures.load(names[start : start + FEATURE_CHUNK])
+            for extractor in used:
+                parts[extractor.name].append(self.shared.features(extractor, pictures, advance))
+        return {name: torch.cat(of) for name, of in parts.items()}
 
     def real(self) -> Real:
         """What real pictures score."""
         predicted = self.regression(self.held_out[self.extractors[0].name])
-        score = alignment.r_precision(predicted, self.caption_texts, torch.arange(len(self.captions)))
+        score = alignment.r_precision(
+            predicted, self.caption_texts, torch.arange(len(self.captions)), self.protocol.choices
+        )
         return Real(
             floor={name: self._distances(name, features) for name, features in self.floor.items()},
             held_out={name: self._distances(name, features) for name, features in self.held_out.items()},
@@ -154,7 +168,7 @@ class Evaluation:
             distances[extractor.name] = self._distances(extractor.name, features, extractor)
             if extractor is self.extractors[0]:
                 own = torch.arange(len(self.captions)).repeat_interleave(len(self.protocol.seeds))
-                score = alignment.r_precision(self.regression(features), self.caption_texts, own)
+                score = alignment.r_precision(self.regression(features), self.caption_texts, own, self.protocol.choices)
         rows = {caption: row * len(self.protocol.seeds) for row, caption in enumerate(self.captions)}
         return Quality(
             subject=subject,

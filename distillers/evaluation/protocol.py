@@ -24,6 +24,7 @@ from distillers.emoji.prepare import Record
 PATH = Path(__file__).with_name("protocol.json")
 CAPTIONS, SEEDS = 512, (0, 1)
 COARSE, COARSE_SEEDS = 64, tuple(range(8))
+CHOICES = 100
 LEAST_ANSWERS = 8
 """A coarse prompt has at least that many right answers among the training pictures."""
 SHEET = {
@@ -68,6 +69,11 @@ class Protocol:
     def digest(self) -> str:
         """sha256 over all lists: figures of two digests are not comparable."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def choices(self) -> int:
+        """Of how many captions R-precision has to find a picture's own."""
+        return min(CHOICES, len(self.held_out))
 
     @property
     def drawings(self) -> list[tuple[str, int]]:

@@ -29,6 +29,8 @@ class Results:
 
     protocol: Protocol
     quick: bool
+    data: str
+    """Whose captions and real pictures: ``emoji``, or a folder."""
     extractor: str
     real: Real
     qualities: list[Quality]
@@ -72,7 +74,10 @@ def metrics_json(results: Results) -> dict[str, Any]:
         "finished": results.finished,
         "quick": results.quick,
         "protocol": {
+            "data": results.data,
             "digest": protocol.digest,
+            "captions": len(protocol.held_out),
+            "choices": protocol.choices,
             "pictures": len(protocol.drawings),
             "coarse_pictures": len(protocol.coarse_drawings),
             "reference_pictures": len(protocol.reference),

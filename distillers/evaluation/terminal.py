@@ -19,6 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of pictures and captions as training reads it (the bundled emoji when left out): captions with "
+        '"split": "held_out" are asked for, and the other pictures are the real set',
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice when left out")
     parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (%(default)s)")

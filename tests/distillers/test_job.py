@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import distillers.__main__ as command
-from distillers.corpus import BadData, load_corpus
+from distillers.corpus import load_corpus
 from distillers.data import Feed, cached_conditions
+from distillers.folder import BadData
 from distillers.job import STOPPED, JobRun
 from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, read_spec, recipes
 from distillers.trainer import Trainer
@@ -175,6 +176,9 @@ def test_emoji_never_trains_on_what_is_held_out() -> None:
         ('{"file_name": "missing.png", "text": "a"}', "no picture"),
         ('{"file_name": "../0.png", "text": "a"}', "no picture"),
         ('{"file_name": "0.png", "text": []}', "no text"),
+        ('{"file_name": "0.png", "text": 5}', "text 5 must be a caption or a list of them"),
+        ('{"file_name": "0.png", "text": ["a", null]}', "must be a caption or a list of them"),
+        ('{"file_name": "0.png", "text": "a", "split": "test"}', "split 'test' must be 'train' or 'held_out'"),
     ],
 )
 def test_bad_metadata_names_the_line(line: str, says: str, tmp_path: Path) -> None:
@@ -183,6 +187,24 @@ def test_bad_metadata_names_the_line(line: str, says: str, tmp_path: Path) -> No
     with pytest.raises(BadData, match=r"metadata\.jsonl:2") as error:
         load_corpus(DataSpec(source=str(tmp_path)), 8)
     assert says in str(error.value)
+
+
+def test_pictures_are_upright_and_on_white_and_captions_have_any_character(tmp_path: Path) -> None:
+    half = Image.new("RGB", (16, 16), "red")
+    half.paste("blue", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # the camera was upside down
+    half.save(tmp_path / "turned.png", exif=exif)
+    Image.new("LA", (16, 16), (0, 0)).save(tmp_path / "clear.png")
+    lines = [{"file_name": "turned.png", "text": "one\u2028two\x85"}, {"file_name": "clear.png", "text": "nothing"}]
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    corpus = load_corpus(DataSpec(source=str(tmp_path)), 8)
+    assert corpus.captions == ["one\u2028two\x85", "nothing"]
+    assert corpus.pictures is not None
+    turned, clear = corpus.pictures([0, 1])
+    assert turned[:, 0, 0].tolist() == [255, 0, 0] and turned[:, 7, 7].tolist() == [0, 0, 255]
+    assert (clear == 255).all()
 
 
 def test_prompts_go_to_the_student_and_captions_stay_with_pictures(base: Path, data: Path, tmp_path: Path) -> None:

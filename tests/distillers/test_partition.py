@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillers.corpus import BadData, Corpus, load_corpus
+from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed
+from distillers.folder import BadData
 from distillers.partition import FILE, make_partition, part_of, stored_partition, units
 from tests.helpers import picture_folder, tiny_pipeline
 from weights.contracts import DataSpec, PartitionSpec

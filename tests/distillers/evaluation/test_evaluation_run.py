@@ -182,6 +182,7 @@ def dummy_results(base: Model, bars: list[Bar]) -> report.Results:
     return report.Results(
         protocol=tiny_protocol(),
         quick=True,
+        data="emoji",
         extractor="x",
         real=real,
         qualities=[quality],

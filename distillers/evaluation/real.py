@@ -1,0 +1,127 @@
+"""The real pictures that drawn ones are held against: the bundled emoji, or a folder of one's own.
+
+A folder is what training reads (``metadata.jsonl`` and pictures). Captions of its ``"split": "held_out"`` are asked for, its
+other pictures are the real set, their floor, and what the alignment's regression is fitted on.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distillers.emoji.data import captions, load_pictures, load_records
+from distillers.evaluation import protocol as protocol_
+from distillers.evaluation.metrics import GROUPS
+from distillers.evaluation.protocol import CAPTIONS, COARSE, COARSE_SEEDS, SEEDS, Prompt, Protocol, pairs
+from distillers.folder import HELD_OUT, BadData, Row, load_picture, read_folder
+
+FEWEST_CAPTIONS = FEWEST_PICTURES = GROUPS
+"""With fewer, ratios of figures would have other groups above and below."""
+SHEET, FIT = 64, 8192
+
+
+class RealPictures(ABC):
+    """Real pictures by file name, as a protocol lists them."""
+
+    @abstractmethod
+    def load(self, names: Sequence[str]) -> Tensor:
+        """Those pictures, ``(N, 3, H, W)`` uint8."""
+
+    @abstractmethod
+    def training(self) -> list[Prompt]:
+        """Every picture that training may see, with its most specific caption."""
+
+
+class EmojiPictures(RealPictures):
+    """The bundled ones."""
+
+    def __init__(self) -> None:
+        self.records = {record.file_name: record for record in load_records()}
+
+    def load(self, names: Sequence[str]) -> Tensor:
+        return load_pictures([self.records[name] for name in names])
+
+    def training(self) -> list[Prompt]:
+        return [Prompt(r.file_name, captions(r)[0]) for r in pairs(list(self.records.values()), "train")]
+
+
+class FolderPictures(RealPictures):
+    """One's own. A picture with several captions is asked for by the first of them."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        """
+        Args:
+            folder: with metadata.jsonl.
+            size: height and width that pictures are brought to, as in training.
+
+        Raises:
+            BadData: a file is missing or malformed.
+        """
+        self.size = size
+        self.rows = {row.file_name: row for row in read_folder(folder)}
+        for row in self.rows.values():
+            row.check(folder)
+
+    def load(self, names: Sequence[str]) -> Tensor:
+        return torch.stack([load_picture(self.rows[name].path, self.size) for name in names])
+
+    def training(self) -> list[Prompt]:
+        return [Prompt(row.file_name, row.texts[0]) for row in self.rows.values() if not row.held_out]
+
+    def protocol(self) -> Protocol:
+        """As much as the bundled protocol where there is as much, in an order that depends on file names alone.
+
+        Half of the training pictures are the real set, the other half the floor. Diversity is measured over the first of the
+        captions asked for, since a folder does not say which of its captions many pictures would be right answers to.
+
+        Raises:
+            BadData: there are too few.
+        """
+        ordered = sorted(self.rows.values(), key=lambda row: hashlib.sha256(row.file_name.encode()).digest())
+        asked: dict[str, Row] = {}
+        for row in ordered:
+            if row.held_out:
+                asked.setdefault(row.texts[0], row)
+        held_out = [Prompt(row.file_name, caption) for caption, row in asked.items()][:CAPTIONS]
+        train = [row.file_name for row in ordered if not row.held_out]
+        if len(held_out) < FEWEST_CAPTIONS or len(train) < FEWEST_PICTURES:
+            raise BadData(
+                f"evaluation asks for captions of pictures that training has not seen, at least {FEWEST_CAPTIONS}, and "
+                f"holds what is drawn against at least {FEWEST_PICTURES} others; metadata.jsonl has {len(held_out)} such "
+                f'captions ("split": "{HELD_OUT}") and {len(train)} other pictures: mark about a tenth, and train again'
+            )
+        half = min(len(train) // 2, CAPTIONS * len(SEEDS))
+        drawn = tuple(prompt.caption for prompt in held_out)
+        return Protocol(
+            held_out=tuple(held_out),
+            seeds=SEEDS,
+            coarse=drawn[:COARSE],
+            coarse_seeds=COARSE_SEEDS,
+            reference=tuple(train[:half]),
+            floor=tuple(train[half : 2 * half]),
+            sheet=drawn[:SHEET],
+            fit=FIT,
+        )
+
+
+def yardstick(data: Path | None, size: int, quick: bool) -> tuple[Protocol, RealPictures]:
+    """What is drawn, and what it is held against.
+
+    Args:
+        data: a folder of one's own; the committed protocol and the bundled pictures when None.
+        size: of the base's pictures.
+        quick: whether a small part is enough.
+
+    Raises:
+        BadData: the folder's data are malformed or too few.
+    """
+    pictures: RealPictures
+    if data is None:
+        protocol, pictures = protocol_.load(), EmojiPictures()
+    else:
+        pictures = FolderPictures(data, size)
+        protocol = pictures.protocol()
+    return protocol.quick() if quick else protocol, pictures

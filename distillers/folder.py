@@ -1,0 +1,97 @@
+"""A folder of pictures with captions: ``metadata.jsonl``, a picture a line, and the files that it names."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+HELD_OUT = "held_out"
+SPLITS = ("train", HELD_OUT)
+WANTED = '{"file_name": ..., "text": a caption or a list of them}, optionally "group" and "split"'
+
+
+class BadData(ValueError):
+    """The data cannot be worked with; the message says what is wrong with which file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of ``metadata.jsonl``."""
+
+    file_name: str
+    path: Path
+    texts: list[str]
+    """Its captions, at least one."""
+    group: str | None
+    held_out: bool
+    """Whether training never sees it."""
+    place: str
+    """File and line, for messages."""
+
+    def check(self, folder: Path) -> None:
+        """Refuse a picture that is not there, or not in the folder.
+
+        Raises:
+            BadData: so it is.
+        """
+        if not self.path.resolve().is_relative_to(folder.resolve()) or not self.path.is_file():
+            raise BadData(f"{self.place}: no picture {self.file_name!r} inside {folder}")
+
+
+def read_folder(folder: Path) -> list[Row]:
+    """What ``metadata.jsonl`` says, a row a picture; blank lines say nothing.
+
+    Raises:
+        BadData: there is no such file, or a line says something else.
+    """
+    metadata = folder / "metadata.jsonl"
+    if not metadata.is_file():
+        raise BadData(f"data source {str(folder)!r} is neither 'emoji' nor a folder with a metadata.jsonl")
+    # Not splitlines: a caption may well have a line separator in it that JSON does not escape.
+    lines = enumerate(metadata.read_text(encoding="utf-8").split("\n"), 1)
+    return [_row(folder, line, f"{metadata}:{number}") for number, line in lines if line.strip()]
+
+
+def _row(folder: Path, line: str, place: str) -> Row:
+    try:
+        record = json.loads(line)
+        name, text = str(record["file_name"]), record["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadData(f"{place}: want {WANTED}, got {line[:80]!r}") from error
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
+        raise BadData(f"{place}: text {text!r} must be a caption or a list of them")
+    if not texts:
+        raise BadData(f"{place}: {name} has no text")
+    group, split = record.get("group"), record.get("split", SPLITS[0])
+    if group is not None and not isinstance(group, str):
+        raise BadData(f"{place}: group {group!r} must be a string")
+    if split not in SPLITS:  # trained on, a "test" split would be worth nothing
+        raise BadData(f"{place}: split {split!r} must be {' or '.join(map(repr, SPLITS))}")
+    return Row(name, folder / name, texts, group, split == HELD_OUT, place)
+
+
+def load_picture(path: Path, size: int) -> Tensor:
+    """The central square at ``size``, upright and on white where it is transparent, ``(3, size, size)`` uint8.
+
+    Raises:
+        BadData: the file is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            # Cameras say how they were held instead of turning the pixels.
+            picture = ImageOps.exif_transpose(image)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except OSError as error:
+        raise BadData(f"{path} is no readable picture ({error})") from error
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
