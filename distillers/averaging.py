@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights.bundled import STUDENTS, resolve_base
-from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest
+from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest, check_name
 from weights.store import Store, StoreError, StudentFolder, digest_base, digest_folder
 from weights.student_files import HARMLESS, WEIGHTS
 from weights.version import code_version
@@ -122,7 +122,7 @@ def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:
     return {path: record for path, record in manifest.files.items() if Path(path).suffix not in HARMLESS}
 
 
-def _sources(parts: Sequence[Part], base_share: float) -> list[Source]:
+def _sources(parts: Sequence[Part], base_share: float, base_at: str | None) -> list[Source]:
     """The students', and the base's behind them where it has a share.
 
     Raises:
@@ -132,11 +132,11 @@ def _sources(parts: Sequence[Part], base_share: float) -> list[Source]:
     found = [Source(name=p.folder.manifest.name, path=p.folder.path, share=p.share) for p in parts]
     if base_share:
         base = parts[0].folder.manifest.base
-        folder = resolve_base(base.id)
+        folder = resolve_base(base.id if base_at is None else base_at)
         if digest_base(folder) != base.sha256:
             raise CannotAverage(
-                f"base {base.id!r} is another version than the one {found[0].name!r} was made from: leave out --base, or "
-                "restore it"
+                f"base {str(folder)!r} is another version than the one {found[0].name!r} was made from: leave out --base, "
+                "or name that version with --base-at"
             )
         found.append(Source(name=BASE, path=folder, share=base_share))
     return found
@@ -178,7 +178,12 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float], what: str) -> Tens
 
 
 def average(
-    store: Store, name: str, wanted: Mapping[str, float], replace: bool = False, base_share: float = 0.0
+    store: Store,
+    name: str,
+    wanted: Mapping[str, float],
+    replace: bool = False,
+    base_share: float = 0.0,
+    base_at: str | None = None,
 ) -> StudentManifest:
     """Publish the weighted mean of students under a name.
 
@@ -188,6 +193,7 @@ def average(
         wanted: how much each counts, by name.
         replace: take the place of a student of that name.
         base_share: of the base's own weights, in (-1, 1); the students share the rest, more than all where it is below 0.
+        base_at: where the base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
 
     Returns:
         The manifest as it was published; its ``averaged`` names the parts.
@@ -197,8 +203,9 @@ def average(
         FileNotFoundError: the base cannot be had.
         StoreError: as in `Store.open` and `Store.publish`.
     """
+    check_name(name)
     parts = parts_of(store, wanted, base_share)
-    sources = _sources(parts, base_share)
+    sources = _sources(parts, base_share, base_at)
     first = parts[0].folder.manifest
     scale = sum(part.share * part.folder.manifest.guidance.trained_scale for part in parts) / (1 - base_share)
     manifest = StudentManifest(
@@ -244,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = dict(map(_weighted, options.students))
         if len(wanted) < len(options.students):
             raise CannotAverage("a student is named twice: give each once, as NAME:COUNT")
-        manifest = average(Store(options.store, STUDENTS), options.name, wanted, options.replace, options.base)
+        store = Store(options.store, STUDENTS)
+        manifest = average(store, options.name, wanted, options.replace, options.base, options.base_at)
         shares = ", ".join(f"{each.share:.3g} {each.name}" for each in manifest.averaged)
         console.print(Text(f"published {manifest.name}: {shares}"))
     except (StoreError, ValueError, OSError) as error:
@@ -281,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the base's own weights, in (-1, 1) (0); below 0 goes on past the students, away from it",
     )
+    made.add_argument("--base-at", metavar="BASE", help="where the base lies now, if it has moved")
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
     made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
     return made

@@ -22,7 +22,7 @@ BackboneName = Literal["dinov2-small", "efficientnet-lite2", "random"]
 RANDOM_CHANNELS = 64
 
 
-class Unavailable(RuntimeError):
+class Unavailable(ValueError):
     """A network cannot be had here; the message says why and what to do."""
 
 

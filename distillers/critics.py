@@ -13,9 +13,13 @@ def head(channels: int, size: int) -> nn.Sequential:
     """Logits ``(B, 1, 1, 1)`` from features ``(B, channels, size, size)``.
 
     DMD2's head for a UNet: (convolution 4x4 with stride 2, GroupNorm, SiLU) down to 4x4, a convolution over all that is
-    left, GroupNorm and SiLU again, and one 1x1 convolution. Features smaller than 4x4 get a kernel of their size.
+    left, GroupNorm and SiLU again, and one 1x1 convolution. Features smaller than 4x4 get a kernel of their size. The
+    groups are 32, or fewer of at least four channels: in the end a channel is one number, and normalising one or two
+    numbers leaves nothing of them.
     """
     groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 4:
+        groups //= 2
     layers: list[nn.Module] = []
     while size >= 8:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]

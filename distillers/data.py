@@ -25,6 +25,7 @@ from distillers.methods.base import Batch
 from distillers.seeds import generator_of
 from weights.denoiser import Cond
 from weights.families.base import TextToImage
+from weights.student_files import readable
 
 ENCODE_BATCH = 64
 """Pictures encoded at a time."""
@@ -135,7 +136,8 @@ class Feed:
             kept = self._conditions.items()
             return {name: _floats(tensor[rows.to(tensor.device)].to(self.device)) for name, tensor in kept}
         encoded = self.base.encode_prompts([self.corpus.captions[row] for row in rows.tolist()])
-        return {name: _floats(tensor).to(self.device) for name, tensor in encoded.items()}
+        # As what is kept: how long a job is, and so whether that pays, must not decide what it sees.
+        return {name: _floats(_kept(tensor)).to(self.device) for name, tensor in encoded.items()}
 
     def prompt_conditions(self, numbers: Tensor) -> Cond:
         """Conditions of the prompts, by their number in 0..`prompts` - 1: of all, also where only a part is drawn."""
@@ -157,7 +159,7 @@ class Feed:
             return None
         if self._latents is not None:
             return self._latents[numbers.to(self._latents.device)].to(self.device, torch.float32)
-        return self._encode(numbers.tolist()).to(self.device)
+        return _half(self._encode(numbers.tolist())).to(self.device, torch.float32)
 
     def _encode(self, numbers: list[int]) -> Tensor:
         assert self.corpus.pictures is not None, "checked when built"
@@ -193,7 +195,7 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
         for start in range(0, len(captions), CAPTIONS_BATCH):
             encoded = base.encode_prompts(captions[start : start + CAPTIONS_BATCH])
             for name, tensor in encoded.items():
-                rows = (_half(tensor) if tensor.is_floating_point() else tensor).cpu().numpy()
+                rows = _kept(tensor).cpu().numpy()
                 if name not in files:
                     shape = (len(captions), *rows.shape[1:])
                     files[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", rows.dtype, shape)
@@ -235,7 +237,9 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a cached file, which is complete as soon as it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary)
+    # An autoencoder with attention answers with channels last, which safetensors does not take.
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    readable(temporary)
     temporary.replace(path)
 
 
@@ -244,6 +248,10 @@ def _half(tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(half).all()):
         raise BadData(f"encoded data with values up to {tensor.abs().max():.3g} does not fit half precision")
     return half
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return _half(tensor) if tensor.is_floating_point() else tensor
 
 
 def _floats(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ def fit_adapters(network: nn.Module, target: nn.Module) -> float:
     return 1 - left / whole if whole else 1.0
 
 
-def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bool = False) -> StudentManifest:
+def extract(
+    store: Store, name: str, student: str, rank: int = RANK, replace: bool = False, base: str | None = None
+) -> StudentManifest:
     """Publish the adapters that stand for a student under a name.
 
     Args:
@@ -94,6 +97,7 @@ def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bo
         student: of full weights, on a base that is at hand.
         rank: of every adapter.
         replace: take the place of a student of that name.
+        base: where its base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
 
     Returns:
         The manifest as it was published; its ``extracted`` tells of which student, and how much of its change is held.
@@ -112,15 +116,19 @@ def extract(store: Store, name: str, student: str, rank: int = RANK, replace: bo
         raise CannotExtract(f"student {student!r} has no weights of its own, it routes: name a student it routes to")
     if manifest.adapter == "lora":
         raise CannotExtract(f"student {student!r} is a LoRA already: name one of full weights")
-    lora = LoraSpec(rank=rank)
-    check_base(folder, base_reference(manifest.base.id).sha256)
-    base = load(manifest.family, manifest.base.id)
-    target = load_student(folder, base).network
-    if architecture(target) != architecture(base.network):
+    try:
+        lora = LoraSpec(rank=rank)
+    except ValidationError as error:
+        raise ValueError(f"rank {rank}: {error.errors()[0]['msg'].lower()}") from error
+    source = base if base is not None else manifest.base.id
+    check_base(folder, base_reference(source).sha256)
+    whole = load(manifest.family, source)
+    target = load_student(folder, whole).network
+    if architecture(target) != architecture(whole.network):
         raise CannotExtract(
             f"student {student!r} has a network of another shape than its base's: adapters cannot reach it"
         )
-    adapted = base.copy()
+    adapted = whole.copy()
     add_adapters(adapted, lora, every_layer(adapted.network))
     kept = fit_adapters(adapted.network, target)
     origin = ExtractedLora(name=student, sha256=digest_folder(folder.path), rank=rank, kept=kept)
@@ -143,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True)
     try:
-        manifest = extract(Store(options.store, STUDENTS), options.name, options.student, options.rank, options.replace)
+        store = Store(options.store, STUDENTS)
+        manifest = extract(store, options.name, options.student, options.rank, options.replace, options.base)
     except (StoreError, ValueError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))
         return 2
@@ -165,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("name", metavar="NAME", help="of the new student")
     made.add_argument("student", metavar="STUDENT", help="of full weights")
     made.add_argument("--rank", type=int, default=RANK, help="of every adapter (%(default)s)")
+    made.add_argument("--base", help="where its base lies now, if it has moved")
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
     made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
     return made

@@ -1,6 +1,7 @@
 """A folder of pictures with captions: ``metadata.jsonl``, a picture a line, and the files that it names."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Row:
         Raises:
             BadData: so it is.
         """
-        if not self.path.resolve().is_relative_to(folder.resolve()) or not self.path.is_file():
+        # By its name: data sets are often made of links to files elsewhere.
+        if not Path(os.path.normpath(self.path)).is_relative_to(os.path.normpath(folder)) or not self.path.is_file():
             raise BadData(f"{self.place}: no picture {self.file_name!r} inside {folder}")
 
 
@@ -51,8 +53,12 @@ def read_folder(folder: Path) -> list[Row]:
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
         raise BadData(f"data source {str(folder)!r} is neither 'emoji' nor a folder with a metadata.jsonl")
+    try:
+        text = metadata.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadData(f"{metadata} is not UTF-8 ({error}): save it as UTF-8") from error
     # Not splitlines: a caption may well have a line separator in it that JSON does not escape.
-    lines = enumerate(metadata.read_text(encoding="utf-8").split("\n"), 1)
+    lines = enumerate(text.split("\n"), 1)
     return [_row(folder, line, f"{metadata}:{number}") for number, line in lines if line.strip()]
 
 
@@ -84,14 +90,21 @@ def load_picture(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
             # Cameras say how they were held instead of turning the pixels.
-            picture = ImageOps.exif_transpose(image)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-    except OSError as error:
+            picture = _on_white(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadData(f"{path} is no readable picture ({error})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them off at 255
+        return Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,8 @@ class JobRun:
         expected = isinstance(error, EXPECTED)
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
+        if not self.accelerator.is_main_process:  # whose reports nobody hears
+            print(f"process {self.accelerator.process_index}: {message}", file=sys.stderr)
         if not expected:
             raise error
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.methods.base import Setup, Workspace
+from distillers.processes import place, wait
 from weights.denoiser import Cond
 from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
@@ -36,17 +37,22 @@ class TeacherPairs:
             steps: of DDIM, trailing times.
             guidance_scale: the teacher's; 1.0 is off.
         """
-        pictures, rows = [], []
-        for start in range(0, self.count, SHARD):
-            end = min(start + SHARD, self.count)
-            path = self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{start:06d}-{end:06d}.safetensors"
-            if not path.exists():
-                self._make_shard(path, torch.arange(start, end), steps, guidance_scale)
-            tensors, _ = load_checkpoint(path)
-            pictures.append(tensors["pictures"])
-            rows.append(tensors["rows"])
+        ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
+        rank, processes = place()
+        for start, end in ends[rank::processes]:
+            self._shard(start, end, steps, guidance_scale)
             self.workspace.tick("teacher pairs", end, self.count)
-        self._pictures, self._rows = torch.cat(pictures), torch.cat(rows)
+        wait()
+        shards = [self._shard(start, end, steps, guidance_scale) for start, end in ends]
+        self._pictures, self._rows = (torch.cat([shard[name] for shard in shards]) for name in ("pictures", "rows"))
+
+    def _shard(self, start: int, end: int, steps: int, guidance_scale: float) -> dict[str, Tensor]:
+        """These pairs, made where they are not on disk: another process's may be on another machine's."""
+        path = self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{start:06d}-{end:06d}.safetensors"
+        if not path.exists():
+            self._make_shard(path, torch.arange(start, end), steps, guidance_scale)
+        tensors, _ = load_checkpoint(path)
+        return tensors
 
     @torch.no_grad()
     def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:

@@ -10,6 +10,7 @@ from distillers.losses.divergences import Divergence, density_ratio
 from distillers.methods.base import MethodConfig, Setup
 from distillers.methods.score_distillation import ScoreDistillation
 from distillers.methods.score_settings import Interval
+from distillers.processes import summed
 
 
 class RatioConfig(MethodConfig):
@@ -42,7 +43,7 @@ class RatioConfig(MethodConfig):
 class Ratios:
     """r of each picture over a moving average of its own for its interval of t, held within a range (f-distill's code).
 
-    The averages are each process's own, where the public code keeps one.
+    All processes of a job keep the same averages, of all their pictures.
     """
 
     def __init__(self, config: RatioConfig, device: torch.device) -> None:
@@ -59,8 +60,8 @@ class Ratios:
         assert logits is not None, "the config lets no job without a discriminator through"
         ratio, bins = density_ratio(logits), len(self.means)
         member = torch.nn.functional.one_hot((t * bins).long().clamp(0, bins - 1), bins).to(ratio.dtype)
-        count = member.sum(0)
-        seen = (member * ratio.detach().unsqueeze(1)).sum(0) / count.clamp_min(1)
+        total, count = summed(torch.stack([(member * ratio.detach().unsqueeze(1)).sum(0), member.sum(0)]))
+        seen = total / count.clamp_min(1)
         decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
         self.means.mul_(decay).add_((1 - decay) * seen)  # in place: a captured iteration knows this tensor
         return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)

@@ -18,6 +18,7 @@ from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
 from distillers.methods.base import Batch, Method, Step, Turn
 from distillers.precision import fast_kernels
+from distillers.processes import wait
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
@@ -199,13 +200,15 @@ class Trainer:
         for number, step in enumerate(steps):
             with self._unsynced(module, number + 1 < len(steps)), fast_kernels(self.accelerator.device):
                 loss, metrics = module(turn, step)
-                if check:
+                if check and self.accelerator.num_processes == 1:  # else the others would wait for this one's gradients
                     self.check(f"{turn.name}/loss", float(loss.detach()))
                 self.accelerator.backward(loss / len(steps))
             noted.append({f"{turn.name}/loss": loss.detach(), **metrics})
         weights = [weight for network in trained for weight in network.weights.values()]
         norm = self.accelerator.clip_grad_norm_(weights, self.spec.gradient_clip)
         if check:
+            if not math.isfinite(float(norm)):
+                wait()  # it is everybody's: who ends first must not cut the others off on their way here
             self.check(f"{turn.name}/gradient_norm", float(norm))
         for network in trained:
             network.optimizer.step()

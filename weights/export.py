@@ -7,9 +7,8 @@ from pathlib import Path
 from weights.bundled import resolve_base
 from weights.families import load
 from weights.store import Store, digest_base
+from weights.student_files import readable
 from weights.students import check_base, load_student
-
-NATIVE_TIMESTEPS = 1000
 
 
 def export(store: Store, name: str, target: Path, steps: int, base: str | None = None) -> Path:
@@ -56,12 +55,12 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     source = resolve_base(base if base is not None else folder.manifest.base.id)
     check_base(folder, digest_base(source))
     student = load_student(folder, load(folder.manifest.family, source))
-    native = [round(t * NATIVE_TIMESTEPS) - 1 for t in schedule.timesteps]
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
     staging.mkdir()  # not tempfile's, which nobody else may read
     try:
-        student.export(staging, native)
+        student.export(staging, schedule.timesteps)
+        readable(staging)
         shutil.copy2(folder.path / "student.json", staging / "student.json")
         for adapter in folder.path.glob("pytorch_lora_weights.safetensors"):
             shutil.copy2(adapter, staging / adapter.name)

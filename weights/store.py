@@ -171,7 +171,8 @@ class Store:
             StoreError: the folder or root cannot be read or written.
         """
         name, folder = manifest.name, Path(folder)
-        link, taken = self.root / name, f"student {name!r} exists already: pass replace=True, or choose another name"
+        link = self.root / name
+        taken = f"student {name!r} exists already: replace it (replace=True, --replace), or choose another name"
         with _clear_errors(name):
             if not replace and link.exists():
                 raise AlreadyExists(taken)

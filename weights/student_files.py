@@ -76,10 +76,22 @@ def digest_base(path: Path) -> str:
     return _digest(root, (file for file in parts if not any(file.match(pattern) for pattern in NOT_LOADED)))
 
 
+def readable(path: Path) -> None:
+    """Give a file, or all below a folder, the mode of any new file: safetensors writes what its maker alone may read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
 def _digest(root: Path, files: Iterable[Path]) -> str:
     weights = [file for file in files if file.suffix == WEIGHTS and file.is_file()]
     if not weights:
-        raise NotFound(f"{root} holds no {WEIGHTS} file, so there is nothing to take a digest of")
+        raise NotFound(
+            f"{root} holds no {WEIGHTS} file that would be loaded: save the pipeline again with safe_serialization=True and "
+            "without a variant (pickles, and files such as *.fp16.safetensors, are not read)"
+        )
     records = sorted((path.relative_to(root).as_posix(), file_sha256(path)) for path in weights)
     lines = [f"{sha256}  {path}\n" for path, sha256 in records]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

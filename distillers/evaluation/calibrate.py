@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         store = Store(options.store if options.store is not None else STUDENTS, STUDENTS)
         if options.write:
             check_writable(store, options)
-        base, students = load_models([options.name], options.store, None, options.device)
+        base, students = load_models([options.name], options.store, options.base, options.device)
         if not students:
             raise ValueError(f"{options.name!r} is a base; name a student")
         result = measure(base, students[0], limits, options, errors)
@@ -236,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("name", metavar="NAME", help="a student of the store, or a bundled one")
+    made.add_argument("--base", help="bundled base, pipeline folder or hub id; the student's own when left out")
     made.add_argument("--write", action="store_true", help="put the choice into the student's manifest")
     made.add_argument("--quick", action="store_true", help="a small sample, for a look; it cannot be written")
     made.add_argument(

@@ -1,7 +1,7 @@
 """The measurements of one evaluation: real pictures, then what every subject draws, held against them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -150,8 +150,10 @@ class Evaluation:
             predicted, self.caption_texts, torch.arange(len(self.captions)), self.protocol.choices
         )
         return Real(
-            floor={name: self._distances(name, features) for name, features in self.floor.items()},
-            held_out={name: self._distances(name, features) for name, features in self.held_out.items()},
+            floor={name: self._distances(features, self.reference[name]) for name, features in self.floor.items()},
+            held_out={
+                name: self._distances(features, self.reference[name]) for name, features in self.held_out.items()
+            },
             held_out_pictures=len(self.held_out_pictures),
             r_precision=metrics.mean(score),
             psnr=metrics.mean(self._reconstruction()),
@@ -165,7 +167,7 @@ class Evaluation:
         for extractor in self.extractors:
             features = self._features(self._cache(subject), extractor, drawn.pictures, subject.title)
             self.teacher.setdefault(extractor.name, features)
-            distances[extractor.name] = self._distances(extractor.name, features, extractor)
+            distances[extractor.name] = self._drawn_distances(extractor, features)
             if extractor is self.extractors[0]:
                 own = torch.arange(len(self.captions)).repeat_interleave(len(self.protocol.seeds))
                 score = alignment.r_precision(self.regression(features), self.caption_texts, own, self.protocol.choices)
@@ -220,19 +222,24 @@ class Evaluation:
 
         return self.shared.tensors("texts", digest([self.base.weights, prompts]), embed)["texts"].double()
 
-    def _distances(self, name: str, features: Tensor, extractor: Extractor | None = None) -> Distances:
-        reference, teacher = self.reference[name], self.teacher.get(name)
+    def _distances(self, features: Tensor, reference: Tensor, seeds: int = 1) -> Distances:
         precision, recall = metrics.precision_recall(reference, features)
-        score = None
-        if isinstance(extractor, Clip):
-            score = metrics.mean(extractor.score(features, [prompt for prompt, _ in self.protocol.drawings]))
         return Distances(
-            kernel_distance=metrics.kernel_distance(features, reference),
+            kernel_distance=metrics.kernel_distance(features, reference, seeds=seeds),
             frechet_distance=metrics.frechet_distance(features, reference),
             precision=precision,
             recall=recall,
-            kernel_distance_to_teacher=None if teacher is None else metrics.kernel_distance(features, teacher),
-            frechet_distance_to_teacher=None if teacher is None else metrics.frechet_distance(features, teacher),
+        )
+
+    def _drawn_distances(self, extractor: Extractor, features: Tensor) -> Distances:
+        seeds, teacher = len(self.protocol.seeds), self.teacher[extractor.name]
+        score = None
+        if isinstance(extractor, Clip):
+            score = metrics.mean(extractor.score(features, [prompt for prompt, _ in self.protocol.drawings]))
+        return replace(
+            self._distances(features, self.reference[extractor.name], seeds),
+            kernel_distance_to_teacher=metrics.kernel_distance(features, teacher, seeds=seeds, same_captions=True),
+            frechet_distance_to_teacher=metrics.frechet_distance(features, teacher),
             clip_score=score,
         )
 

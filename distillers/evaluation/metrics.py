@@ -92,37 +92,48 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return float((means + a.square().sum() + b.square().sum() - 2 * cross).clamp_min(0))
 
 
-def kernel_distance(x: Tensor, y: Tensor, groups: int = GROUPS) -> Estimate:
+def kernel_distance(
+    x: Tensor, y: Tensor, groups: int = GROUPS, *, seeds: int = 1, same_captions: bool = False
+) -> Estimate:
     """Squared maximum mean discrepancy under ``k(a, b) = (a.b / D + 1)^3``, unbiased: it can be below 0.
 
     Binkowski et al. 2018 (arXiv 1801.01401, section 4; the U-statistic is Gretton et al. 2012, eq. 3), on all pictures
-    instead of the mean over random subsets. Rows go into jackknife groups in contiguous runs: keep what depends on each
-    other (a prompt's seeds) together.
+    instead of the mean over random subsets. It wants independent pictures, and those drawn of one caption are more alike
+    than any two are: pairs of these are left out, as a picture's with itself is.
 
     Args:
-        x: ``(N, D)``, N >= 4.
-        y: ``(M, D)``, M >= 4.
-        groups: at most that many, and at most half as many as there are pictures.
+        x: ``(N, D)``, a caption's pictures one after the other.
+        y: ``(M, D)``.
+        groups: the jackknife's, contiguous runs of captions; at most half as many as there are captions.
+        seeds: pictures of a caption in ``x``, S; N is at least 4 S.
+        same_captions: ``y`` is of the same captions, in the same order and with as many seeds; else one picture each.
     """
-    x, y = _checked(x, y, least=4)
-    count = min(groups, len(x) // 2, len(y) // 2)
-    members_x, members_y = (torch.arange(len(rows)) * count // len(rows) for rows in (x, y))
+    x, y = _checked(x, y, least=4 * seeds)
+    runs_x, runs_y = (rows.unflatten(0, (-1, of)) for rows, of in ((x, seeds), (y, seeds if same_captions else 1)))
+    count = min(groups, len(runs_x) // 2, len(runs_y) // 2)
+    of_x, of_y = (torch.arange(len(runs)) * count // len(runs) for runs in (runs_x, runs_y))
+    members_x, members_y = (of.repeat_interleave(runs.shape[1]) for of, runs in ((of_x, runs_x), (of_y, runs_y)))
     xx = _block_sums(x, x, members_x, members_x, count)
     yy = _block_sums(y, y, members_y, members_y, count)
     xy = _block_sums(x, y, members_x, members_y, count)
-    own_x, own_y = (
-        torch.zeros(count, dtype=torch.float64).index_add_(0, members, _kernel(rows.square().sum(1), rows.shape[1]))
-        for rows, members in ((x, members_x), (y, members_y))
-    )
+    own_x, own_y = _run_sums(runs_x, runs_x, of_x, count), _run_sums(runs_y, runs_y, of_y, count)
+    own_xy = _run_sums(runs_x, runs_y, of_x, count) if same_captions else torch.zeros(count, dtype=torch.float64)
     sizes_x, sizes_y = (torch.bincount(members, minlength=count).double() for members in (members_x, members_y))
 
     def over(keep: Tensor) -> float:
         n, m = float(keep @ sizes_x), float(keep @ sizes_y)
-        within_x = float(keep @ xx @ keep - keep @ own_x) / (n * (n - 1))
-        within_y = float(keep @ yy @ keep - keep @ own_y) / (m * (m - 1))
-        return within_x + within_y - 2 * float(keep @ xy @ keep) / (n * m)
+        within_x = float(keep @ xx @ keep - keep @ own_x) / (n * (n - runs_x.shape[1]))
+        within_y = float(keep @ yy @ keep - keep @ own_y) / (m * (m - runs_y.shape[1]))
+        across = float(keep @ xy @ keep - keep @ own_xy) / (n * (m - runs_y.shape[1] * same_captions))
+        return within_x + within_y - 2 * across
 
     return _jackknife(over, count)
+
+
+def _run_sums(x: Tensor, y: Tensor, members: Tensor, groups: int) -> Tensor:
+    """Kernel sums inside each run of ``x: (P, S, D)`` and its run of ``y: (P, T, D)``, by group, ``(groups,)``."""
+    own = _kernel(x @ y.transpose(1, 2), x.shape[-1]).sum(dim=(1, 2))
+    return torch.zeros(groups, dtype=torch.float64).index_add_(0, members, own)
 
 
 def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[float, float]:

@@ -21,7 +21,7 @@ Weighting = Literal["eps", "v", "flow", "edm", "x0"]
 SMALLEST_SIGMA = 1e-4
 
 
-def score_weight(alpha_t: Tensor, sigma_t: Tensor, weighting: Weighting, sigma_data: float = 0.5) -> Tensor:
+def score_weight(alpha_t: Tensor, sigma_t: Tensor, weighting: Weighting, sigma_data: float = 1.0) -> Tensor:
     """The factor on the squared x0 error that makes it the squared error of ``weighting``'s prediction.
 
     Args:

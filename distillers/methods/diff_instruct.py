@@ -3,10 +3,11 @@
 DMD2 without its discriminator, its normalisation and its pace: of the family (`distillers.methods.score_distillation`), the
 student's picture x moves along the plain difference of the two scores (theorem 3.1, in x0 estimates),
 
-    grad_x = F_S(x_t) - F_T(x_t),    ln(sigma_t / alpha_t) ~ N(-1.2, 1.2^2)
+    grad_x = F_S(x_t) - F_T(x_t),    ln(sigma_t / alpha_t) ~ N(ln 2 - 1.2, 1.2^2)
 
-and student and fake score step in turn. The weight of a time is what the difference of x0 estimates leaves of the paper's
-w(t): ``grad_x`` is ``sigma_t^2 / alpha_t (score_p - score_q)``, negated.
+and student and fake score step in turn. The paper's mean is -1.2, for data of standard deviation 0.5; latents have unit
+variance here, and as much of them is left under twice the noise. The weight of a time is what the difference of x0
+estimates leaves of the paper's w(t): ``grad_x`` is ``sigma_t^2 / alpha_t (score_p - score_q)``, negated.
 
 Departures: the public code feeds its one-step generator noise of standard deviation 1 in EDM's units; here what a student
 is fed is its step schedule's matter, and pure noise unless that says otherwise. A discriminator may be switched on
@@ -25,7 +26,7 @@ class DiffInstructConfig(TurnAboutConfig):
     """The family's settings with the paper's defaults."""
 
     dm_levels: Interval | None = Field(
-        (-1.2, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
+        (-0.507, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
     )
 
 

@@ -37,7 +37,7 @@ class ScoreMatchingConfig(LoneStudentConfig):
     )
     times: tuple[float, float] = Field((0.001, 1.0), description="times of training, uniform between")
     weighting: Weighting = Field("v", description="prediction whose squared error is learned")
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
+    sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
     weight_decay: float = Field(0.01, ge=0, description="the optimizer's weight decay of the student")
     warmup: int = Field(500, ge=0, description="updates over which the student's learning rate rises")
 

@@ -32,7 +32,7 @@ class ScoreDistillationConfig(RolledOutConfig):
     )
     score_times: Interval = Field((0.001, 1.0), description="times of the fake score's training, uniform between")
     score_weighting: Weighting = Field("eps", description="prediction whose squared error trains the fake score")
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
+    sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
     gan_weight: float = Field(1e-3, ge=0, description="student's adversarial weight; 0 turns the GAN off")
     discriminator_weight: float = Field(1e-2, gt=0, description="discriminator's weight in the fake score's loss")
     gan_features: Literal["fake_score", "teacher"] = Field(

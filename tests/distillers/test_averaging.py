@@ -128,6 +128,13 @@ def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) 
         expected = sum(share * tensors(seed)[name].double() for share, seed in ((1.05, 1), (0.35, 2), (-0.4, 9)))
         assert name == "steps" or torch.equal(beyond, torch.as_tensor(expected).to(beyond.dtype))
 
+    moved = base.rename(tmp_path / "moved")
+    assert main(["again", "a:3", "b", "--base", "0.6", "--store", str(store.root)]) == 2
+    told = ["--base", "0.6", "--base-at", str(moved), "--store", str(store.root)]
+    assert main(["again", "a:3", "b", *told]) == 0
+    assert store.manifest("again").files == store.manifest("mean").files
+    moved.rename(base)
+
     save_file(tensors(8), base / WEIGHTS)
     with pytest.raises(CannotAverage, match=r"is another version than the one 'a' was made from"):
         average(store, "other", {"a": 1}, base_share=0.5)

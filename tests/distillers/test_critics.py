@@ -25,6 +25,16 @@ def test_a_head_comes_down_to_one_logit(size: int, halvings: int) -> None:
     assert strides.count((2, 2)) == halvings
 
 
+@pytest.mark.parametrize("channels", [6, 8, 16, 32, 48, 64, 192])
+def test_a_heads_logit_depends_on_what_it_reads(channels: int) -> None:
+    """Also where so few channels are normalised over one position each."""
+    torch.manual_seed(0)
+    layers = head(channels, 4)
+    with torch.no_grad():
+        assert layers(torch.randn(64, channels, 4, 4)).std() > 0.05
+        assert layers(torch.randn(1, channels, 4, 4)).isfinite().all()
+
+
 def test_heads_fit_a_unets_features() -> None:
     torch.manual_seed(0)
     denoiser = UNetDenoiser(tiny_unet(), VP, "v")

@@ -16,7 +16,7 @@ from tests.helpers import student_manifest, tiny_pipeline
 from weights.contracts import LoraSpec, Router, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
-from weights.store import Store, digest_folder
+from weights.store import Store, digest_base, digest_folder
 from weights.students import WrongBase, load_student
 
 
@@ -165,7 +165,7 @@ def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
         (["cat-lora", "no"], "no student is named 'no'"),
         (["cat", "cat"], "exists already"),
         (["No Name", "cat"], "'No Name' is no valid name"),
-        (["cat-lora", "cat", "--rank", "0"], "greater than or equal to 1"),
+        (["cat-lora", "cat", "--rank", "0"], "rank 0: input should be greater than or equal to 1"),
     ],
 )
 def test_what_the_command_refuses(
@@ -174,6 +174,14 @@ def test_what_the_command_refuses(
     assert main([*arguments, "--store", str(store.root)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert store.names() == ["cat"]
+
+
+def test_a_base_that_has_moved(store: Store, folder: Path, tmp_path: Path, base: TextToImage) -> None:
+    gone = {"id": str(tmp_path / "gone"), "sha256": digest_base(folder)}
+    publish(store, tmp_path / "moved", folder, changed(base, rank=2), name="moved", base=gone)
+    assert main(["small", "moved", "--rank", "2", "--store", str(store.root)]) == 2
+    assert main(["small", "moved", "--rank", "2", "--base", str(folder), "--store", str(store.root)]) == 0
+    assert store.manifest("small").base.id == gone["id"]
 
 
 def test_students_without_such_weights(store: Store, folder: Path, base: TextToImage, tmp_path: Path) -> None:

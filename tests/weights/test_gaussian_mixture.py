@@ -259,4 +259,4 @@ def test_what_a_mixture_cannot_do_is_said(ring: GaussianMixture, tmp_path: Path)
     with pytest.raises(ValueError, match="size 2x1"):
         ring.latent_shape(1, 2)
     with pytest.raises(ValueError, match="cannot be exported"):
-        ring.export(tmp_path, [999])
+        ring.export(tmp_path, [1.0])

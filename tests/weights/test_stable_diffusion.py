@@ -19,7 +19,7 @@ from weights.drawing import draw, draw_base
 from weights.export import export
 from weights.families import load
 from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
-from weights.store import Store, digest_base
+from weights.store import NotFound, Store, digest_base
 from weights.students import WrongBase, check_base, load_student
 
 PROMPT = "red apple, noto"
@@ -84,6 +84,9 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
     assert exported.stat().st_mode == tmp_path.joinpath("store").stat().st_mode, (
         "whoever may read the store may read it"
     )
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in exported.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}, "also the weights"
     for written in (exported, store.open("student").path):
         configs = {path.relative_to(written): path.read_text() for path in written.rglob("*.json")}
         named = [name for name, text in configs.items() if name.name != "student.json" and str(tmp_path.parent) in text]
@@ -104,6 +107,51 @@ def test_an_export_takes_no_more_of_the_bases_scheduler_than_its_noise(base_fold
     student = load_student(store.open("student"), base)
     ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
     assert (ours - diffusers_pixels(pipeline, 4, 1.0, seed=7)).abs().mean() * 255 < 0.01
+
+
+def test_a_base_of_fewer_timesteps_exports(base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "short"
+    shutil.copytree(base_folder, other)
+    settings = other / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_train_timesteps": 500}))
+    base = load("stable_diffusion", other)
+    store = Store(tmp_path / "store")
+    published(store, base, other, tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
+    student = load_student(store.open("student"), base)
+    ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
+    assert (ours - diffusers_pixels(pipeline, 4, 1.0, seed=7)).abs().mean() * 255 < 0.01
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "flow_prediction"},
+            "'flow_prediction'; want one of eps",
+        ),
+        ("model_index.json", None, r"model_index\.json is no pipeline's index"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_read_says_what_is_wrong(
+    base_folder: Path, tmp_path: Path, file: str, changes: dict[str, object] | None, says: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    path = other / file
+    path.write_text("{" if changes is None else json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ValueError, match=says):
+        load("stable_diffusion", other)
+
+
+def test_other_precisions_alone_are_no_base(base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    for path in other.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(NotFound, match=r"save the pipeline again with safe_serialization=True and without a variant"):
+        digest_base(other)
 
 
 def test_an_export_finds_a_base_that_has_moved(base: StableDiffusion, base_folder: Path, tmp_path: Path) -> None:

@@ -149,8 +149,8 @@ class TextToImage(ABC):
         raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
 
     @abstractmethod
-    def export(self, folder: Path, timesteps: list[int]) -> None:
-        """Writes a self-contained pipeline for diffusers, which runs these native timesteps without our code."""
+    def export(self, folder: Path, times: list[float]) -> None:
+        """Writes a self-contained pipeline for diffusers, which draws at these times, in (0, 1], without our code."""
 
     def parts(self) -> dict[PartName, Part]:
         """The parts of `part_names`, as this model's own modules compute them, whatever runs in their place."""

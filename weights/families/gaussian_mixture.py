@@ -338,6 +338,6 @@ class GaussianMixture(TextToImage):
         network.load_state_dict(load_file(source / _FILE))
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
-    def export(self, folder: Path, timesteps: list[int]) -> None:
+    def export(self, folder: Path, times: list[float]) -> None:
         """Always a ValueError: diffusers has no pipeline for a mixture."""
         raise ValueError(f"a Gaussian mixture cannot be exported to {folder}: diffusers has no pipeline for it")

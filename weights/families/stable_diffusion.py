@@ -66,7 +66,11 @@ def _weightless(network: nn.Module) -> nn.Module:
 
 def _check_kind(folder: Path) -> None:
     """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
-    kind = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    index = folder / "model_index.json"
+    try:
+        kind = dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{index} is no pipeline's index ({error}): copy the pipeline again") from error
     if kind != StableDiffusionPipeline.__name__:
         raise ValueError(
             f"{folder} holds a {kind}, and family 'stable_diffusion' takes a {StableDiffusionPipeline.__name__} alone "
@@ -116,6 +120,10 @@ class StableDiffusion(TextToImage):
         self.text_encoder = pipeline.text_encoder
         self.vae = pipeline.vae
         scheduler = pipeline.scheduler.config
+        if scheduler.prediction_type not in _PREDICTIONS:
+            raise ValueError(
+                f"the scheduler's prediction_type is {scheduler.prediction_type!r}; want one of {', '.join(_PREDICTIONS)}"
+            )
         prediction = _PREDICTIONS[scheduler.prediction_type]
         schedule = DiscreteVP(pipeline.scheduler.alphas_cumprod)
         self.denoiser: UNetDenoiser = UNetDenoiser(
@@ -323,7 +331,8 @@ class StableDiffusion(TextToImage):
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
     @quiet
-    def export(self, folder: Path, timesteps: list[int]) -> None:
+    def export(self, folder: Path, times: list[float]) -> None:
+        timesteps = [round(t * self.denoiser.schedule.num_train) - 1 for t in times]
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
         config["thresholding"] = False  # a student's x_0 is taken as it is
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))

@@ -123,6 +123,7 @@ class Measurer:
             evaluations=quality.evaluations,
             milliseconds=quality.milliseconds,
             kernel_distance=distances.kernel_distance,
+            captions_apart=True,
             frechet_distance=distances.frechet_distance,
             r_precision=quality.r_precision,
             diversity=self.evaluation.spread(subject).distance if with_diversity else None,

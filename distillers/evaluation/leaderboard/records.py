@@ -94,6 +94,7 @@ class Row(Record):
     evaluations: int = Field(description="network evaluations a picture")
     milliseconds: float = Field(description="a picture, in batches")
     kernel_distance: Figure
+    captions_apart: bool = Field(False, description="kernel distance leaves out pairs of one caption's pictures")
     frechet_distance: float
     r_precision: Figure
     diversity: Figure | None = Field(description="mean pairwise distance over coarse prompts; None: not measured")

@@ -47,13 +47,20 @@ def figure_of(value: float) -> Estimate:
 
 
 def row(
-    steps: int, kernel: float, alignment: float = 0.2, diversity: float | None = 18.0, *, guided: bool = False
+    steps: int,
+    kernel: float,
+    alignment: float = 0.2,
+    diversity: float | None = 18.0,
+    *,
+    guided: bool = False,
+    apart: bool = True,
 ) -> Row:
     return Row(
         steps=steps,
         evaluations=steps * (2 if guided else 1),
         milliseconds=1.0,
         kernel_distance=figure_of(kernel),
+        captions_apart=apart,
         frechet_distance=1000 * kernel,
         r_precision=figure_of(alignment),
         diversity=None if diversity is None else figure_of(diversity),
@@ -160,6 +167,11 @@ class TestDocument:
             widths = {line.replace("\\|", "").count("|") for line in table.splitlines()}
             assert len(widths) == 1, table
         assert "failed: the loss \\| is nan" in text
+
+    def test_rows_of_the_old_estimator_are_told_from_others(self) -> None:
+        old, said = result("old", [row(4, 0.06, apart=False)]), "about 0.001 too high"
+        assert said not in self.text([GOOD, result("none", failure="x")])
+        assert "Kernel distances of `old` are from before" in self.text([GOOD, old]) and said in self.text([GOOD, old])
 
     def test_a_quick_sample_is_called_one(self) -> None:
         assert "too large to compare" in self.text([GOOD], quick=True)

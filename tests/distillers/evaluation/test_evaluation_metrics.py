@@ -71,6 +71,40 @@ def test_leaving_a_group_out_is_the_distance_of_the_others() -> None:
     assert estimate.leave_one_out[1:2] == pytest.approx(expected, rel=1e-9)
 
 
+def test_pictures_of_one_caption_are_not_taken_for_independent() -> None:
+    """A model that draws as the real pictures are; captions differ more than a caption's pictures do."""
+
+    def drawn(seed: int, captions: Tensor) -> Tensor:
+        return (captions[:, None] + 0.5 * normal(24, 2, 3, seed=seed)).flatten(0, 1)
+
+    found: list[list[float]] = []
+    for seed in range(0, 1500, 5):
+        captions, others = normal(24, 3, seed=seed), normal(24, 3, seed=seed + 1)
+        x, teacher, real = drawn(seed + 2, captions), drawn(seed + 3, captions), drawn(seed + 4, others)[::2]
+        estimates = [
+            metrics.kernel_distance(x, real, seeds=2),
+            metrics.kernel_distance(x, teacher, seeds=2, same_captions=True),
+            metrics.kernel_distance(x, real),
+            metrics.kernel_distance(x, teacher),
+        ]
+        found.append([estimate.value for estimate in estimates])
+    means, errors = torch.tensor(found).mean(0), torch.tensor(found).std(0) / math.sqrt(len(found))
+    assert (means[:2].abs() < 3 * errors[:2]).all()
+    assert means[2] > 5 * errors[2] and means[3] < -5 * errors[3]  # what it is for
+
+
+def test_leaving_a_captions_pairs_out_is_a_sum_over_the_others() -> None:
+    x, y = normal(8, 3, seed=1), normal(8, 3, seed=2)
+    kernel = [[float(((a @ b) / 3 + 1) ** 3) for b in (*x, *y)] for a in (*x, *y)]
+    pairs = [(i, j) for i in range(8) for j in range(8) if i // 2 != j // 2]
+
+    def over(rows: int, columns: int) -> float:
+        return sum(kernel[rows + i][columns + j] for i, j in pairs) / len(pairs)
+
+    expected = over(0, 0) + over(8, 8) - 2 * over(0, 8)
+    assert metrics.kernel_distance(x, y, seeds=2, same_captions=True).value == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_kernel_distance_is_unbiased_and_its_interval_covers_the_closed_form() -> None:
     # In one dimension E[(xy + 1)^3] = 1 + 3 m1 m1' + 3 m2 m2' + m3 m3' in the raw moments.
     def moments(mean: float, std: float) -> tuple[float, float, float]:
