@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from weights.diffusion.schedules import DiscreteVP, expand
 SIDES = ("down_blocks", "up_blocks")
 MIDDLE = ("mid_block",)
 """A UNet's blocks by the names that the network itself gives them."""
+TIMES = 1024
+"""Batches of times whose coefficients are kept."""
 
 
 GUIDANCE_WIDTH = 256
@@ -47,6 +50,16 @@ class UNet(nn.Module):
 def _evaluate(unet: nn.Module, x_t: Tensor, index: Tensor, states: Tensor, scale: Tensor | None = None) -> Tensor:
     told = {} if scale is None else {"timestep_cond": scale}
     return cast(Tensor, unet(x_t, index, states, **told, return_dict=False)[0])
+
+
+def _looked_up(schedule: DiscreteVP, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return schedule.native_index(t).float(), schedule.alpha(t), schedule.sigma(t)
+
+
+@lru_cache(maxsize=TIMES)
+def _known(schedule: DiscreteVP, times: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`_looked_up`, kept: drawings ask for few times, again and again, and a small network takes not much longer itself."""
+    return _looked_up(schedule, torch.tensor(times, dtype=dtype))
 
 
 class _Enough(Exception):
@@ -112,11 +125,18 @@ class UNetDenoiser(Denoiser):
         """What the network itself takes: latents, native timesteps, hidden states, and a scale's embedding if it has one."""
         dtype = next(self.unet.parameters()).dtype
         told = (embedded_scale(cond[GUIDANCE]).to(dtype),) if self.embeds_guidance else ()
-        index = self.schedule.native_index(t).float()
+        index, _, _ = self._at(t)
         return x_t.to(dtype), index, cond["encoder_hidden_states"].to(dtype), *told
 
+    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Native index, alpha and sigma of each time."""
+        # On a GPU to read the times would wait for it; a gradient may be wanted where inference mode is off.
+        if t.device.type == "cpu" and torch.is_inference_mode_enabled():
+            return _known(self.schedule, tuple(t.tolist()), t.dtype)
+        return _looked_up(self.schedule, t)
+
     def _x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (expand(c, x_t) for c in (self.schedule.alpha(t), self.schedule.sigma(t)))
+        alpha, sigma = (expand(coefficient, x_t) for coefficient in self._at(t)[1:])
         return to_x0(output.float(), x_t.float(), alpha, sigma, self.prediction)
 
     @contextmanager

@@ -113,7 +113,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
 
 def test_a_taken_name_is_refused_unless_it_is_to_be_replaced(published: Store, tmp_path: Path) -> None:
     second = student(tmp_path / "second", 2.0)
-    with pytest.raises(AlreadyExists, match=r"'fast-cat' exists already: pass replace=True"):
+    with pytest.raises(AlreadyExists, match=r"'fast-cat' exists already: replace it"):
         published.publish(manifest(), second)
     assert value(published) == 1
     reader = published.open("fast-cat")
@@ -564,7 +564,7 @@ def test_digest_of_a_base(tmp_path: Path) -> None:
     assert digest_base(tmp_path / "linked") == before
     (base / WEIGHTS).rename(base / "unet" / "other.safetensors")
     assert digest_base(base) != before
-    with pytest.raises(NotFound, match="nothing to take a digest of"):
+    with pytest.raises(NotFound, match="holds no \\.safetensors file that would be loaded"):
         digest_base(tmp_path / "nothing")
 
 
@@ -583,5 +583,5 @@ def test_digest_of_a_folder(tmp_path: Path) -> None:
     assert digest_folder(first) != before
     save_file({"w": np.full(1000, 2.0, dtype=np.float32)}, second / WEIGHTS)
     assert digest_folder(second) != before
-    with pytest.raises(NotFound, match="nothing to take a digest of"):
+    with pytest.raises(NotFound, match="holds no \\.safetensors file that would be loaded"):
         digest_folder(tmp_path / "nothing")
