@@ -15,6 +15,8 @@ OPEN = ("/health", "/v1/images/files", "/docs", "/redoc", "/openapi.json")
 """Open to everybody: a picture's url cannot be guessed and expires, and the documentation tells what the source does."""
 NEEDED: dict[str, keys.Scope] = {"/v1/images": "generate", "/v1/models": "generate", "/v1/distillation": "jobs"}
 """By path and all below it; what stands nowhere, such as /metrics and whatever is new, needs ``admin``."""
+DELETED = "/v1/models"
+"""Below it everybody's models are, so that a DELETE needs ``admin``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,12 @@ ANONYMOUS = Caller(id="anonymous", scopes=SCOPES)
 """Everybody, where the server has no keys."""
 
 
-def needed_scope(path: str) -> keys.Scope | None:
-    """The scope that a path needs; None where it is open."""
+def needed_scope(path: str, method: str = "GET") -> keys.Scope | None:
+    """The scope that a request of a path needs; None where it is open."""
     if any(_is_below(path, prefix) for prefix in OPEN):
         return None
+    if method == "DELETE" and _is_below(path, DELETED):
+        return "admin"
     return next((scope for prefix, scope in NEEDED.items() if _is_below(path, prefix)), "admin")
 
 
@@ -61,7 +65,7 @@ class Access:
             return
         state = scope.setdefault("state", {})
         state["client"] = ANONYMOUS.id
-        needed = needed_scope(scope["path"].removeprefix(scope.get("root_path", "")))
+        needed = needed_scope(scope["path"].removeprefix(scope.get("root_path", "")), scope["method"])
         if needed is None:
             await self.app(scope, receive, send)
             return

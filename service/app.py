@@ -1,12 +1,13 @@
 """The app: routes, errors and limits around an engine and, where there is one, a job service."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from service import errors
+from service import errors, reference
 from service.access import Access
 from service.engine.base import Engine
 from service.guard import GuardedEngine
@@ -14,6 +15,7 @@ from service.jobs.base import Jobs
 from service.keys import KeyRing
 from service.limits import BodyLimit
 from service.metrics import Metrics
+from service.origins import Origins
 from service.pictures import PictureStore
 from service.rates import Limits, Rates
 from service.routes import health, images, metrics, models, traces
@@ -87,9 +89,11 @@ def create_app(
     app.state.metrics = counts
     app.state.pictures = PictureStore(settings.picture_bytes, settings.picture_seconds)
     app.state.running = Running()
+    app.state.draining = asyncio.Event()
     # The last one added is asked first: an answer of any of them has a request id, and a refusal can be read by web pages.
     app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)
     app.add_middleware(Access, ring=ring, rates=rates)
+    app.add_middleware(Origins, listed=settings.cors_origins, public_url=settings.public_url)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -106,4 +110,5 @@ def create_app(
         from service.routes import jobs as job_routes  # its dependencies are for servers that have jobs
 
         app.include_router(job_routes.router)
+    reference.install(app, keyed=ring is not None)
     return app

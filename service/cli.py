@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 
@@ -227,6 +228,35 @@ def export(
     try:
         typer.echo(export_student(Store(settings.store, STUDENTS), name, folder, steps, base))
     except (StoreError, OSError, ValueError) as error:
+        fail(error)
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(help="A student of the store; a router before its members.")],
+    store: Annotated[Path | None, typer.Option(help="The store, if it is not the settings'.")] = None,
+    server: Annotated[str | None, typer.Option(help="Have this server do it, in its store.")] = None,
+) -> None:
+    """Delete a student for good. A running server finishes the pictures that it draws with it."""
+    if server is not None:
+        if store is not None:
+            fail("--store and --server: name one of them, since a server has its own store", 2)
+        with client_of(server) as client:
+            client.request("DELETE", f"/v1/models/{quote(name, safe='')}")
+    else:
+        _delete_here(name, store)
+    typer.echo(f"{name} is deleted")
+
+
+def _delete_here(name: str, store: Path | None) -> None:
+    settings = _settings(store=store)
+    from service.deletion import NoSuchModel, StillNeeded, delete_student
+    from weights.bundled import STUDENTS
+    from weights.store import Store, StoreError
+
+    try:
+        delete_student(name, Store(settings.store, STUDENTS), settings)
+    except (NoSuchModel, StillNeeded, StoreError) as error:
         fail(error)
 
 

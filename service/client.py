@@ -101,9 +101,15 @@ class Client:
                 if not answer.is_success:
                     answer.read()
                     _decoded(answer)
-                yield from _server_sent(answer.iter_lines())
+                for kind, event in _server_sent(answer.iter_lines()):
+                    yield kind, event
+                    if kind == "job":
+                        return
         except httpx.HTTPError as error:
             raise ServerError(f"{self._server} went away: {error or type(error).__name__}") from error
+        raise ServerError(
+            f"{self._server} ended the stream before job {job_id} ended, as it does when it stops: ask again"
+        )
 
 
 def _picture(item: dict[str, Any]) -> Image.Image:

@@ -325,6 +325,14 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class DeletedModel(BaseModel):
+    """``DELETE /v1/models/{model}``."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class ErrorDetail(BaseModel):
     """Inside of `ErrorBody`."""
 

@@ -19,7 +19,7 @@ from service.settings import BadSettings, Settings
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_SECONDS = 10
-"""For answers that are still being sent when all is drawn; a job's event stream may have no end."""
+"""For answers that are still being sent when all is drawn: a client may read slowly, or not at all."""
 
 
 class ImpatientProtocol(H11Protocol):
@@ -72,13 +72,15 @@ def protocol_for(seconds: float) -> type[ImpatientProtocol]:
 class DrainingServer(uvicorn.Server):
     """Goes on listening while the engine drains, so that a load balancer sees ``/health/ready`` fail and sends no more.
 
-    The first SIGTERM or SIGINT: new drawings are refused, those admitted are finished, then the answers, then the process
-    ends with status 0. The second one ends it at once, as if nobody had caught it.
+    The first SIGTERM or SIGINT: new drawings are refused, streams that may have no end are ended (``draining`` tells them),
+    admitted drawings are finished, then the answers, then the process ends with status 0. The second one ends it at once, as
+    if nobody had caught it.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings, draining: asyncio.Event) -> None:
         super().__init__(config)
         self._engine = engine
+        self._draining = draining
         self._settings = settings
         self._drain: asyncio.Task[None] | None = None
 
@@ -100,6 +102,7 @@ class DrainingServer(uvicorn.Server):
         _leave_to_the_system()
         name = signal.Signals(number).name
         log.info("%s: draining for at most %g s; once more ends the server at once", name, self._settings.drain_seconds)
+        self._draining.set()
         self._drain = asyncio.create_task(self._drained())
 
     async def _drained(self) -> None:
@@ -163,7 +166,7 @@ def run(app: FastAPI, settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=ANSWER_SECONDS,
     )
-    server = DrainingServer(config, app.state.engine, settings)
+    server = DrainingServer(config, app.state.engine, settings, app.state.draining)
     server.run()
     if not server.started:
         sys.exit(3)

@@ -210,7 +210,7 @@ class Settings(BaseSettings):
             store=self.store,
             work=self.job_work,
             devices=tuple(self.job_devices),
-            reserved=frozenset(self.bases),
+            reserved=frozenset([*self.bases, *self.aliases]),
             lease_seconds=self.job_lease_seconds,
             grace_seconds=self.job_grace_seconds,
         )

@@ -154,6 +154,7 @@ class JobSettings:
     work: bool = True
     devices: tuple[str, ...] = ("auto",)
     reserved: Collection[str] = ()
+    """Names that are no students' to take: of bases, and those that the settings give to other models."""
     lease_seconds: float = 30.0
     poll_seconds: float = 1.0
     grace_seconds: float = 60.0

@@ -5,6 +5,7 @@ keeps its number and is passed over, and a last line without its newline is not 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,27 @@ def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], b
     return found, False
 
 
-def progress_of(event: dict[str, Any]) -> Progress | None:
-    """The progress that an event reports, if it reports any."""
-    if event["kind"] == "started":
-        return Progress(step=event["resumed_from"], iterations=event["iterations"])
-    if event["kind"] != "progress":
-        return None
-    return Progress(
-        step=event["step"],
-        iterations=event["iterations"],
-        metrics=event["metrics"],
-        seconds_left=event["seconds_left"],
-    )
+@dataclass
+class Account:
+    """What a job has said of itself, as far as its events were read."""
+
+    progress: Progress | None = None
+    finished: dict[str, Any] | None = None
+    """The event by which it ended well."""
+    failed: str | None = None
+    """Why it failed, in its own words."""
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take down one more event."""
+        match event["kind"]:
+            case "started":
+                self.progress = Progress(step=event["resumed_from"], iterations=event["iterations"])
+            case "progress":
+                values = {name: event[name] for name in ("step", "iterations", "metrics", "seconds_left")}
+                self.progress = Progress(**values)
+            case "finished":
+                self.finished = event
+                if self.progress is not None:  # which is reported at every so many steps only
+                    self.progress = replace(self.progress, step=event["step"], seconds_left=0.0)
+            case "failed":
+                self.failed = event["message"]

@@ -15,7 +15,7 @@ from weights.contracts import DistillJob
 from weights.store import Store
 
 CHECKS_AT_ONCE = 2
-"""Processes that check specs, over all requests."""
+"""Processes that check specs, over all requests; one request has one at a time."""
 QUIET_SECONDS = 15.0
 """After this long without an event, a follower hears that the job is still there."""
 
@@ -126,8 +126,17 @@ class TableJobs:
         """Refuse when the name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
         spec = self._table.get(job_id).spec
         store = Store(self._settings.store, STUDENTS)
-        if spec.student in taken_names(self._settings, store.names()) and store.made_by(spec) is None:
-            raise JobConflict(f"the store has a student {spec.student!r} by now; delete it to resume job {job_id!r}")
+        students = store.names()
+        if spec.student not in taken_names(self._settings, students) or store.made_by(spec) is not None:
+            return
+        if spec.student not in students:
+            raise JobConflict(
+                f"{spec.student!r} is another model's name or alias by now; submit the job under another one"
+            )
+        raise JobConflict(
+            f"the store has a student {spec.student!r} by now; delete it to resume job {job_id!r}: "
+            f"`fewstep delete {spec.student}`, or DELETE /v1/models/{spec.student}"
+        )
 
     def _wake(self) -> None:
         if self._supervisor:
@@ -135,5 +144,5 @@ class TableJobs:
 
 
 def taken_names(settings: JobSettings, students: Sequence[str]) -> set[str]:
-    """Every name that a new student cannot have: bases and ``students``, those of the store, the bundled ones included."""
+    """Every name that a new student cannot have: bases, aliases, and ``students``, the store's and the bundled ones."""
     return {*settings.reserved, *bundled_bases(), *students}

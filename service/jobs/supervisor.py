@@ -16,8 +16,8 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.jobs.base import Job, JobError, JobSettings, Progress, find_devices
-from service.jobs.events import EventReader, progress_of
+from service.jobs.base import Job, JobError, JobSettings, find_devices
+from service.jobs.events import Account, EventReader
 from service.jobs.executor import Attempt, Executor, tail
 from service.jobs.processes import host_name, is_dead, new_owner
 from service.jobs.table import JobTable
@@ -110,9 +110,10 @@ class Supervisor:
             return
         log.warning("Job %s lost its supervisor %s.", job.id, lost.owner)
         await self._executor.end_orphans(job.id, grace)
-        result = await asyncio.to_thread(self._result, job)
-        if result is not None:  # the job outlived its supervisor, and ended well
-            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result))
+        account = await asyncio.to_thread(self._ended_well, job)
+        if account is not None:  # the job outlived its supervisor
+            result, progress = _result_of(job, account), account.progress
+            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result, progress=progress))
         elif job.cancel_requested:
             await asyncio.to_thread(self._table.finish, job, "cancelled")
         elif job.losses > self._settings.max_losses:
@@ -124,10 +125,15 @@ class Supervisor:
             await asyncio.to_thread(self._table.requeue, job)
         self.wake()
 
-    def _result(self, job: Job) -> dict[str, object] | None:
-        """What the job's last event says of its end, if that is its end."""
-        events = list(EventReader(self.folder(job)).new())
-        return _result_of(events[-1].event) if events and events[-1].event["kind"] == "finished" else None
+    def _ended_well(self, job: Job) -> Account | None:
+        """What the job has said of itself, if its last event is that it has finished."""
+        events = [item.event for item in EventReader(self.folder(job)).new()]
+        if not events or events[-1]["kind"] != "finished":
+            return None
+        account = Account()
+        for event in events:
+            account.add(event)
+        return account
 
     def _last_words(self, job: Job) -> str:
         return tail(self.folder(job) / f"attempt-{job.attempt}.stderr")
@@ -147,28 +153,30 @@ class Supervisor:
             problem = JobError(message=f"The job could not be started: {error}", code="launch_failed")
             await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=problem))
             return
+        account = Account(progress=job.progress)
         try:
-            job, status, finished = await self._follow(job, attempt, reader)
+            job, status = await self._follow(job, attempt, reader, account)
         except BaseException:
             await attempt.stop(0)
             raise
-        await self._settle(job, attempt, status, finished)
+        await self._settle(job, attempt, status, account)
 
     async def _follow(
-        self, job: Job, attempt: Attempt, reader: EventReader
-    ) -> tuple[Job, int | None, dict[str, object] | None]:
-        """Renew the lease until the attempt ends or has to; its status (None: it is no longer ours), and its result."""
+        self, job: Job, attempt: Attempt, reader: EventReader, account: Account
+    ) -> tuple[Job, int | None]:
+        """Renew the lease until the attempt ends or has to; its status (None: it is no longer ours).
+
+        What the attempt says of itself goes to its account.
+        """
         waiter = asyncio.create_task(attempt.wait())
         renewed = time.monotonic()
-        outcome: dict[str, object] | None = None
         try:
             while True:
                 ended = waiter.done()
-                progress, finished = await asyncio.to_thread(_read, reader)
-                outcome = finished or outcome
+                await asyncio.to_thread(_read, reader, account)
                 try:
                     current = await asyncio.to_thread(
-                        self._table.heartbeat, job, self._settings.lease_seconds, progress
+                        self._table.heartbeat, job, self._settings.lease_seconds, account.progress
                     )
                     renewed = time.monotonic()
                 except SQLAlchemyError:
@@ -177,12 +185,12 @@ class Supervisor:
                 if current is None:
                     log.warning("Attempt %d of job %s is no longer ours: ending it.", job.attempt, job.id)
                     await attempt.stop(0)
-                    return job, None, None
+                    return job, None
                 job = current
                 if ended:
-                    return job, waiter.result(), outcome
+                    return job, waiter.result()
                 if job.cancel_requested or self._stopping.is_set():
-                    return await self._end(job, attempt, reader, outcome)
+                    return await self._end(job, attempt, reader, account)
                 await self._await_news(waiter)
         finally:
             waiter.cancel()
@@ -192,9 +200,7 @@ class Supervisor:
         await asyncio.wait({waiter, pause}, return_when=asyncio.FIRST_COMPLETED)
         pause.cancel()
 
-    async def _end(
-        self, job: Job, attempt: Attempt, reader: EventReader, outcome: dict[str, object] | None
-    ) -> tuple[Job, int | None, dict[str, object] | None]:
+    async def _end(self, job: Job, attempt: Attempt, reader: EventReader, account: Account) -> tuple[Job, int | None]:
         """Stop the attempt with grace, under a lease that lasts as long."""
         lease = self._settings.lease_seconds + self._settings.grace_seconds
         try:
@@ -203,41 +209,40 @@ class Supervisor:
             log.exception("The lease on job %s could not be renewed.", job.id)
             current = job
         status = await attempt.stop(self._settings.grace_seconds if current else 0)
-        _, finished = await asyncio.to_thread(_read, reader)
-        return job, status if current else None, finished or outcome
+        await asyncio.to_thread(_read, reader, account)
+        return job, status if current else None
 
-    async def _settle(self, job: Job, attempt: Attempt, status: int | None, finished: dict[str, object] | None) -> None:
+    async def _settle(self, job: Job, attempt: Attempt, status: int | None, account: Account) -> None:
         """Write how the attempt ended."""
         if status is None:
             return
         if status == 0:
-            result = _result_of(finished or {"student": job.spec.student})
-            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result))
+            result, progress = _result_of(job, account), account.progress
+            await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result, progress=progress))
         elif job.cancel_requested:
             await asyncio.to_thread(self._table.finish, job, "cancelled")
         elif self._stopping.is_set():
             await asyncio.to_thread(self._table.requeue, job)
         else:
-            error = _error(status, await asyncio.to_thread(attempt.stderr_tail))
+            error = _error(status, account.failed, await asyncio.to_thread(attempt.stderr_tail))
             await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=error))
         log.info("Attempt %d of job %s ended with status %d.", job.attempt, job.id, status)
 
 
-def _read(reader: EventReader) -> tuple[Progress | None, dict[str, object] | None]:
-    """The latest progress and the finished event among what is new."""
-    progress, finished = None, None
+def _read(reader: EventReader, account: Account) -> None:
     for item in reader.new():
-        progress = progress_of(item.event) or progress
-        if item.event["kind"] == "finished":
-            finished = item.event
-    return progress, finished
+        account.add(item.event)
 
 
-def _result_of(finished: dict[str, object]) -> dict[str, object]:
+def _result_of(job: Job, account: Account) -> dict[str, object]:
+    finished = account.finished or {"student": job.spec.student}
     return {key: value for key, value in finished.items() if key != "kind"}
 
 
-def _error(status: int, stderr: str) -> JobError:
+def _error(status: int, told: str | None, stderr: str) -> JobError:
+    """Why an attempt failed: by what it told in its events, or else by how its process ended."""
+    if told is not None:
+        return JobError(message=told, code="job_failed", stderr=stderr)
     if status < 0:
         message = f"The job's process was killed by signal {-status}; resume it to go on from its last checkpoint."
         return JobError(message=message, code="job_killed", stderr=stderr)

@@ -202,16 +202,24 @@ class JobTable:
         return self._update(self._held(job), {"status": "queued", **_NOT_HELD})
 
     def finish(
-        self, job: Job, status: Status, *, error: JobError | None = None, result: dict[str, Any] | None = None
+        self,
+        job: Job,
+        status: Status,
+        *,
+        error: JobError | None = None,
+        result: dict[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> Job | None:
-        """Write how this attempt ended; None when the attempt is no longer the job's."""
-        values = {
+        """Write how this attempt ended, and how far it came if that is given; None when it is no longer the job's."""
+        values: dict[str, Any] = {
             "status": status,
             "finished_at": self._clock(),
             "error": asdict(error) if error else None,
             "result": result,
             **_NOT_HELD,
         }
+        if progress is not None:
+            values["progress"] = asdict(progress)
         return self._update(self._held(job), values)
 
     def cancel(self, job_id: str) -> Job:

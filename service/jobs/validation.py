@@ -94,7 +94,9 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
 async def check_specs(
     command: Sequence[str], specs: Sequence[Any], gate: asyncio.Semaphore, *, batch: bool = False, patience: float
 ) -> list[DistillJob]:
-    """Every spec, parsed and checked.
+    """Every spec, parsed and checked, one after the other: however many, they hold one place of the gate at most.
+
+    The gate lets in whoever came first, so that behind each check of a batch a spec of somebody else has its turn.
 
     Args:
         command: the program that runs jobs.
@@ -110,14 +112,8 @@ async def check_specs(
     prefixes = [f"jobs.{index}." if batch else "" for index in range(len(specs))]
     parsed = [parse_spec(raw, prefix) for raw, prefix in zip(specs, prefixes, strict=True)]
 
-    async def check(job: DistillJob, prefix: str) -> DistillJob:
+    checked = []
+    for job, prefix in zip(parsed, prefixes, strict=True):
         async with gate:
-            return await check_spec(command, job, prefix, patience)
-
-    tasks = [asyncio.create_task(check(job, prefix)) for job, prefix in zip(parsed, prefixes, strict=True)]
-    try:
-        return [await task for task in tasks]
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            checked.append(await check_spec(command, job, prefix, patience))
+    return checked

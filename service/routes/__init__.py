@@ -47,6 +47,11 @@ def running_of(request: Request) -> Running:
     return cast(Running, request.app.state.running)
 
 
+def draining_of(request: Request) -> asyncio.Event:
+    """Set once the request's app is to stop."""
+    return cast(asyncio.Event, request.app.state.draining)
+
+
 def request_id_of(request: Request) -> str:
     """The request's id, as in the header X-Request-ID of its answer."""
     return cast(str, request.state.request_id)

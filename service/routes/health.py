@@ -7,8 +7,10 @@ from service.routes import ERRORS, engine_of
 from service.schemas import Health
 
 router = APIRouter(prefix="/health", tags=["health"], responses=ERRORS)
+# A HEAD is answered as a GET, and the server leaves the body out.
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live(request: Request) -> Health:
     """200 as long as a restart would help nobody; 503 once the engine has failed for good."""
@@ -18,6 +20,7 @@ async def live(request: Request) -> Health:
     return Health(status="live")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Health:
     """200 once the models are loaded and a first picture was drawn; 503 before, after a failure, and once it stops."""
@@ -34,6 +37,7 @@ async def ready(request: Request) -> Health:
     return Health(status="ready")
 
 
+@router.head("", include_in_schema=False)
 @router.get("")
 async def health(request: Request) -> Health:
     """As ``/health/ready``."""

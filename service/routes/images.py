@@ -78,6 +78,7 @@ async def cancel(request_id: str, request: Request) -> None:
         raise ApiError(404, message, code="not_found")
 
 
+@router.head("/files/{picture_id}", include_in_schema=False)  # as a GET; the server leaves the body out
 @router.get("/files/{picture_id}", response_class=Response, responses={200: {"content": {"image/*": {}}}})
 async def get_picture(picture_id: str, request: Request) -> Response:
     """A picture that was asked for as a url, until it expires."""

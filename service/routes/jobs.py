@@ -1,20 +1,26 @@
 """``/v1/distillation/jobs``: the life of a distillation job, in the envelope of OpenAI's fine-tuning jobs."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
-from typing import Annotated, Any, Literal, TypeVar
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
+from email.message import Message
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.engine.base import NotReady
 from service.errors import ApiError, shorten
 from service.jobs.base import CheckFailed, InvalidSpec, Job, JobConflict, JobEvent, JobNotFound, Jobs, Status
-from service.routes import ERRORS
+from service.routes import ERRORS, draining_of
+from service.streaming import Awaited, EventStream, server_sent
 from weights.contracts import DistillJob
 
 MAX_BATCH = 100
 EVENT_PREFIX = "evt-"
+JSON = re.compile(r"application/(.*\+)?json")
 
 T = TypeVar("T")
 
@@ -179,8 +185,15 @@ def _jobs(request: Request) -> Jobs:
     return jobs
 
 
-def _parse(content: bytes) -> Any:
+async def _parse(request: Request) -> Any:
     """The decoded body, which can be written as JSON again: without NaN, infinities and halves of surrogate pairs."""
+    content = await request.body()
+    kind = Message()
+    kind["content-type"] = request.headers.get("content-type", "none/none")
+    # As FastAPI does for images: what a browser sends for any page, without asking, is called something else.
+    if content and not JSON.fullmatch(kind.get_content_type()):
+        message = "the body must be a JSON object, sent with Content-Type: application/json"
+        raise ApiError(400, message, code="invalid_value")
     try:
         body = json.loads(content)
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
@@ -197,13 +210,19 @@ _BODY = {
                 "schema": {
                     "description": 'One job, or a batch {"jobs": [...]} of which all are accepted or none.',
                     "anyOf": [
-                        DistillJob.model_json_schema(),
+                        {"$ref": "#/components/schemas/DistillJob"},  # which a job's answer has put there
                         {
                             "type": "object",
                             "required": ["jobs"],
                             "properties": {
-                                "jobs": {"type": "array", "items": {"type": "object"}, "maxItems": MAX_BATCH}
+                                "jobs": {
+                                    "type": "array",
+                                    "items": {"$ref": "#/components/schemas/DistillJob"},
+                                    "minItems": 1,
+                                    "maxItems": MAX_BATCH,
+                                }
                             },
+                            "additionalProperties": False,
                         },
                     ],
                 }
@@ -216,7 +235,7 @@ _BODY = {
 @router.post("", openapi_extra=_BODY)
 async def create(request: Request) -> JobObject | JobList:
     """Validate and queue one job, or a batch, all or none."""
-    body = _parse(await request.body())
+    body = await _parse(request)
     if not isinstance(body, dict) or "jobs" not in body:
         (job,) = await _answer(_jobs(request).create([body]))
         return job_object(job)
@@ -260,7 +279,15 @@ async def resume(request: Request, job_id: str) -> JobObject:
     return job_object(await _answer(_jobs(request).resume(job_id)))
 
 
-@router.get("/{job_id}/events", response_model=EventList)
+_STREAMED = {
+    "description": "A page of events; or with `stream=true` server-sent events: each of the job's under its kind, with an "
+    "`EventObject` for data and an id to go on behind (Last-Event-ID); `job` with the ended `JobObject`; then `[DONE]`. A "
+    "stream that ends without that was ended by a server that stops: ask for the rest once there is one again.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+@router.get("/{job_id}/events", response_model=EventList, responses={200: _STREAMED})
 async def events(
     request: Request,
     job_id: str,
@@ -275,20 +302,36 @@ async def events(
         return EventList(data=[event_object(item) for item in items], has_more=has_more)
     start = _event_number(last_event_id, "Last-Event-ID") if last_event_id else _event_number(after, "after")
     await _answer(_jobs(request).get(job_id))
-    return StreamingResponse(
-        _server_sent(_jobs(request).follow(job_id, start)),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    draining = draining_of(request)
+    if draining.is_set():
+        raise NotReady("the server is stopping; another one, or this one in a while, can tell of the job")
+    # A protocol can say no more than AsyncIterator; that of `TableJobs` can be closed.
+    followed = Awaited(cast(AsyncGenerator[JobEvent | Job | None, None], _jobs(request).follow(job_id, start)))
+    sources = AsyncExitStack()
+    sources.push_async_callback(followed.aclose)
+    return EventStream(_server_sent(followed, draining), sources)
 
 
-async def _server_sent(items: AsyncIterator[JobEvent | Job | None]) -> AsyncIterator[str]:
-    """Server-sent events: the job's events under their kind, then the ended job as ``job``, then ``[DONE]``."""
-    async for item in items:
-        if item is None:
-            yield ": still running\n\n"
-        elif isinstance(item, Job):
-            yield f"event: job\ndata: {job_object(item).model_dump_json()}\n\ndata: [DONE]\n\n"
-        else:
-            event = event_object(item)
-            yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
+async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.Event) -> AsyncIterator[bytes]:
+    """Server-sent events: the job's events under their kind, then the ended job as ``job``, then ``[DONE]``.
+
+    Nobody knows how long a job takes: a server that stops ends the stream before.
+    """
+    stopped = asyncio.create_task(draining.wait())
+    try:
+        while True:
+            coming = items.next()
+            await asyncio.wait({coming, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return
+            item = items.taken()
+            if item is None:  # silence, and never the end, since a job comes last
+                yield b": still running\n\n"
+            elif isinstance(item, Job):
+                yield server_sent("job", job_object(item).model_dump_json()) + b"data: [DONE]\n\n"
+                return
+            else:
+                event = event_object(item)
+                yield f"id: {event.id}\n".encode() + server_sent(event.type, event.model_dump_json())
+    finally:
+        stopped.cancel()

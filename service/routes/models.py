@@ -1,12 +1,18 @@
-"""``GET /v1/models``: what can be drawn with."""
+"""``/v1/models``: what can be drawn with, and what shall be no more."""
+
+import logging
 
 from fastapi import APIRouter, Request
 
+from service.deletion import NoSuchModel, StillNeeded, delete_student
 from service.engine.base import ModelInfo
 from service.errors import ApiError, shorten
-from service.routes import ERRORS, engine_of
-from service.schemas import DiversityUsed, Model, ModelList
+from service.routes import ERRORS, engine_of, settings_of
+from service.schemas import DeletedModel, DiversityUsed, Model, ModelList
+from weights.bundled import STUDENTS
+from weights.store import Store, StoreError
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
 
 
@@ -27,6 +33,26 @@ def get_model(model_id: str, request: Request) -> Model:
     known = ", ".join(info.id for info in infos)
     message = f"no model is named {shorten(model_id)}; there are: {known}"
     raise ApiError(404, message, param="model", code="model_not_found")
+
+
+@router.delete("/{model_id:path}")
+def delete_model(model_id: str, request: Request) -> DeletedModel:
+    """Delete a student of the store; pictures on their way are finished. Needs a key with the scope ``admin``.
+
+    Bundled students, bases, aliases, what the settings name and the members of a router cannot be deleted: 409.
+    """
+    settings = settings_of(request)
+    try:
+        delete_student(model_id, Store(settings.store, STUDENTS), settings)
+    except NoSuchModel as error:
+        raise ApiError(404, str(error), param="model", code="model_not_found") from error
+    except StillNeeded as error:
+        raise ApiError(409, str(error), param="model", code="model_needed") from error
+    except StoreError as error:
+        log.exception("model %r cannot be deleted", model_id)
+        message = f"model {shorten(model_id)} could not be deleted; the server's log says why"
+        raise ApiError(500, message, code="store_failed") from error
+    return DeletedModel(id=model_id)
 
 
 def _model(info: ModelInfo) -> Model:

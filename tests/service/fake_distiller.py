@@ -1,7 +1,8 @@
 """A stand-in for ``python -m distillers`` that starts in milliseconds: same arguments, events and signals, no training.
 
 Its job's ``config`` says how it behaves: ``steps`` to count to, ``delay`` seconds a step, ``fail_at`` a step, ``deaf``
-to SIGTERM, ``child``: start a process of its own, ``report``: file that gets a line per start with the process ids.
+to SIGTERM, ``child``: start a process of its own, ``report``: file that gets a line per start with the process ids,
+``refuse``: fail with this for a reason, told by an event alone, ``log_every``: as the trainer's.
 """
 
 import json
@@ -62,6 +63,9 @@ class Run:
                 file.write(json.dumps({"pids": pids, "cuda": os.environ.get("CUDA_VISIBLE_DEVICES")}) + "\n")
         steps = self.config.get("steps", 5)
         first = json.loads(self.state.read_text())["step"] if self.state.exists() else 0
+        if "refuse" in self.config:
+            self.emit(kind="failed", step=first, message=self.config["refuse"])
+            return 1
         self.emit(kind="started", step=first, iterations=steps, resumed_from=first)
         for step in range(first + 1, steps + 1):
             time.sleep(self.config.get("delay", 0.0))
@@ -69,7 +73,8 @@ class Run:
                 print("Traceback: the loss is not finite", file=sys.stderr)
                 return 1
             self.save(step)
-            self.emit(kind="progress", step=step, iterations=steps, metrics={"loss": 1 / step}, seconds_left=None)
+            if step % self.config.get("log_every", 1) == 0:
+                self.emit(kind="progress", step=step, iterations=steps, metrics={"loss": 1 / step}, seconds_left=None)
             if self.asked_to_stop:
                 return 143
         self.store.mkdir(parents=True, exist_ok=True)

@@ -88,16 +88,21 @@ def _info(name: str, kind: Kind, steps: tuple[int, ...]) -> ModelInfo:
     )
 
 
-def make_app(settings: Settings) -> FastAPI:
-    """The app over these settings' folders."""
+def make_jobs(settings: Settings) -> TableJobs:
+    """The job service over these settings' folders, with the fake distiller."""
     jobs = job_settings(
         settings.jobs_dir,
         folder=settings.jobs_dir,
         store=settings.store,
         work=settings.job_work,
-        reserved=settings.bases,
+        reserved=settings.job_settings().reserved,
     )
-    return create_app(settings, PaintingEngine(settings), TableJobs(jobs))
+    return TableJobs(jobs)
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """The app over these settings' folders."""
+    return create_app(settings, PaintingEngine(settings), make_jobs(settings))
 
 
 if __name__ == "__main__":

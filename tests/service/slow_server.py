@@ -1,7 +1,8 @@
 """A real server process around an engine that holds every drawing until a file appears.
 
 ``python -m tests.service.slow_server FOLDER``, with FEWSTEP_ variables. A drawing makes FOLDER/admitted, and ends when
-FOLDER/release is there. GET /v1/images/stream sends a line, draws as a stream, and sends another.
+FOLDER/release is there. GET /v1/images/stream sends a line, draws as a stream, and sends another. Jobs, where they are not
+turned off, are the fake distiller's.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from service.app import create_app
 from service.engine.base import Drawn, DrawRequest, Load, NotReady
 from service.routes import engine_of
 from service.settings import Settings, read_settings
-from tests.service.fake_server import PaintingEngine
+from tests.service.fake_server import PaintingEngine, make_jobs
 
 
 class HoldingEngine(PaintingEngine):
@@ -72,6 +73,7 @@ async def stream(request: Request) -> StreamingResponse:
 if __name__ == "__main__":
     settings = read_settings()
     logs.configure(settings.log_level, settings.log_format)
-    app = create_app(settings, HoldingEngine(settings, Path(sys.argv[1])))
+    jobs = make_jobs(settings) if settings.jobs else None
+    app = create_app(settings, HoldingEngine(settings, Path(sys.argv[1])), jobs)
     app.add_api_route("/v1/images/stream", stream)
     server.run(app, settings)

@@ -75,6 +75,7 @@ def test_the_help_loads_nothing_heavy() -> None:
         "models",
         "draw",
         "export",
+        "delete",
         "demo",
     ):
         assert re.search(rf"\b{command}\b", shown), command

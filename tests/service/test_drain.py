@@ -17,13 +17,14 @@ from typing import Any
 import httpx
 import pytest
 
+from service.client import Client, ServerError
 from service.demo import free_port
 from service.server import check_address
 from service.settings import BadSettings, Settings
 from tests.service.jobs_help import ROOT
 from tests.service.live import wait_until_ready
 
-DRAW = "/v1/images/generations"
+DRAW, JOBS = "/v1/images/generations", "/v1/distillation/jobs"
 BODY = {"prompt": "red apple", "seed": 7}
 
 
@@ -61,7 +62,8 @@ def until(condition: Callable[[], bool], what: str) -> None:
 @contextmanager
 def slow_server(folder: Path, **settings: object) -> Iterator[Slow]:
     port = free_port()
-    variables = {"port": port, "store": folder / "store", "jobs_dir": folder / "jobs", "log_format": "json", **settings}
+    folders = {"store": folder / "store", "jobs_dir": folder / "jobs"}
+    variables = {"port": port, "jobs": "false", "log_format": "json", **folders, **settings}
     named = {f"FEWSTEP_{name.upper()}": str(value) for name, value in variables.items()}
     command = [sys.executable, "-m", "tests.service.slow_server", str(folder)]
     with (folder / "log").open("wb") as log:
@@ -107,6 +109,39 @@ def test_a_stream_is_finished(tmp_path: Path) -> None:
             until(lambda: server.ready().status_code == 503, "the server kept saying that it is ready")
             server.release()
             assert list(lines) == ["7"]
+        assert server.process.wait(60) == 0
+
+
+def test_a_jobs_stream_ends_when_the_server_begins_to_drain(tmp_path: Path) -> None:
+    """Whole, as its chunks say, and without waiting for the job; a drawing is finished meanwhile."""
+    with slow_server(tmp_path, jobs="true") as server, ThreadPoolExecutor() as pool:
+        spec = {"student": "student", "method": "fake", "config": {"steps": 10_000, "delay": 0.05}}
+        events = f"{server.url}{JOBS}/{httpx.post(server.url + JOBS, json=spec).json()['id']}/events"
+        drawing = pool.submit(server.draw)
+        until((tmp_path / "admitted").exists, "the drawing did not begin")
+        with httpx.stream("GET", events, params={"stream": "true"}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(line for line in lines if line.startswith("event: ")) == "event: started"
+            server.signal()
+            rest = list(lines)  # which raises where the answer was cut off
+        assert "data: [DONE]" not in rest, "the job has not ended"
+        assert not drawing.done(), "the stream's end waits for no drawing"
+        again = httpx.get(events, params={"stream": "true"})
+        assert (again.status_code, again.json()["error"]["code"]) == (503, "not_ready")
+        server.release()
+        assert drawing.result(60).status_code == 200
+        assert server.process.wait(60) == 0
+    assert not [line for line in server.log() if line["level"] == "error"]
+
+
+def test_whoever_follows_a_job_is_told_that_the_server_stops(tmp_path: Path) -> None:
+    with slow_server(tmp_path, jobs="true") as server, Client(server.url) as client:
+        spec = {"student": "student", "method": "fake", "config": {"steps": 10_000, "delay": 0.05}}
+        followed = client.follow(client.request("POST", JOBS, spec)["id"])
+        assert next(followed)[0] == "started"
+        server.signal()
+        with pytest.raises(ServerError, match="as it does when it stops"):
+            list(followed)
         assert server.process.wait(60) == 0
 
 

@@ -1,11 +1,15 @@
 """Liveness and readiness, and that the app starts and stops what it is given."""
 
+import http.client
+
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from service.app import create_app
 from service.settings import Settings
 from tests.service.conftest import FakeEngine
+from tests.service.live import serving
 
 
 @pytest.mark.parametrize(("path", "status"), [("/health", "ok"), ("/health/live", "live"), ("/health/ready", "ready")])
@@ -63,3 +67,22 @@ def test_an_engine_is_stopped_where_the_jobs_fail_to_start(settings: Settings, e
     with pytest.raises(OSError, match="no disk"), TestClient(app):
         pass
     assert engine.life[-1] == "engine stopped"
+
+
+def test_a_head_is_a_get_without_its_body(settings: Settings, engine: FakeEngine) -> None:
+    """Of what load balancers and download managers ask for so."""
+    with serving(create_app(settings, engine)) as url:
+        drawn = httpx.post(f"{url}/v1/images/generations", json={"prompt": "x", "response_format": "url"})
+        picture = drawn.json()["data"][0]["url"].removeprefix(url)
+        paths = ["/health", "/health/live", "/health/ready", picture, "/v1/images/files/none"]
+        engine.ready = False
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)  # hides no byte too many
+        for path in paths:
+            whole = httpx.get(url + path)
+            connection.request("HEAD", path)
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (whole.status_code, b""), path
+            for name in ("content-type", "content-length", "retry-after", "cache-control"):
+                assert answer.headers.get(name) == whole.headers.get(name), (path, name)
+        connection.close()
+        assert httpx.post(f"{url}/health/live").headers["allow"] == "GET"

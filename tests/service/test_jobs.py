@@ -19,11 +19,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 
+from service.jobs import validation
 from service.jobs.base import JobConflict, JobNotFound, device_environment, find_devices
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail, write_atomically
 from service.jobs.processes import is_dead, new_owner
-from service.jobs.service import TableJobs
+from service.jobs.service import CHECKS_AT_ONCE, TableJobs
 from service.jobs.supervisor import Supervisor
 from service.jobs.table import JobTable
 from tests.service.jobs_help import (
@@ -40,6 +41,7 @@ from tests.service.jobs_help import (
     supervised,
     until,
 )  # fmt: skip
+from weights.contracts import DistillJob
 
 
 @pytest.fixture
@@ -465,6 +467,8 @@ def test_a_job_that_outlived_its_supervisor_has_succeeded(tmp_path: Path) -> Non
         async with supervised(settings, table):
             done = await until(table, job, ended)
         assert (done.status, done.result and done.result["seconds"]) == ("succeeded", 3.0)
+        assert done.progress is not None
+        assert (done.progress.step, done.progress.metrics) == (9, {"loss": 0.5})
         assert not (folder / "job.json").exists()
 
     run(scenario())
@@ -623,6 +627,41 @@ def test_owners_tell_the_living_from_the_dead() -> None:
     stepped = psutil.Process().create_time() + 3.0  # as it is told once the clock was set
     assert not is_dead(f"{host}|{pid}|{stepped!r}|{token}")
     assert not is_dead(f"elsewhere|{pid}|1.0|{token}")
+
+
+def test_a_batch_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many specs wait to be checked, somebody else's is checked once one of them is done."""
+    order: list[str] = []
+    at_once = most = 0
+
+    async def check(_command: Any, job: DistillJob, *_: Any) -> DistillJob:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0.01)
+        at_once -= 1
+        order.append(job.student)
+        return job
+
+    monkeypatch.setattr(validation, "check_spec", check)
+
+    async def scenario() -> None:
+        jobs = TableJobs(job_settings(tmp_path, work=False))
+        await jobs.start()
+
+        async def create(*names: str) -> None:
+            await jobs.create([spec(name).model_dump(mode="json") for name in names], batch=len(names) > 1)
+
+        async with asyncio.TaskGroup() as tasks:
+            for client in "abc":
+                tasks.create_task(create(*(f"{client}{number}" for number in range(20))))
+            await asyncio.sleep(0)
+            tasks.create_task(create("single"))
+        await jobs.stop()
+        assert order.index("single") <= CHECKS_AT_ONCE + 1, order
+        assert most == CHECKS_AT_ONCE
+
+    run(scenario())
 
 
 def test_a_server_without_a_worker_only_queues(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_missing_field_and_all_others_are_named(idle: TestClient) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'"x"', b"[]", b"null", b"3", b"NaN", b"[" * 3000, *NO_JSON])
 def test_a_body_that_is_no_spec(idle: TestClient, body: bytes) -> None:
-    answer = idle.post(JOBS, content=body)
+    answer = idle.post(JOBS, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
 
@@ -310,10 +310,63 @@ def test_a_job_that_waits_has_no_events(idle: TestClient) -> None:
     assert idle.get(f"{JOBS}/{job_id}/events").json() == {"object": "list", "data": [], "has_more": False}
 
 
-def test_the_schema_describes_the_body(idle: TestClient) -> None:
-    schema = idle.get("/openapi.json").json()
-    body = schema["paths"][JOBS]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert "student" in body["anyOf"][0]["properties"]
+def test_an_alias_is_no_students_name(settings: Settings) -> None:
+    """Nor the name of a part: the server would not start again with a student that an alias hides."""
+    named = settings.model_copy(update={"aliases": {"gpt-image-1": "emoji-average"}, "job_work": False})
+    with TestClient(make_app(named)) as client:
+        message = refused(client.post(JOBS, json=spec("gpt-image-1")), 400, "student", "name_taken")
+        assert "'gpt-image-1' is taken" in message
+        parts = spec("gpt-image") | {"partition": {"students": 2}}
+        assert "'gpt-image-1' is taken" in refused(client.post(JOBS, json=parts), 400, "student", "name_taken")
+        assert client.get(JOBS).json()["data"] == []
+
+
+def test_a_job_is_not_resumed_under_what_became_an_alias(settings: Settings) -> None:
+    idle = settings.model_copy(update={"job_work": False})
+    with TestClient(make_app(idle)) as client:
+        job_id = client.post(JOBS, json=spec("other")).json()["id"]
+        client.post(f"{JOBS}/{job_id}/cancel")
+    with TestClient(make_app(idle.model_copy(update={"aliases": {"other": "emoji-average"}}))) as client:
+        message = refused(client.post(f"{JOBS}/{job_id}/resume"), 409, None, "job_conflict")
+        assert "another model's name or alias" in message
+
+
+def test_a_body_that_is_called_something_else(idle: TestClient) -> None:
+    """A browser sends text/plain for any page, without asking."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "", "application/jsonp"):
+        answer = idle.post(JOBS, content=json.dumps(spec()), headers={"Content-Type": kind})
+        assert "Content-Type: application/json" in refused(answer, 400, None, "invalid_value"), kind
+    assert idle.get(JOBS).json()["data"] == []
+    for number, kind in enumerate(("application/json; charset=utf-8", "Application/JSON", "application/any+json")):
+        answer = idle.post(JOBS, content=json.dumps(spec(f"s{number}")), headers={"Content-Type": kind})
+        assert answer.status_code == 200, kind
+
+
+def test_a_failed_job_tells_its_own_reason(client: TestClient) -> None:
+    why = "base '/nonexistent' is not bundled, and is no folder"
+    job_id = client.post(JOBS, json=spec(refuse=why)).json()["id"]
+    failed = until(client, job_id, ended)
+    assert (failed["status"], failed["error"]["message"]) == ("failed", why)
+    assert failed["error"]["code"] == "job_failed"
+
+
+def test_a_reason_of_an_earlier_attempt_is_not_told_again(client: TestClient, settings: Settings) -> None:
+    job_id = client.post(JOBS, json=spec(refuse="the first reason")).json()["id"]
+    until(client, job_id, ended)
+    (settings.jobs_dir / job_id / "state.json").write_text(
+        "no JSON"
+    )  # the next attempt ends before it can tell anything
+    client.post(f"{JOBS}/{job_id}/resume")
+    failed = until(client, job_id, ended)
+    assert failed["attempt"] == 2
+    assert "JSONDecodeError" in failed["error"]["message"]
+
+
+def test_a_finished_job_is_at_its_last_step(client: TestClient) -> None:
+    """However seldom it reports its progress."""
+    job_id = client.post(JOBS, json=spec(steps=3, log_every=10)).json()["id"]
+    done = until(client, job_id, ended)
+    assert (done["progress"]["step"], done["progress"]["iterations"]) == (3, 3)
 
 
 def test_a_queue_survives_a_restart(settings: Settings) -> None:

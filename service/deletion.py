@@ -1,0 +1,51 @@
+"""Taking a student out of the store, unless something still needs it."""
+
+from service.settings import Settings
+from weights.contracts import check_name
+from weights.store import Forbidden, NotFound, Store
+
+
+class NoSuchModel(LookupError):
+    """Nothing has this name."""
+
+
+class StillNeeded(RuntimeError):
+    """The model stays; the message says what needs it, or why it is not the store's to delete."""
+
+
+def delete_student(name: str, store: Store, settings: Settings) -> None:
+    """Delete a student; whoever draws with it already is not disturbed.
+
+    Args:
+        name: the student's.
+        store: holds it.
+        settings: of the server that serves this store, which must be able to start again.
+
+    Raises:
+        NoSuchModel: nothing has this name.
+        StillNeeded: it is a base or an alias, bundled, named by the settings, or a part of a router that stands.
+        StoreError: the store cannot be read or written.
+    """
+    if name in settings.bases:
+        raise StillNeeded(f"{name!r} is a base, and no student of the store: take it out of FEWSTEP_BASES instead")
+    if name in settings.aliases:
+        message = f"{name!r} is another name of {settings.aliases[name]!r}: take it out of FEWSTEP_ALIASES instead"
+        raise StillNeeded(message)
+    variables = (
+        ("DEFAULT_MODEL", [settings.default_model]),
+        ("PINNED", settings.pinned),
+        ("ALIASES", settings.aliases.values()),
+    )
+    for variable, names in variables:
+        if name in names:
+            raise StillNeeded(
+                f"FEWSTEP_{variable} names {name!r}, and no server would start without it: change that first"
+            )
+    try:
+        check_name(name)
+        store.delete(name)
+    except (ValueError, NotFound) as error:
+        known = ", ".join(store.names()) or "none"
+        raise NoSuchModel(f"no student is named {name[:80]!r}; there are: {known}") from error
+    except Forbidden as error:
+        raise StillNeeded(str(error)) from error

@@ -1,0 +1,68 @@
+"""Which web pages may change anything here: this server's own, and those of the origins that the settings list.
+
+A browser lets every page send certain requests to every address that it reaches, without asking first, and only keeps the
+answer from the page. A server on loopback that is open to its user would be so to each page that the user looks at. But
+browsers tell the page's origin, and a page cannot keep them from it.
+"""
+
+from collections.abc import Collection, Sequence
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import respond, shorten
+
+HARMLESS = {"GET", "HEAD", "OPTIONS"}
+"""Methods that change nothing; what a page may read of their answers is CORS'."""
+DEFAULT_PORTS = (":80", ":443")
+
+
+class Origins:
+    """ASGI middleware: a request that changes something and tells a foreign origin is answered 403.
+
+    Args:
+        app: is asked when all is well.
+        listed: origins whose pages may use the API; ``*`` is every one.
+        public_url: address that clients reach the server at, where it is another than the one in their requests' Host.
+    """
+
+    def __init__(self, app: ASGIApp, listed: Collection[str], public_url: str | None = None) -> None:
+        self.app = app
+        self.listed = listed
+        self.public = None if public_url is None else _place(public_url)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in HARMLESS:
+            hosts = _values(scope, b"host")
+            for origin in _values(scope, b"origin"):
+                if not self._may(origin, hosts):
+                    message = (
+                        f"a web page of {shorten(origin)} may not change anything here: use the API from elsewhere than a "
+                        "page, or list the origin in FEWSTEP_CORS_ORIGINS"
+                    )
+                    await respond(HTTPStatus.FORBIDDEN, message, code="origin_not_allowed")(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+    def _may(self, origin: str, hosts: Sequence[str]) -> bool:
+        if "*" in self.listed or origin in self.listed:
+            return True
+        place = _place(origin)
+        # A proxy may speak https for us, so that schemes tell nothing.
+        return place is not None and place in (self.public, *map(_bare, hosts))
+
+
+def _values(scope: Scope, wanted: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
+
+
+def _place(address: str) -> str | None:
+    """Host and port of an origin or address; None where it has none, as ``null``."""
+    _, separator, rest = address.partition("://")
+    return _bare(rest.partition("/")[0]) if separator else None
+
+
+def _bare(host: str) -> str:
+    """Host and port, without the port that browsers leave out, of either scheme."""
+    host = host.lower()
+    return next((host.removesuffix(port) for port in DEFAULT_PORTS if host.endswith(port)), host)
