@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import typer
 
-from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts
+from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts, writing
 from service.cli_jobs import settings as _settings
 from service.cli_keys import keys_app
 from service.cli_trace import trace
@@ -188,8 +188,8 @@ def draw(
         pictures = _draw_here(prompt, tuple(range(seed, seed + n)), model, steps, diversity)
     for index, picture in enumerate(pictures):
         path = out if n == 1 else out.with_stem(f"{out.stem}-{index + 1}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with writing(path):
+            picture.save(path)
         typer.echo(path)
     typer.echo(f"{time.perf_counter() - began:.1f} s", err=True)
 
@@ -200,14 +200,14 @@ def _draw_here(
     """Draw with an engine of this process."""
     settings = _settings()
     from service.engine.base import DiversityWish, DrawRequest, EngineError
-    from service.here import draw_here
+    from service.here import draw_here, reason
 
     wish = DiversityWish() if diversity else None
     request = DrawRequest(prompt=prompt, seeds=seeds, model=model, steps=steps, diversity=wish)
     try:
         return [drawn.image for drawn in draw_here(settings, lambda engine: engine.generate(request))]
     except (EngineError, ValueError) as error:
-        fail(error)
+        fail(reason(error))
 
 
 @app.command()

@@ -78,10 +78,22 @@ def read_spec(source: str) -> dict[str, Any]:
         raise ValueError(f"{source!r} is no file and no recipe; there are: {', '.join(recipes)}")
     text = path.read_text(encoding="utf-8")
     try:
-        spec: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        spec: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(spec, dict):
+        raise ValueError(f'{path} is no job: want an object with its fields, or a batch {{"jobs": [...]}}')
     return spec
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Ends the command where the block cannot write the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        fail(f"{path} cannot be written: {error}")
 
 
 @jobs_app.command("list")

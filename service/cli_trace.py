@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli_jobs import client_of, fail, settings
+from service.cli_jobs import client_of, fail, settings, writing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,14 +37,14 @@ def trace(
             strip = client.trace(prompt, seed=seed, n=n, diversity=diversity, **options)
     else:
         strip = _trace_here(prompt, tuple(range(seed, seed + n)), diversity, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    strip.save(out)
+    with writing(out):
+        strip.save(out)
     typer.echo(out)
 
 
 def _trace_here(prompt: str, seeds: tuple[int, ...], diversity: bool, options: dict[str, Any]) -> "Image":
     from service.engine.base import DiversityWish, DrawRequest, EngineError
-    from service.here import draw_here
+    from service.here import draw_here, reason
     from service.tracing import draw_strip, title_of
     from service.tracing import trace as traced
 
@@ -53,5 +53,5 @@ def _trace_here(prompt: str, seeds: tuple[int, ...], diversity: bool, options: d
     try:
         ways = draw_here(settings(), lambda engine: traced(engine, request))
     except (EngineError, ValueError) as error:
-        fail(error)
+        fail(reason(error))
     return draw_strip(title_of(prompt, ways), ways)

@@ -1,6 +1,7 @@
 """The one JSON error shape, ``{"error": {"message", "type", "param", "code"}}``, of every answer that is no success."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -114,7 +115,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     first = errors[0]
     message = "; ".join(dict.fromkeys(_describe(error) for error in errors))
     codes = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
-    return ApiError(400, message, param=_param(first), code=codes.get(first["type"], "invalid_value"))
+    return ApiError(400, message, param=_param(first) or _named(first), code=codes.get(first["type"], "invalid_value"))
 
 
 def _param(error: Any) -> str | None:
@@ -122,6 +123,12 @@ def _param(error: Any) -> str | None:
     if error["type"] == "json_invalid" or not parts:
         return None
     return ".".join(parts)[:SHOWN]
+
+
+def _named(error: Any) -> str | None:
+    """The field that a check of several fields names first in its message."""
+    field = re.match(r"Value error, ([a-z_]+): ", error["msg"])
+    return field[1] if field is not None else None
 
 
 def _describe(error: Any) -> str:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from service.engine.base import Engine
+from service.engine.base import Engine, ModelBroken
 from service.engine.observer import Observer
 from service.engine.step_engine import StepEngine
 from service.settings import Settings
@@ -44,3 +44,8 @@ def draw_here(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
             await engine.stop()
 
     return asyncio.run(whole())
+
+
+def reason(error: Exception) -> str:
+    """What a person at this terminal is told: where the engine tells clients of a log, that is here."""
+    return f"{error.__cause__}" if isinstance(error, ModelBroken) and error.__cause__ is not None else str(error)

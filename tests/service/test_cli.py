@@ -238,6 +238,13 @@ def test_drawing_on_a_server(address: str, tmp_path: Path) -> None:
     refused = fewstep("draw", "red apple", "-o", out, "--model", "nobody", "--server", address, status=1)
     assert "error: 404: no model is named 'nobody'" in refused.output
     assert "name a .png" in fewstep("draw", "red apple", "-o", tmp_path / "apple.gif", status=2).output
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "apple.png"
+    refused = fewstep("draw", "red apple", "-o", nowhere, "--server", address, status=1).output
+    assert f"error: {nowhere} cannot be written" in refused.replace("\n", "")
+    (tmp_path / "list.json").write_text("[]")
+    refused = fewstep("jobs", "submit", tmp_path / "list.json", "--student", "x", "--server", address, status=2).output
+    assert "list.json is no job: want an object" in refused.replace("\n", "")
 
 
 def test_drawing_and_exporting_here(tmp_path: Path, tiny_base: TinyBase) -> None:
@@ -251,6 +258,10 @@ def test_drawing_and_exporting_here(tmp_path: Path, tiny_base: TinyBase) -> None
         assert (picture.format, picture.size) == ("WEBP", (32, 32))
     wrong = fewstep("draw", "red apple", "-o", out, "--model", "nobody", **settings, status=1)
     assert "nobody" in wrong.output
+    gone = {"id": str(tmp_path / "gone"), "sha256": "0" * 64}
+    tiny_base.publish(Store(tmp_path / "store"), tmp_path / "orphan", name="orphan", base=gone)
+    orphan = fewstep("draw", "red apple", "-o", out, "--model", "orphan", **settings, status=1).output
+    assert str(tmp_path / "gone") in orphan.replace("\n", "") and "the server's log" not in orphan
     folder = tmp_path / "exported"
     assert fewstep("export", "mine", folder, "--steps", 2, **settings).stdout == f"{folder}\n"
     assert (folder / "model_index.json").is_file()
