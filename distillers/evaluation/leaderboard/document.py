@@ -101,9 +101,10 @@ def _introduction(settings: Settings, protocol: Protocol, teacher: Teacher, resu
         f"95% interval. The teacher is guided at {teacher.guidance:g}, which counts as two evaluations a step.",
     ]
     lines = [(teacher.name, [*teacher.rows, *teacher.untrained]), *((e.name, e.rows) for e in results if e.rows)]
-    biased = sorted(name for name, rows in lines if not all(row.captions_apart for row in rows))
+    biased = [name for name, rows in lines if not all(row.captions_apart for row in rows)]
     if biased:
-        names = "all rows" if len(biased) == len(lines) else ", ".join(f"`{name}`" for name in biased)
+        others = [f"`{name}`" for name, _ in lines if name not in biased]
+        names = "all rows" + (f" but {', '.join(sorted(others))}" if others else "")
         parts.append(
             f"Kernel distances of {names} are from before the estimator left out pairs of one caption's pictures, which are "
             f"not independent: each is about {BIAS} too high."
