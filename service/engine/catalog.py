@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from service.engine.base import BadRequest, EngineError, UnknownModel
 from service.engine.making import Wanted
 from service.engine.names import broken, shown
+from service.engine.recent import Unseen
 from service.engine.resident import Key, Loras, Resident
 from weights.contracts import BaseReference, check_name
 from weights.store import NotFound, Store, StoreError, StudentFolder
@@ -18,7 +19,7 @@ from weights.students import (
 )
 
 Open = Callable[[str], StudentFolder]
-"""A student's folder, verified or not: `Store.open` or `Store.find`."""
+"""A student's folder, verified or not: `Store.open` or `Store.find`, or `Recent.last`, which raises `Unseen` as well."""
 BaseOf = Callable[[StudentFolder], Resident | None]
 """A student's base, to embed prompts with; None where it is not in memory and shall not be loaded."""
 
@@ -103,19 +104,19 @@ class Catalog:
             routed=routed,
         )
 
-    def check_loras(self, name: str, loras: Loras) -> None:
-        """Refuse LoRAs that `get` would refuse, without loading anything.
+    def check_loras(self, name: str, loras: Loras, open_student: Open) -> None:
+        """Refuse LoRAs that cannot be merged into this model, without loading anything.
 
         Raises:
             UnknownModel: nothing has that name.
-            ModelBroken: the model's or a LoRA's files are not what was published.
-            BadRequest: as in `get`.
+            ModelBroken: as far as ``open_student`` looks, the model's or a LoRA's files are not what was published.
+            BadRequest: as in `wanted`.
         """
         if not loras:
             return
         name = self.own_name(name)
-        base = self._of_listed(name) if name in self._listed else self.folder(name, self._store.open).manifest.base
-        self._adapters(base, loras, self._store.open)
+        base = self._of_listed(name) if name in self._listed else self.folder(name, open_student).manifest.base
+        self._adapters(base, loras, open_student)
 
     def folder(self, name: str, open_student: Open) -> StudentFolder:
         """The student of that name.
@@ -155,7 +156,7 @@ class Catalog:
                 return None
             member = open_student(manifest.router.students[route_prompts(manifest.router, base.raw_base, [prompt])[0]])
             check_member(manifest, member.manifest)
-        except EngineError:
+        except (EngineError, Unseen):
             raise
         except Exception as error:  # whatever foreign files can make a loader raise
             raise broken(manifest.name) from error

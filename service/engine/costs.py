@@ -8,7 +8,8 @@ import math
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
@@ -163,6 +164,15 @@ class CostProfile:
     def scaled(self, factor: float) -> "CostProfile":
         """A profile of its own for something that costs ``factor`` times as much."""
         return CostProfile({b: s * factor for b, s in self._current.items()}, self.batches, self.target)
+
+    def among(self, batches: Collection[int]) -> "CostProfile":
+        """What is known now, for calls of those batch sizes alone that are among these, or else of one row."""
+        if set(self.batches) <= set(batches):
+            return self
+        self._current  # noqa: B018 - estimated here, and not by each copy
+        some = copy(self)
+        some.batches = [batch for batch in self.batches if batch in batches] or self.batches[:1]
+        return some
 
     @property
     def _current(self) -> dict[int, float]:

@@ -5,13 +5,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from service.engine import calls
+from service.engine.backends.base import Growing
 from service.engine.base import EngineError
 from service.engine.costs import CostProfile, Costs
 from service.engine.line import Order
@@ -24,12 +25,15 @@ from service.engine.scheduler import Group, batch_of, choose
 from service.engine.text import Prompt, PromptCache
 from weights.denoiser import Cond
 from weights.families import TextToImage
+from weights.families.base import PartName
 from weights.trajectory import advance
 
 log = logging.getLogger(__name__)
 
 Work = Prompt | Picture
 
+PROGRAMS: dict[Call, PartName] = {"text": "text_encoder", "network": "network", "decoder": "decoder"}
+"""What makes each call, where a backend has put something in a part's place."""
 FAILED = "the engine failed at this request; the server's log says why"
 
 
@@ -85,7 +89,9 @@ class DrawingLoop:
         if not self._active:
             return
         try:
-            works = choose(self._ready(), self._profile, self._last)
+            ready = self._ready()
+            works = choose(ready, self._profile, self._last)
+            self._want_larger(works[0].group, ready)
             self._last = works[0].group.part.call
             with torch.inference_mode(), calls.determinism(works[0].group.alone):
                 self._call(works)
@@ -129,7 +135,19 @@ class DrawingLoop:
         return [work for _, work in sorted(ready, key=itemgetter(0))]
 
     def _profile(self, group: Group) -> CostProfile:
-        return self._costs.of(group.part)
+        """Of the group's calls, in those batch sizes that nobody need wait for."""
+        profile, program = self._costs.of(group.part), _growing(group)
+        return profile if program is None else profile.among(program.made)
+
+    def _want_larger(self, group: Group, ready: Sequence[Work]) -> None:
+        """Have a program made for the batch that all that is ready would take, where that is missing."""
+        program, profile = _growing(group), self._costs.of(group.part)
+        if program is None or group.alone or set(profile.batches) <= set(program.made):
+            return
+        rows = [work.rows for work in ready if work.group == group and work.rows <= profile.batches[-1]]
+        if rows:
+            most, _ = profile.best(sum(rows), min(rows))
+            program.want(profile.fit(most))
 
     def _call(self, works: Sequence[Work]) -> None:
         """The call that these share, and what follows."""
@@ -222,6 +240,12 @@ class DrawingLoop:
                 picture.request.show(picture, own)
             else:
                 picture.request.done(picture, own, now)
+
+
+def _growing(group: Group) -> Growing | None:
+    """What runs the group's calls, if it is made for more batch sizes while it is drawn with."""
+    program = cast(TextToImage, group.model).programs.get(PROGRAMS[group.part.call])
+    return program if isinstance(program, Growing) else None
 
 
 def told(error: Exception) -> EngineError:

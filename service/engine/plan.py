@@ -7,6 +7,8 @@ from weights.contracts import Diversity, StepSchedule, StudentManifest
 from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_scales, base_leg_times, evaluations_per_call
 
 MAX_BASE_STEPS = 100
+HOPELESS = 2.0
+"""Times its limit that a request may be predicted to take, and still be tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +137,23 @@ def check_size(request: DrawRequest, model: str, size: int | None) -> None:
         return
     width, height = request.size
     raise BadRequest(f"{model!r} draws pictures of {size}x{size}, not of {width}x{height}", "size")
+
+
+def check_time(seconds: float, limit: float) -> None:
+    """Refuse what cannot be drawn in time even by itself.
+
+    Predictions are wrong at times, so that whoever would be somewhat late gets a chance where nobody else waits.
+
+    Args:
+        seconds: of the request's own work, as predicted.
+        limit: within which it has to be done.
+
+    Raises:
+        BadRequest: it would take more than `HOPELESS` times as long.
+    """
+    if seconds > HOPELESS * limit:
+        message = (
+            f"the request alone would take about {seconds:.1f} s, and has {limit:g} s (FEWSTEP_REQUEST_TIMEOUT, or less "
+            "where it says so itself): ask for fewer steps or fewer pictures"
+        )
+        raise BadRequest(message, "steps")

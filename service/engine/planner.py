@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from itertools import chain
 
 from service.engine.base import DrawRequest, EngineError, ModelInfo
 from service.engine.plan import Plan, check_size, plan_base, plan_student
@@ -45,10 +46,10 @@ class Planner:
     def at_hand(self, request: DrawRequest) -> bool:
         """Whether `plan` takes no time: it would neither ask the disk nor load anything."""
         names = [request.model] if request.model is not None else self._defaults()
-        return not request.loras and all(map(self._residency.at_hand, names))
+        return all(map(self._residency.at_hand, chain(names, (lora for lora, _ in request.loras))))
 
     def find(self, request: DrawRequest, model: str) -> Found:
-        """The request's model, if it is in memory; quickly.
+        """The request's model, if it is in memory; quickly, and without a look at the disk.
 
         Raises:
             EngineError: there is no such model any more.

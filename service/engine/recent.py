@@ -1,7 +1,7 @@
 """What the store says of students, remembered: so that a request for one that is in use does not wait for the disk.
 
 A disk takes part of a millisecond to say that nothing has changed, and one that is reached over a network may not answer at
-all. So the event loop and the engine's thread read what was seen last, and a thread of its own looks again.
+all. So the event loop and the engine's thread read what was seen last, however old, and a thread of its own looks again.
 """
 
 import logging
@@ -15,11 +15,16 @@ from weights.store import Store, StoreError, StudentFolder
 log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 0.5
-"""How old an answer may be: a student that is published anew takes its place within this time."""
+"""How old an answer may be where nobody looks again. Where somebody does, and the store answers, a student that is published
+anew takes its place within this time."""
 AGAIN_SECONDS = 0.1
 """Between two looks at what is in use."""
 IN_USE_SECONDS = 60.0
 """After which a student that nobody asks for is forgotten."""
+
+
+class Unseen(LookupError):
+    """Nothing is known of a student without asking the store."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +38,8 @@ class _Seen:
 class Recent:
     """The students asked for lately. Any thread may ask.
 
-    Nothing depends on the thread that looks again: without it, or while it waits for the disk, answers grow old, and the
-    next one comes from the store itself.
+    What is known is as good as the thread that looks again can make it: while that waits for the disk, nobody else asks it
+    about what is in use. Before it has begun, and after it has ended, what is no longer fresh comes from the store itself.
 
     Args:
         store: the students.
@@ -60,21 +65,43 @@ class Recent:
         self._some.set()
 
     def find(self, name: str) -> StudentFolder:
-        """As `Store.find`, at most `FRESH_SECONDS` old.
+        """As `Store.find`, from memory if it `knows`.
 
         Raises:
-            StoreError: as `Store.find`, which is asked where nothing fresh is known.
+            StoreError: as `Store.find`, which is asked otherwise.
+        """
+        try:
+            return self.last(name)
+        except Unseen:
+            return self._look(name, used=self._clock())
+
+    def last(self, name: str) -> StudentFolder:
+        """As `find`, from memory alone.
+
+        Raises:
+            Unseen: nothing is known of it that may be used.
         """
         now = self._clock()
-        seen = self._fresh(name, now)
-        if seen is not None:
-            seen.used = now
-            return seen.folder
-        return self._look(name, used=now)
+        seen = self._known(name, now)
+        if seen is None:
+            raise Unseen(name)
+        seen.used = now
+        return seen.folder
 
     def knows(self, name: str) -> bool:
         """Whether `find` would answer from memory."""
-        return self._fresh(name, self._clock()) is not None
+        return self._known(name, self._clock()) is not None
+
+    def open(self, name: str) -> StudentFolder:
+        """As `Store.open`, and what it says is remembered.
+
+        Raises:
+            StoreError: as `Store.open`.
+        """
+        at = self._clock()
+        folder = self._store.open(name)
+        self._remember(name, folder, at, used=at)
+        return folder
 
     def look_again(self) -> None:
         """At everything in use; what nobody has asked for in a while, or what is there no more, is forgotten."""
@@ -88,20 +115,25 @@ class Recent:
             except (StoreError, OSError):
                 self._forget(name)  # whoever asks next is told why
 
-    def _fresh(self, name: str, now: float) -> _Seen | None:
+    def _known(self, name: str, now: float) -> _Seen | None:
         seen = self._seen.get(name)
-        return seen if seen is not None and now - seen.at <= FRESH_SECONDS else None
+        if seen is None or self._thread.is_alive() or now - seen.at <= FRESH_SECONDS:
+            return seen
+        return None
 
     def _look(self, name: str, used: float) -> StudentFolder:
         at = self._clock()
         folder = self._store.find(name)
+        self._remember(name, folder, at, used)
+        return folder
+
+    def _remember(self, name: str, folder: StudentFolder, at: float, used: float) -> None:
         with self._lock:
             before = self._seen.get(name)
             if before is None or before.at <= at:  # a look that took long must not hide a later one
                 used = used if before is None else max(used, before.used)
                 self._seen[name] = _Seen(folder=folder, at=at, used=used)
             self._some.set()
-        return folder
 
     def _forget(self, name: str) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ Any thread may ask and load, and two that ask for the same model load it once. A
 whoever holds it, also when it leaves memory or another one is published under its name.
 """
 
+import contextlib
 import logging
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from service.engine.gate import Gate
 from service.engine.making import Maker, Wanted
 from service.engine.memory import Held, Shelf, TooLarge
 from service.engine.names import base_info, broken, student_info
-from service.engine.recent import Recent
+from service.engine.recent import Recent, Unseen
 from service.engine.resident import Key, Loras, Prepare, Resident
 from weights.contracts import BaseReference, StudentManifest
 from weights.store import Store, StoreError, StudentFolder
@@ -70,12 +71,15 @@ class Residency:
         recent: Recent | None = None,
     ) -> None:
         self._store, self._recent = store, recent
-        self._find_student = store.find if recent is None else recent.find
+        asked = store if recent is None else recent
+        self._find_student, self._open_student = asked.find, asked.open
         self._listed = dict.fromkeys(bases, family)
         self._maker = Maker(device, dtype, prepare, gate if gate is not None else Gate())
         self._aliases = dict(aliases or {})
         self._catalog = Catalog(store, self._listed, self._aliases)
         self._pinned = set(map(self._catalog.own_name, pinned))
+        self._kept = frozenset[str]()
+        """The students that these draw with, as the store last had them."""
         self._shelf: Shelf[Resident] = Shelf(budget, self._stays)
 
     def load_bases(self) -> None:
@@ -87,6 +91,7 @@ class Residency:
         for name, family in self._listed.items():
             self._base(Key(name, family))
             self._catalog.identify(name)
+        self._look_at_pinned()
         for name in sorted(self._pinned - self._listed.keys()):
             try:
                 for member in self._members(name):
@@ -99,6 +104,7 @@ class Residency:
     def pin(self, name: str) -> None:
         """Let this student stay from now on, once it is loaded."""
         self._pinned.add(self._catalog.own_name(name))
+        self._look_at_pinned()
 
     def get(self, name: str, prompt: str, loras: Loras = ()) -> Resident:
         """The model that draws this prompt under that name, loaded if need be.
@@ -113,7 +119,7 @@ class Residency:
             ModelBroken: its files, or its base's, cannot be loaded; or (`TooLarge`) it does not fit into memory.
             BadRequest: one of the LoRAs does not exist, is none, or is of another base.
         """
-        wanted = self._catalog.wanted(name, prompt, loras, self._store.open, self._base_of)
+        wanted = self._catalog.wanted(name, prompt, loras, self._open_student, self._base_of)
         assert wanted is not None, "its base is loaded now"
         if wanted.key == wanted.base:
             return self._base(wanted.key)
@@ -126,20 +132,26 @@ class Residency:
         return _told(held.value, wanted)
 
     def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:
-        """The model that `get` would give if it is in memory; its files are not read. What is found stays valid.
+        """The model that `get` would give if it is in memory; nothing is read from the disk. What is found stays valid.
 
         Raises:
             UnknownModel, ModelBroken, BadRequest: as `get`, as far as manifests tell.
         """
-        wanted = self._catalog.wanted(name, prompt, loras, self._find_student, self._base_in_memory)
-        if wanted is None:  # which student a routed one draws this prompt with cannot be told before its base is there
+        known = self._find_student if self._recent is None else self._recent.last
+        try:
+            wanted = self._catalog.wanted(name, prompt, loras, known, self._base_in_memory)
+        except Unseen:
+            wanted = None
+        # What has not been seen may be in memory all the same: then it takes no time to load. And which student a routed one
+        # draws this prompt with cannot be told before its base is there.
+        if wanted is None:
             return Found(wants=(name, loras, prompt), resident=None)
         held = self._shelf.get(wanted.key, wanted.version)
         return Found(wants=(name, wanted.key), resident=_told(held.value, wanted) if held is not None else None)
 
     def check_loras(self, name: str, loras: Loras) -> None:
-        """Refuse LoRAs that `get` would refuse, without loading anything: see `Catalog.check_loras`."""
-        self._catalog.check_loras(name, loras)
+        """Refuse LoRAs that `get` would refuse, as far as manifests tell: see `Catalog.check_loras`."""
+        self._catalog.check_loras(name, loras, self._find_student)
 
     def info(self, name: str) -> ModelInfo | StudentManifest:
         """What is known of a model without loading it: a base's facts, or a student's manifest.
@@ -151,14 +163,24 @@ class Residency:
         name = self._catalog.own_name(name)
         if name in self._listed:
             return self._base_info(name)
-        return self._catalog.folder(name, self._find_student).manifest
+        manifest = self._catalog.folder(name, self._find_student).manifest
+        for member in manifest.router.students if manifest.router is not None else []:
+            with contextlib.suppress(StoreError):  # only whoever draws with it needs it; now `find` knows it
+                self._find_student(member)
+        return manifest
 
     def at_hand(self, name: str) -> bool:
         """Whether `info` would tell of this model without asking the disk, nor loading anything."""
         name = self._catalog.own_name(name)
         if name in self._listed:
             return self._shelf.get(Key(name, self._listed[name]), ()) is not None
-        return self._recent is not None and self._recent.knows(name)
+        if self._recent is None:
+            return False
+        try:
+            router = self._recent.last(name).manifest.router
+        except Unseen:
+            return False
+        return router is None or all(map(self._recent.knows, router.students))
 
     def infos(self) -> list[ModelInfo]:
         """Everything that can be drawn with: the bases, then the students, then the aliases of either."""
@@ -195,7 +217,11 @@ class Residency:
     def _stays(self, key: Key) -> bool:
         if key.family is not None:
             return key.family == self._listed.get(key.name)
-        return not key.loras and any(key.name in self._members(name) for name in self._pinned)
+        return not key.loras and key.name in self._kept
+
+    def _look_at_pinned(self) -> None:
+        """Not when it is asked what stays: others wait for the shelf then, and the store may take its time."""
+        self._kept = frozenset(member for name in self._pinned for member in self._members(name))
 
     def _members(self, name: str) -> list[str]:
         """The students that draw under this name: itself, or a routed one's."""
@@ -219,6 +245,7 @@ class Residency:
         return held.value if held is not None else None
 
     def _make(self, wanted: Wanted) -> Held[Resident]:
+        self._look_at_pinned()
         if wanted.folder is None:
             base = self._base(wanted.base)
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from service.engine.aside import Aside
 from service.engine.backends import Backend, make_backend
 from service.engine.base import (
     BadRequest,
@@ -34,6 +35,7 @@ from service.engine.memory import default_budget
 from service.engine.observer import Observer, Outcome, Silence
 from service.engine.parts import UNKNOWN
 from service.engine.pictures import Painted, Ticket
+from service.engine.plan import Plan, check_time
 from service.engine.planner import Planner
 from service.engine.recent import Recent
 from service.engine.residency import Residency
@@ -44,6 +46,8 @@ from service.settings import Settings
 from weights.bundled import STUDENTS
 from weights.store import Store
 
+LOOKS = 4
+"""Requests whose model is looked for at the same time, where it is not in use."""
 STOPPING = "the server is still loading its models, or stopping"
 
 
@@ -75,7 +79,7 @@ class StepEngine:
         device = device_of(settings)
         dtype = dtype_of(settings, device)
         gate = Gate()
-        self._recent = Recent(store)
+        self._recent, self._aside = Recent(store), Aside(LOOKS)
         self._residency = Residency(
             store,
             settings.bases,
@@ -193,14 +197,13 @@ class StepEngine:
     async def _admit(self, request: DrawRequest, answers: "asyncio.Queue[Painted | EngineError]") -> Ticket:
         """A place in the line, and what is asked for on its way to the engine's thread."""
         self._check_ready()
-        if self._planner.at_hand(request):  # mostly: to tell a thread takes longer than to plan
-            model, base, plan = self._planner.plan(request)
-        else:
-            model, base, plan = await asyncio.to_thread(self._planner.plan, request)
-            self._check_ready()  # no longer, where a drain began in the meantime
         limit = min(self._settings.request_timeout, math.inf if request.seconds is None else request.seconds)
-        work = self._thread.parts.get(base, UNKNOWN).work(plan, request)
-        place = self._line.join(request.client, self._costs.predict(work), limit)
+        model, base, plan = await self._plan(request, limit)
+        parts = self._thread.parts.get(base, UNKNOWN)
+        seconds = self._costs.predict(parts.work(plan, request))
+        if parts is not UNKNOWN:
+            check_time(seconds, limit)
+        place = self._line.join(request.client, seconds, limit)
         loop = asyncio.get_running_loop()
 
         def send(answer: Painted | EngineError) -> None:
@@ -213,6 +216,18 @@ class StepEngine:
         self._idle.clear()
         self._thread.put(ticket)
         return ticket
+
+    async def _plan(self, request: DrawRequest, limit: float) -> tuple[str, str, Plan]:
+        """The request's model, its base, and the plan, within so many seconds."""
+        if self._planner.at_hand(request):  # mostly: to tell a thread takes longer than to plan
+            return self._planner.plan(request)
+        try:
+            async with asyncio.timeout(limit):
+                planned = await self._aside.run(self._planner.plan, request)
+        except TimeoutError:
+            raise TimedOut(f"the store of models has not answered within the request's {limit:g} s") from None
+        self._check_ready()  # no longer, where a drain began in the meantime
+        return planned
 
     def _release(self, ticket: Ticket) -> None:
         """Nobody waits any more; the thread drops what is not done before its next call."""

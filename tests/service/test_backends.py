@@ -1,6 +1,7 @@
 """Backends draw the same pictures, keep what they made, and refuse what cannot be."""
 
 import copy
+import gc
 import os
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ from service.engine import backends
 from service.engine.backends import compiler, make_backend
 from service.engine.backends.base import doubling
 from service.engine.backends.cache import Cache
-from service.engine.backends.compiler import Compiler, Program
+from service.engine.backends.compiler import Compiler
 from service.engine.backends.openvino_backend import OpenVinoBackend
+from service.engine.backends.program import Program
 from service.engine.backends.torch_backend import TorchBackend
 from service.settings import BadSettings, Settings, read_settings
 from tests.architecture.source import ROOT
@@ -213,9 +215,31 @@ def test_one_row_has_the_same_bits_whenever_it_is_drawn(bundled: Pair, cache: Pa
     def made_again(*_: Any) -> None:
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr(compiler, "_convert", made_again)
+    monkeypatch.setattr(compiler, "convert", made_again)
     monkeypatch.setattr(Compiler, "_compile", made_again)
     assert torch.equal(picture(openvino(cache).prepare(bundled.plain)), first)
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    gc.collect()
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Anonymous:"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="counts memory as Linux tells it")
+def test_no_more_memory_is_taken_than_is_counted(bundled: Pair, backend: OpenVinoBackend) -> None:
+    """A program of its own for each batch size, with the weights packed anew and with what describes every operation."""
+    network = bundled.plain.parts()["network"]
+    before = anonymous()
+    program = Program(backend._compiler, network, backend.batches)
+    with torch.inference_mode():
+        for batch in backend.batches:
+            program(*network.example(batch))
+    used = anonymous() - before
+    weights = 4 * sum(each.numel() for each in network.module.parameters())
+    assert used <= program.most_bytes <= 2.5 * weights * len(backend.batches)
+    assert program.most_bytes > 1.3 * weights * len(backend.batches), "which the weights alone are not"
 
 
 def test_a_cache_that_is_deleted_meanwhile_is_not_missed(tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 import threading
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from service.engine.base import NotReady, Overloaded
+from service.engine.base import BadRequest, NotReady, Overloaded
 from service.engine.line import Line, Place
+from service.engine.plan import check_time
+from service.engine.step_engine import StepEngine
+from tests.service.conftest import TinyBase
+from tests.service.engine_help import Harness, request
 
 BOUND = 10.0
 
@@ -51,6 +56,29 @@ def test_an_empty_line_admits_a_request_of_any_size() -> None:
     line.join("b", 1.0)
     place.leave()
     assert line.seconds == pytest.approx(1.0)
+
+
+def test_what_cannot_be_in_time_by_itself_is_refused_with_what_to_change() -> None:
+    for seconds in (1.0, 15.0, 30.0):
+        check_time(seconds, 15.0)
+    with pytest.raises(
+        BadRequest, match=r"about 32\.0 s, and has 15 s \(FEWSTEP_REQUEST_TIMEOUT.*fewer steps"
+    ) as caught:
+        check_time(32.0, 15.0)
+    assert caught.value.param == "steps"
+
+
+def test_the_engine_refuses_what_has_no_chance(tiny_base: TinyBase, tmp_path: Path) -> None:
+    harness = Harness(tiny_base, tmp_path)
+    harness.publish()
+
+    async def scenario(engine: StepEngine) -> None:
+        assert len(await engine.generate(request(seconds=60.0))) == 1  # and from here on the model is known
+        with pytest.raises(BadRequest, match=r"would take about .* s, and has 0\.001 s"):
+            await engine.generate(request(seeds=tuple(range(50)), seconds=0.001))
+        assert engine.load().pictures == 0
+
+    harness.run(scenario)
 
 
 def test_when_to_come_again_is_when_there_is_room() -> None:

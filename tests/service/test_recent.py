@@ -2,13 +2,16 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from service.engine.recent import AGAIN_SECONDS, FRESH_SECONDS, IN_USE_SECONDS, Recent
-from service.engine.step_engine import StepEngine
+from service.engine.aside import Aside
+from service.engine.base import TimedOut
+from service.engine.recent import AGAIN_SECONDS, FRESH_SECONDS, IN_USE_SECONDS, Recent, Unseen
+from service.engine.step_engine import LOOKS, StepEngine
 from tests.service.conftest import TinyBase
 from tests.service.engine_help import Harness, request, until
 from weights.store import NotFound, Store, StudentFolder
@@ -148,23 +151,63 @@ def test_the_thread_looks_again_and_an_error_does_not_end_it(store: Slow, monkey
     assert not recent._thread.is_alive()
 
 
-@pytest.mark.usefixtures("loaded_once")
-@pytest.mark.parametrize("model", ["tiny", None], ids=["by its name", "as the default"])
-def test_a_disk_that_hangs_holds_up_nobody_whose_student_is_in_use(
-    model: str | None, tiny_base: TinyBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("service.engine.recent.FRESH_SECONDS", 1000.0)  # as if every look had just been made
+def test_while_a_look_is_under_way_what_was_seen_last_is_good_enough(recent: Recent, store: Slow, clock: Clock) -> None:
+    recent.find("tiny")
+    store.answers.clear()
+    asked = len(store.asked) + 1
+    recent.start()
+    try:
+        while len(store.asked) < asked:
+            time.sleep(0.002)
+        clock.now += 100 * FRESH_SECONDS
+        assert recent.knows("tiny")
+        assert [recent.find("tiny").manifest.name for _ in range(10)] == ["tiny"] * 10
+        assert recent.last("tiny").manifest.name == "tiny"
+        assert len(store.asked) == asked, "one look that hangs is enough"
+        with pytest.raises(Unseen):
+            recent.last("nobody")
+    finally:
+        store.answers.set()
+
+
+def test_what_was_opened_is_known(recent: Recent, store: Slow) -> None:
+    assert recent.open("tiny") == store.open("tiny")
+    asked = len(store.asked)
+    assert recent.last("tiny") is recent.find("tiny")
+    assert len(store.asked) == asked
+
+
+@pytest.fixture
+def hanging(tiny_base: TinyBase, tmp_path: Path) -> tuple[Harness, Slow]:
+    """An engine over a store that can hang, the first of whose bundled students is the default."""
     bundled = Store(tmp_path / "bundled")
     tiny_base.publish(bundled, tmp_path / "work", "tiny")
     tiny_base.publish(bundled, tmp_path / "work-too", "tiny-too")  # another that could be the default
     harness = Harness(tiny_base, tmp_path, bundled=bundled.root, max_batch=2)
-    harness.publish("other")
-    harness.engine._recent._store = store = Slow(harness.store.root, bundled.root)
+    for name in ("other", "another"):
+        harness.publish(name)
+    store = Slow(harness.store.root, bundled.root)
+    residency = harness.engine._residency
+    harness.engine._recent._store = residency._store = residency._catalog._store = store
+    return harness, store
+
+
+async def until_stale() -> None:
+    await asyncio.sleep(1.2 * FRESH_SECONDS)
+
+
+@pytest.mark.usefixtures("loaded_once")
+@pytest.mark.parametrize("model", ["tiny", None], ids=["by its name", "as the default"])
+def test_a_disk_that_hangs_holds_up_nobody_whose_student_is_in_use(
+    model: str | None, hanging: tuple[Harness, Slow]
+) -> None:
+    harness, store = hanging
 
     async def scenario(engine: StepEngine) -> None:
         await engine.generate(request(model=model))
         store.answers.clear()
         try:
+            await until_stale()
             await engine.generate(request(model=model))
             waiting = asyncio.create_task(engine.generate(request(model="other")))
             await until(lambda: "other" in store.asked)
@@ -175,3 +218,46 @@ def test_a_disk_that_hangs_holds_up_nobody_whose_student_is_in_use(
         await waiting
 
     harness.run(scenario)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_looks_that_hang_take_no_thread_from_anybody_else(hanging: tuple[Harness, Slow]) -> None:
+    harness, store = hanging
+
+    async def scenario(engine: StepEngine) -> None:
+        await engine.generate(request(model="tiny"))
+        store.answers.clear()
+        try:
+            names = ["other", "another"] * 25
+            waiting = [asyncio.create_task(engine.generate(request(model=name))) for name in names]
+            await until(lambda: {"other", "another"} <= set(store.asked))
+            assert await asyncio.to_thread(lambda: "free") == "free"
+            assert len(await engine.generate(request(model="tiny"))) == 1
+            assert sum(name in names for name in store.asked) <= LOOKS
+            with pytest.raises(TimedOut, match=r"store of models has not answered within the request's 0\.05 s"):
+                await engine.generate(request(model="other", seconds=0.05))
+        finally:
+            store.answers.set()
+        assert {len(each) for each in await asyncio.gather(*waiting)} == {1}
+
+    harness.run(scenario)
+
+
+def test_what_is_done_aside_answers_and_fails_as_it_is() -> None:
+    async def scenario() -> None:
+        aside = Aside(1)
+        assert await aside.run(divmod, 7, 2) == (3, 1)
+        with pytest.raises(ZeroDivisionError):
+            await aside.run(divmod, 7, 0)
+        go_on = threading.Event()
+        hangs = asyncio.create_task(aside.run(go_on.wait, 120))
+        await asyncio.sleep(0)
+        hangs.cancel()
+        waits = asyncio.create_task(aside.run(divmod, 7, 2))
+        with pytest.raises(asyncio.CancelledError):
+            await hangs
+        assert not waits.done(), "it goes on, and counts"
+        go_on.set()
+        assert await waits == (3, 1)
+
+    asyncio.run(scenario())

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from service.engine import making, memory
+from service.engine import making, memory, recent
 from service.engine.base import BadRequest, ModelBroken, UnknownModel
 from service.engine.memory import Held, Shelf, TooLarge, default_budget
 from service.engine.names import check_names
+from service.engine.recent import Recent
 from service.engine.residency import Residency, Resident
+from service.engine.resident import Key
 from service.settings import BadSettings, Settings
 from tests.helpers import tiny_pipeline
 from tests.service.conftest import TinyBase
@@ -147,6 +149,39 @@ def test_the_students_of_a_pinned_routed_one_stay(place: Place) -> None:
         made.get(name, "red apple")
     assert names(made) == ["m0", "m1", "another"]
     assert made.get("msd", "blue dog").member == "m1"
+
+
+def test_what_stays_is_told_without_the_store(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for what is in memory meanwhile, the thread that draws among them."""
+    place.publish("a")
+    made = place.residency(place.base_bytes + 2 * place.network_bytes, pinned=["a"])
+    monkeypatch.setattr(Store, "find", lambda *_: pytest.fail("the store is asked"))
+    assert [made._stays(Key(name, None)) for name in ("a", "b")] == [True, False]
+
+
+def test_what_is_in_memory_is_found_without_the_store(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain students, those with LoRAs, and a routed one's: by what was seen when they were loaded."""
+    for name in ("a", "b", "m0"):
+        place.publish(name)
+    place.publish_lora("style")
+    router = Router(centroids=place.base.model.embed_prompts(["red apple"]).tolist(), students=["m0"])
+    (place.folder / "none").mkdir()
+    routed = place.store.manifest("m0").model_copy(update={"name": "msd", "router": router, "files": {}})
+    place.store.publish(routed, place.folder / "none")
+    made = place.residency(recent=Recent(place.store))
+    asked: list[tuple[str, Any]] = [("a", ()), ("a", (("style", 1.0),)), ("msd", ())]
+    for name, loras in asked:
+        assert made.find(name, "x", loras).resident is None, "nor is it said to be in memory"
+        made.get(name, "x", loras)
+    monkeypatch.setattr(Store, "find", lambda *_: pytest.fail("the store is asked"))
+    monkeypatch.setattr(recent, "FRESH_SECONDS", 1000.0)
+    for name, loras in asked:
+        found = made.find(name, "x", loras)
+        assert found.resident is not None
+        assert found.resident.loras == loras
+    assert made.find("b", "x").resident is None
+    assert all(map(made.at_hand, ("a", "style", "msd", place.base.id)))
+    made.check_loras("a", (("style", 1.0),))
 
 
 def test_a_pinned_student_that_is_broken_leaves_the_others(place: Place) -> None:
@@ -454,5 +489,6 @@ def test_loras_that_cannot_be_used(place: Place) -> None:
     made.check_loras("nobody", ())
     file = next(place.store.open("style").path.rglob("*.safetensors"))
     file.write_bytes(b"cut off")
+    made.check_loras("full", (("style", 1.0),))  # files are looked at when they are loaded
     with pytest.raises(ModelBroken, match="'style'"):
-        made.check_loras("full", (("style", 1.0),))
+        made.get("full", "x", (("style", 1.0),))

@@ -1,7 +1,10 @@
 """A backend turns a loaded model into one that runs faster: the same `TextToImage`, with other parts inside."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
+
+from torch import nn
 
 from weights.families import TextToImage
 
@@ -20,6 +23,19 @@ class Backend(Protocol):
             model: as its family loaded it.
             base: the prepared base of a student, whose text encoder and decoder it shares.
         """
+
+
+class Growing(nn.Module, ABC):
+    """A program that is made for a single row at first, and for larger batches while it is drawn with."""
+
+    @property
+    @abstractmethod
+    def made(self) -> Sequence[int]:
+        """Batch sizes that it is made for, rising; calls of another one wait until it is."""
+
+    @abstractmethod
+    def want(self, batch: int) -> None:
+        """Have it made for this batch size as well, on another thread than the caller's. Again: nothing."""
 
 
 def doubling(most: int) -> tuple[int, ...]:

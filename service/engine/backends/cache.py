@@ -1,7 +1,8 @@
 """Converted and compiled programs on disk, so that a server that starts again need not make them again.
 
 Everything lies in a folder of the content's own key, is written beside its place and renamed into it, and carries its
-sha256: what was cut off, altered or half written is made anew, never used.
+sha256: what was cut off, altered or half written is made anew, never used. The whole folder may go at any time, and no disk
+has to take anything: what cannot be kept is made again.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -36,8 +38,10 @@ class Cache:
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder, self.limit = folder, limit
+        self._told = False
+        """Whether the log says already that nothing can be written."""
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
+            self._make_folder()
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             self.folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
@@ -72,6 +76,7 @@ class Cache:
             OSError: the disk does not take it. Besides, whatever ``write`` raises.
         """
         target = self.folder / key
+        self._make_folder()
         staged = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.folder))
         try:
             write(staged)
@@ -85,15 +90,24 @@ class Cache:
                     os.replace(staged, target)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+        self._told = False
         self._make_room(target)
         return target
+
+    def cannot_keep(self, what: object, error: Exception) -> None:
+        """Log that it could not be written; the first time, until something can be again: each model would say the same."""
+        log.log(logging.DEBUG if self._told else logging.WARNING, "%s is not kept in FEWSTEP_CACHE: %s", what, error)
+        self._told = True
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
 
     def _make_room(self, kept: Path) -> None:
         """Delete what was used longest ago, but for ``kept``. Who has such files open goes on reading them."""
         if self.limit is None:
             return
-        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(ASIDE)]
         with contextlib.suppress(OSError):  # another process clears up as well
+            folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(ASIDE)]
             used = sorted(
                 (path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path) for path in folders
             )
@@ -118,13 +132,16 @@ class Cache:
 
     def put_file(self, path: Path, body: bytes) -> None:
         """Write a file, in the place of an older one. A disk that takes no more is no error: the file is only missing."""
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
+        staged = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             staged.write_bytes(hashlib.sha256(body).digest() + body)
             os.replace(staged, path)
         except OSError as error:
-            log.warning("%s is not kept: %s", path, error)
-            staged.unlink(missing_ok=True)
+            self.cannot_keep(path, error)
+            with contextlib.suppress(OSError):  # its folder may be gone
+                staged.unlink(missing_ok=True)
+        else:
+            self._told = False
 
     def _remove(self, path: Path) -> None:
         """Out of the way at once, however long it takes to delete."""

@@ -11,10 +11,11 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from service.engine.backends.cache import Cache
-from service.engine.backends.silent_openvino import FrontEndManager, TorchScriptPythonDecoder, openvino
+from service.engine.backends.conversion import convert
+from service.engine.backends.silent_openvino import openvino
 from weights.families.base import Part
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ Shapes = tuple[tuple[int, ...], ...]
 DEVICE = "CPU"
 MODEL = "model.xml"
 WEIGHTS = "model.bin"
+OPERATION_BYTES, MODEL_BYTES = 13_000, 6_000
+"""Of each operation: in a compiled program, for each of its streams, and in the converted model. See `Compiler.bytes_of`."""
 TRACED_ROWS, CHECKED_ROWS = 2, 3
 """A conversion that took a number of rows for a constant shows at another number."""
 TOLERANCE: dict[Precision, float] = {"f32": 1e-3, "bf16": 0.1}
@@ -48,7 +52,8 @@ class WrongConversion(ValueError):
 class Converted:
     """A part as OpenVINO knows it, for all shapes. It outlasts its folder, whose weights stay mapped."""
 
-    folder: Path
+    folder: Path | None
+    """Where it is kept; None: nowhere, and its weights are those of the module that it was made from."""
     model: Any
     numbers: int
     """Of its weights."""
@@ -81,6 +86,7 @@ class Compiler:
             # Zen 4), and without it programs took no longer.
             "SNIPPETS_MODE": "DISABLE",
         }
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="compiling")
         self._threads = threads or _cores()
         if threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = threads
@@ -97,31 +103,48 @@ class Compiler:
         return streams
 
     def converted(self, part: Part) -> Converted:
-        """The converted part, from the cache or made now.
+        """The converted part, from the cache or made now; where the disk does not take it, in memory alone.
 
         Raises:
             WrongConversion: it does not compute what the part's module computes.
             RuntimeError: OpenVINO cannot convert it.
-            OSError: the disk takes no more.
         """
         key = _key(part)
         known = self._cache.get(key)
         if known is not None:
-            return self._read(known)
-        log.info("converting a %s for OpenVINO", part.config.get("class", type(part.module).__name__))
-        module = _in_float32(part.module)
+            try:
+                return self._read(known)
+            except (OSError, RuntimeError) as error:  # deleted since
+                log.warning("%s cannot be read and will be made again: %s", known, error)
+        name = part.config.get("class", type(part.module).__name__)
+        log.info("converting a %s for OpenVINO", name)
+        module, checked = _in_float32(part.module), _inputs(part, CHECKED_ROWS)
+        model = convert(module, _inputs(part, TRACED_ROWS))
+        kept: list[Converted] = []
 
         def write(folder: Path) -> None:
-            openvino.save_model(_convert(module, _inputs(part, TRACED_ROWS)), folder / MODEL, compress_to_fp16=False)
-            self._check(module, _inputs(part, CHECKED_ROWS), self._read(folder))
+            openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+            kept.append(self._read(folder))
+            self._check(module, checked, kept[-1])
 
-        return self._read(self._cache.put(key, write))
+        try:
+            folder = self._cache.put(key, write)
+            return replace(kept[0], folder=folder)  # read while it was written: by now it may be deleted
+        except WrongConversion:
+            raise
+        except (OSError, RuntimeError) as error:  # the latter is what OpenVINO says of a full disk
+            here = Converted(folder=None, model=model, numbers=_numbers(model))
+            self._check(module, checked, here)  # fails as well where the disk is not to blame
+            self._cache.cannot_keep(f"a converted {name}", error)
+            return here
 
     def compile(self, part: Converted, shapes: Shapes, streams: int = 1) -> Any:
         """A part's program for inputs of these shapes, so many at the same time, from the cache or compiled now."""
         properties = self._properties | (
             {"NUM_STREAMS": streams, "PERFORMANCE_HINT": "THROUGHPUT"} if streams > 1 else {}
         )
+        if part.folder is None:
+            return self._compile(part, shapes, properties)
         facts = json.dumps([shapes, self._processor, properties])
         path = part.folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.blob"
         blob = self._cache.get_file(path)
@@ -136,6 +159,39 @@ class Compiler:
         program.export_model(exported)
         self._cache.put_file(path, exported.getvalue())
         return program
+
+    def bytes_of(self, part: Converted, row: Shapes, batches: Sequence[int]) -> int:
+        """Memory of a part's programs for all these batch sizes: no less than was measured, and up to twice as much.
+
+        Nothing is shared between batch sizes: each program packs the weights anew, and has code and descriptions of its own
+        for every operation, and those once more for each further stream. Of the bundled models on two cores of an AMD EPYC
+        (Zen 4, OpenVINO 2026.4, 2026-11-28), anonymous memory in MiB at 1, 2, 4 and 8 rows, the last two in two streams:
+
+            network, 10.7 M numbers: 39 + 38 + 51 + 52 in bf16, 57 + 58 + 69 + 71 in f32; the model itself 9
+            decoder, 0.5 M numbers: 3 + 4 + 6 + 10 in bf16
+            text encoder, 22.6 M numbers: 23 + 25 + 28 + 28 in bf16, since its table of words is read from the disk
+
+        Weights that are mapped from the cache's files are the system's to take back, and are not counted.
+
+        Args:
+            part: the converted part.
+            row: shapes of its inputs at a batch of one row.
+            batches: sizes to compile for.
+        """
+        width = 2 if self.precision == "bf16" else 4
+        model = part.model.clone()
+        model.reshape(dict(enumerate(map(list, row))))
+        computing = [op for op in model.get_ops() if op.get_type_name() != "Constant"]
+        largest = max(sum(math.prod(out.get_shape()) for out in op.outputs()) for op in computing)
+        graph = OPERATION_BYTES * len(computing)
+        programs = sum(
+            part.numbers * width + self.streams(rows) * graph + 2 * rows * largest * width for rows in batches
+        )
+        return programs + MODEL_BYTES * len(computing) + (part.numbers * 4 if part.folder is None else 0)
+
+    def later(self, work: Callable[[], object]) -> None:
+        """Do this on a thread that is there to compile beside the drawing, after all that it has to do already."""
+        self._beside.submit(work)
 
     def _read(self, folder: Path) -> Converted:
         numbers = (folder / WEIGHTS).stat().st_size // 4
@@ -160,58 +216,9 @@ class Compiler:
             )
 
 
-class Program(nn.Module):
-    """A part that OpenVINO runs: for any number of rows, in batches of fixed sizes.
-
-    Args:
-        compiler: compiles the programs, each when it is first needed.
-        part: what it takes the place of.
-        batches: sizes to compile for, rising from 1. More rows than the last one take several calls; fewer than one of them
-            are filled up by repeating the last row, and rows do not see each other.
-
-    Raises:
-        WrongConversion, RuntimeError, OSError: see `Compiler.converted`.
-    """
-
-    def __init__(self, compiler: Compiler, part: Part, batches: Sequence[int]) -> None:
-        super().__init__()
-        self._compiler, self._batches = compiler, batches
-        self._part = compiler.converted(part)
-        self._requests: dict[tuple[Shapes, int], list[Any]] = {}
-
-    @property
-    def most_bytes(self) -> int:
-        """About what it takes in memory once every batch size was drawn in."""
-        return self._part.numbers * (2 if self._compiler.precision == "bf16" else 4) * len(self._batches)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Answers in float32, as many as rows."""
-        answers = [
-            self._batch(chunk) for chunk in zip(*(each.split(self._batches[-1]) for each in inputs), strict=True)
-        ]
-        return answers[0] if len(answers) == 1 else torch.cat(answers)
-
-    def _batch(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        rows = len(inputs[0])
-        missing = next(size for size in self._batches if size >= rows) - rows
-        if missing:
-            inputs = tuple(torch.cat([each, each[-1:].expand(missing, *each.shape[1:])]) for each in inputs)
-        streams = self._compiler.streams(rows + missing)
-        chunks = list(zip(*(each.chunk(streams) for each in inputs), strict=True))
-        return infer(self._requests_of(chunks[0], streams), chunks)[:rows]
-
-    def _requests_of(self, inputs: tuple[Tensor, ...], streams: int) -> list[Any]:
-        """As many requests of one program as there are streams."""
-        shapes = tuple(tuple(each.shape) for each in inputs)
-        if (shapes, streams) not in self._requests:
-            program = self._compiler.compile(self._part, shapes, streams)
-            self._requests[shapes, streams] = [program.create_infer_request() for _ in range(streams)]
-        return self._requests[shapes, streams]
-
-
 def infer(requests: Sequence[Any], chunks: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """What a program answers to chunks of rows, each by its own request and all at the same time; in memory of its own."""
-    given = [[_plain(each).detach().contiguous().numpy() for each in inputs] for inputs in chunks]
+    given = [[plain(each).detach().contiguous().numpy() for each in inputs] for inputs in chunks]
     if len(requests) == 1:
         return torch.from_numpy(requests[0].infer(given[0], share_inputs=True)[0])
     try:
@@ -223,21 +230,9 @@ def infer(requests: Sequence[Any], chunks: Sequence[tuple[Tensor, ...]]) -> Tens
     return torch.cat([torch.from_numpy(request.get_output_tensor(0).data) for request in requests])
 
 
-def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The module as an OpenVINO model of any shapes: `openvino.convert_model`, without its second trace and its messages."""
-    # Not inference mode, whatever the caller is in: tensors made there cannot be traced.
-    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        # The libraries check shapes with Python's own ifs, whose outcome here is the same for every number of rows.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # OpenVINO's usual way in; what torch.export gives it converts as well, but for fixed shapes and in twice the time.
-        warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
-        # The tracer looks at every attribute of a module, old names of transformers among them.
-        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing`", FutureWarning)
-        decoder = TorchScriptPythonDecoder(
-            module, example_input=tuple(each.clone() for each in inputs), trace_kwargs={"check_trace": False}
-        )
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    return frontend.convert(frontend.load(decoder))
+def _numbers(model: Any) -> int:
+    """Of a converted model's weights."""
+    return sum(math.prod(op.get_output_shape(0)) for op in model.get_ops() if op.get_type_name() == "Constant")
 
 
 def _cores() -> int:
@@ -246,10 +241,11 @@ def _cores() -> int:
 
 
 def _inputs(part: Part, rows: int) -> tuple[Tensor, ...]:
-    return tuple(map(_plain, part.example(rows)))
+    return tuple(map(plain, part.example(rows)))
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
+    """As programs take it: float32, or whole numbers."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 

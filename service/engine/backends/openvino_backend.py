@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from service.engine.backends.cache import Cache
-from service.engine.backends.compiler import Compiler, Precision, Program
+from service.engine.backends.compiler import Compiler, Precision
+from service.engine.backends.program import Program
 from weights.families import TextToImage
 from weights.families.base import Part, PartName
 
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 class OpenVinoBackend:
     """Programs of fixed shapes, one for each batch size: compiled for a single row when a model is prepared, for the other
-    sizes when they are first drawn in.
+    sizes when they are first called, or wanted.
 
     torch is left with the little in between. One thread does that as fast as several, and takes no core from OpenVINO's.
 
