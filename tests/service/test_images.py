@@ -199,7 +199,7 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         ({"background": "transparent"}, "background", "these models paint every pixel"),
         ({"partial_images": 2}, "partial_images", "partial_images: an answer that is no stream has whole pictures only"),
         ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3, got 4"),
-        ({"stream": True, "response_format": "url"}, "response_format", "response_format: a stream brings the pictures themselves"),
+        ({"stream": True, "response_format": "url"}, "response_format", "response_format: a stream brings the pictures"),
         ({"quality": "ultra"}, "quality", "'high', got 'ultra'"),
         (
             {"diversity": "on"},
