@@ -197,9 +197,17 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "less than or equal to 100"),
         ({"output_compression": 50}, "output_compression", "output_compression: png has none"),
         ({"background": "transparent"}, "background", "these models paint every pixel"),
-        ({"partial_images": 2}, "partial_images", "partial_images: an answer that is no stream has whole pictures only"),
+        (
+            {"partial_images": 2},
+            "partial_images",
+            "partial_images: an answer that is no stream has whole pictures only",
+        ),
         ({"partial_images": 4, "stream": True}, "partial_images", "less than or equal to 3, got 4"),
-        ({"stream": True, "response_format": "url"}, "response_format", "response_format: a stream brings the pictures"),
+        (
+            {"stream": True, "response_format": "url"},
+            "response_format",
+            "response_format: a stream brings the pictures",
+        ),
         ({"quality": "ultra"}, "quality", "'high', got 'ultra'"),
         (
             {"diversity": "on"},
