@@ -219,8 +219,11 @@ class Compiler:
 def infer(requests: Sequence[Any], chunks: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """What a program answers to chunks of rows, each by its own request and all at the same time; in memory of its own."""
     given = [[plain(each).detach().contiguous().numpy() for each in inputs] for inputs in chunks]
-    if len(requests) == 1:
-        return torch.from_numpy(requests[0].infer(given[0], share_inputs=True)[0])
+    if len(requests) == 1:  # set as tensors: what `infer` looks for in arrays takes a tenth of a millisecond
+        for index, array in enumerate(given[0]):
+            requests[0].set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+        requests[0].infer()
+        return torch.from_numpy(requests[0].get_output_tensor(0).data.copy())
     try:
         for request, inputs in zip(requests, given, strict=True):
             request.start_async(inputs, share_inputs=True)

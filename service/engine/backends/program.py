@@ -37,7 +37,10 @@ class Program(Growing):
         self._part = compiler.converted(part)
         self._row: Shapes = tuple(tuple(each.shape[1:]) for each in part.example(1))
         """Of the inputs, as drawing gives them."""
+        self._usual = {batch: self._needed(batch) for batch in batches}
         self._requests: dict[tuple[Shapes, int], list[Any]] = {}
+        self._made: tuple[int, list[int]] = (0, [])
+        """See `made`, when there were so many programs: it is asked for at every call."""
         self._coming = False
         """Whether a batch size is to be compiled; others are asked for again if they are still wanted then."""
         self._failed: set[int] = set()
@@ -50,11 +53,14 @@ class Program(Growing):
     @property
     def made(self) -> list[int]:
         """See `Growing.made`: for the usual inputs."""
-        return [batch for batch in self._batches if self._needed(batch) in self._requests]
+        programs = len(self._requests)
+        if programs != self._made[0]:
+            self._made = programs, [batch for batch, needed in self._usual.items() if needed in self._requests]
+        return self._made[1]
 
     def want(self, batch: int) -> None:
         """See `Growing.want`. One that cannot be compiled is not tried again."""
-        if not self._coming and batch not in self._failed and self._needed(batch) not in self._requests:
+        if not self._coming and batch not in self._failed and batch not in self.made:
             self._coming = True
             self._compiler.later(partial(_compile, weakref.ref(self), batch))
 
@@ -68,7 +74,7 @@ class Program(Growing):
     def compile_batch(self, batch: int) -> None:
         """Make it for this batch size of the usual inputs; where that fails it is logged."""
         try:
-            self._requests_of(*self._needed(batch))
+            self._requests_of(*self._usual[batch])
         except Exception:
             self._failed.add(batch)
             log.exception("OpenVINO cannot compile a batch of %d; smaller ones are drawn in", batch)
