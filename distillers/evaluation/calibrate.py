@@ -137,8 +137,11 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     for candidate in sorted(gains, key=lambda each: gains[each], reverse=True):
         if gains[candidate] <= 1 or any(trial.extra > limits.evaluations for trial in tried[candidate]):
             continue
-        tried[candidate] = [_with_quality(evaluation, trial, plain[trial.steps]) for trial in tried[candidate]]
-        if all(trial.keeps_quality(limits) for trial in tried[candidate]):
+        for place, trial in enumerate(tried[candidate]):
+            tried[candidate][place] = measured = _with_quality(evaluation, trial, plain[trial.steps])
+            if not measured.keeps_quality(limits):
+                break  # the other step counts decide nothing any more, and take minutes
+        else:
             chosen = candidate
             break
     return Calibration(trials=[trial for trials in tried.values() for trial in trials], chosen=chosen)
