@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Row:
             BadData: so it is.
         """
         # By its name: data sets are often made of links to files elsewhere.
-        if not Path(os.path.normpath(self.path)).is_relative_to(os.path.normpath(folder)) or not self.path.is_file():
+        if not Path(os.path.abspath(self.path)).is_relative_to(os.path.abspath(folder)) or not self.path.is_file():
             raise BadData(f"{self.place}: no picture {self.file_name!r} inside {folder}")
 
 
@@ -59,7 +60,12 @@ def read_folder(folder: Path) -> list[Row]:
         raise BadData(f"{metadata} is not UTF-8 ({error}): save it as UTF-8") from error
     # Not splitlines: a caption may well have a line separator in it that JSON does not escape.
     lines = enumerate(text.split("\n"), 1)
-    return [_row(folder, line, f"{metadata}:{number}") for number, line in lines if line.strip()]
+    rows = [_row(folder, line, f"{metadata}:{number}") for number, line in lines if line.strip()]
+    splits: dict[str, bool] = {}
+    for row in rows:
+        if splits.setdefault(row.file_name, row.held_out) != row.held_out:
+            raise BadData(f"{row.place}: {row.file_name!r} is both trained on and held out: choose one")
+    return rows
 
 
 def _row(folder: Path, line: str, place: str) -> Row:
@@ -73,7 +79,7 @@ def _row(folder: Path, line: str, place: str) -> Row:
         raise BadData(f"{place}: text {text!r} must be a caption or a list of them")
     if not texts:
         raise BadData(f"{place}: {name} has no text")
-    group, split = record.get("group"), record.get("split", SPLITS[0])
+    group, split = record.get("group"), record.get("split") or SPLITS[0]
     if group is not None and not isinstance(group, str):
         raise BadData(f"{place}: group {group!r} must be a string")
     if split not in SPLITS:  # trained on, a "test" split would be worth nothing
@@ -89,14 +95,21 @@ def load_picture(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            # Cameras say how they were held instead of turning the pixels.
-            picture = _on_white(ImageOps.exif_transpose(image))
+            picture = _on_white(_upright(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadData(f"{path} is no readable picture ({error})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held, which it says instead of turning the pixels; as it is where what it says cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (struct.error, ValueError, SyntaxError, KeyError, TypeError):
+        return image
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

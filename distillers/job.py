@@ -21,11 +21,12 @@ from distillers.methods import method
 from distillers.methods.base import Method, Workspace
 from distillers.partition import Partition, part_of, stored_partition
 from distillers.precision import resolve_precision
+from distillers.processes import Interrupted
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.stopwatch import Stopwatch
-from distillers.trainer import Diverged, Interrupted, Trainer
+from distillers.trainer import Diverged, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage

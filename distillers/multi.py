@@ -31,8 +31,8 @@ from distillers.corpus import load_corpus
 from distillers.job import STOPPED, JobRun, published
 from distillers.merging import MergedEvents, PartReporter
 from distillers.partition import FILE, Partition
+from distillers.processes import Interrupted
 from distillers.spec import BadSpec
-from distillers.trainer import Interrupted
 from weights.contracts import EVENTS, AnyEvent, StudentManifest
 from weights.families import load
 from weights.students import base_reference

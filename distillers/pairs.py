@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.methods.base import Setup, Workspace
-from distillers.processes import place, wait
+from distillers.processes import Interrupted, agreed, place
 from weights.denoiser import Cond
 from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
@@ -39,12 +39,22 @@ class TeacherPairs:
         """
         ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
         rank, processes = place()
-        for start, end in ends[rank::processes]:
-            self._shard(start, end, steps, guidance_scale)
-            self.workspace.tick("teacher pairs", end, self.count)
-        wait()
+        for first in range(0, len(ends), processes):
+            for start, end in ends[first + rank : first + rank + 1]:
+                self._shard(start, end, steps, guidance_scale)
+            self._tick(ends[min(first + processes, len(ends)) - 1][1])
         shards = [self._shard(start, end, steps, guidance_scale) for start, end in ends]
         self._pictures, self._rows = (torch.cat([shard[name] for shard in shards]) for name in ("pictures", "rows"))
+
+    def _tick(self, done: int) -> None:
+        """A sign of life; where one process is to stop, all do, or the others would wait for it."""
+        stopped = None
+        try:
+            self.workspace.tick("teacher pairs", done, self.count)
+        except Interrupted as error:
+            stopped = error
+        if agreed(stopped is not None, self.setup.device):
+            raise stopped or Interrupted("stopped while teacher pairs")
 
     def _shard(self, start: int, end: int, steps: int, guidance_scale: float) -> dict[str, Tensor]:
         """These pairs, made where they are not on disk: another process's may be on another machine's."""

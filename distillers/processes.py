@@ -1,6 +1,11 @@
 """What the processes of one job do together; for a job of one process all of it is nothing."""
 
+import torch
 from torch import Tensor, distributed
+
+
+class Interrupted(Exception):
+    """The job was told to stop; what there was to save is saved."""
 
 
 def place() -> tuple[int, int]:
@@ -13,6 +18,11 @@ def summed(tensor: Tensor) -> Tensor:
     if _several():
         distributed.all_reduce(tensor)
     return tensor
+
+
+def agreed(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so; all have to come here."""
+    return bool(summed(torch.tensor(float(flag), device=device)).item() > 0) if _several() else flag
 
 
 def wait() -> None:

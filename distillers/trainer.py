@@ -18,7 +18,7 @@ from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
 from distillers.methods.base import Batch, Method, Step, Turn
 from distillers.precision import fast_kernels
-from distillers.processes import wait
+from distillers.processes import Interrupted, agreed, wait
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
@@ -28,10 +28,6 @@ from weights.contracts import Progress, Saved, Started, TrainSpec
 
 class Diverged(RuntimeError):
     """A loss or gradient is no longer finite; the message names the step, the loss and the last good checkpoint."""
-
-
-class Interrupted(Exception):
-    """The job was told to stop; what there was to save is saved."""
 
 
 class BadCheckpoint(ValueError):
@@ -129,17 +125,10 @@ class Trainer:
 
     def _out_of_time(self) -> bool:
         limit = self.spec.max_minutes
-        return self._agreed(limit is not None and self.time.seconds >= limit * 60)
+        return agreed(limit is not None and self.time.seconds >= limit * 60, self.accelerator.device)
 
     def _should_stop(self) -> bool:
-        return self._agreed(self.asked_to_stop)
-
-    def _agreed(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
-        return bool(total.item() > 0)
+        return agreed(self.asked_to_stop, self.accelerator.device)
 
     def _iterate(self) -> None:
         """One iteration: every turn of it, each on all micro-batches."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SERVER = "http://127.0.0.1:8000"
 JOBS = "/v1/distillation/jobs"
+CHECK_SECONDS = 20.0
+"""That the check of one of many jobs may take, on a busy server."""
 
 jobs_app = typer.Typer(help="Distillation jobs of a running server.", no_args_is_help=True)
 Server = Annotated[str, typer.Option("--server", help="Address of a running server.")]
@@ -137,7 +139,10 @@ def submit(
     if student is not None:
         body["student"] = student
     with client_of(server) as client:
-        answer = client.request("POST", JOBS, body)
+        batch = body.get("jobs")  # each is checked by a process, one after the other
+        answer = client.request(
+            "POST", JOBS, body, patience=CHECK_SECONDS * len(batch) if isinstance(batch, list) else 0
+        )
         added = answer["data"] if answer["object"] == "list" else [answer]
         for job in added:
             typer.echo(job["id"])

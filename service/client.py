@@ -43,6 +43,7 @@ class Client:
     def __init__(self, server: str, seconds: float = 300.0, key: str | None = None) -> None:
         self._server = server.rstrip("/")
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._seconds = seconds
         self._http = httpx.Client(base_url=self._server, timeout=seconds, headers=headers)
 
     def __enter__(self) -> Self:
@@ -51,11 +52,14 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._http.close()
 
-    def request(self, method: str, path: str, body: Any = None, **query: Any) -> dict[str, Any]:
-        """The decoded answer. Raises: ServerError."""
+    def request(
+        self, method: str, path: str, body: Any = None, *, patience: float = 0.0, **query: Any
+    ) -> dict[str, Any]:
+        """The decoded answer, waited for so many seconds longer than usual. Raises: ServerError."""
         parameters = {name: value for name, value in query.items() if value is not None}
         try:
-            answer = self._http.request(method, path, json=body, params=parameters)
+            timeout = self._seconds + patience
+            answer = self._http.request(method, path, json=body, params=parameters, timeout=timeout)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"no answer from {self._server}: {error or type(error).__name__}") from error
         return _decoded(answer)

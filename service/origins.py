@@ -38,7 +38,7 @@ class Origins:
                 if not self._may(origin, hosts):
                     message = (
                         f"a web page of {shorten(origin)} may not change anything here: use the API from elsewhere than a "
-                        "page, or list the origin in FEWSTEP_CORS_ORIGINS"
+                        "page, list the origin in FEWSTEP_CORS_ORIGINS, or set FEWSTEP_PUBLIC_URL if it is this server's own"
                     )
                     await respond(HTTPStatus.FORBIDDEN, message, code="origin_not_allowed")(scope, receive, send)
                     return

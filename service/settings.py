@@ -38,7 +38,8 @@ class Settings(BaseSettings):
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s?#]+$",
-        description="Address that clients reach the server at, for picture urls; the request's own when unset.",
+        description="Address that clients reach the server at, for picture urls and to know its own pages by their "
+        "origin; the request's own when unset.",
     )
 
     keys_file: Path | None = Field(

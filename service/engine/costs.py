@@ -148,7 +148,15 @@ class CostProfile:
     @property
     def seconds_per_row(self) -> float:
         """In the best full batch within the target: what one more row costs a busy server."""
-        full = [(batch, self.seconds(batch)) for batch in self.batches]
+        return self._per_row(self._current)
+
+    @property
+    def measured_per_row(self) -> float:
+        """The same as at warm-up, whatever has slowed calls since."""
+        return self._per_row(self.measured)
+
+    def _per_row(self, points: Mapping[int, float]) -> float:
+        full = [(batch, _on_the_curve(points, batch)) for batch in self.batches]
         return min(seconds / batch for batch, seconds in full if batch == 1 or seconds <= self.target)
 
     def observe(self, batch: int, seconds: float) -> None:
@@ -256,6 +264,10 @@ class Costs:
         base's network apart where that draws a part of the way.
         """
         return sum(rows * self.of(part).seconds_per_row for part, rows in work)
+
+    def least(self, work: Iterable[tuple[Part, int]]) -> float:
+        """`predict` as at warm-up. What is refused makes no calls, which could show that a slow time is over."""
+        return sum(rows * self.of(part).measured_per_row for part, rows in work)
 
     def _guess(self, part: Part) -> CostProfile:
         alike = {known: profile for known, profile in self._measured.items() if known.call == part.call}

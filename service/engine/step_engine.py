@@ -198,13 +198,14 @@ class StepEngine:
         """A place in the line, and what is asked for on its way to the engine's thread."""
         self._check_ready()
         limit = min(self._settings.request_timeout, math.inf if request.seconds is None else request.seconds)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit
         model, base, plan = await self._plan(request, limit)
         parts = self._thread.parts.get(base, UNKNOWN)
-        seconds = self._costs.predict(parts.work(plan, request))
+        work = list(parts.work(plan, request))
         if parts is not UNKNOWN:
-            check_time(seconds, limit)
-        place = self._line.join(request.client, seconds, limit)
-        loop = asyncio.get_running_loop()
+            check_time(self._costs.least(work), limit)
+        place = self._line.join(request.client, self._costs.predict(work), deadline - loop.time())
 
         def send(answer: Painted | EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
@@ -212,7 +213,7 @@ class StepEngine:
 
         ticket = Ticket(request=request, model=model, place=place, send=send)
         late = TimedOut(f"the request took more than {limit:g} s")
-        self._tickets[ticket] = loop.call_later(limit, ticket.end, late)
+        self._tickets[ticket] = loop.call_at(deadline, ticket.end, late)
         self._idle.clear()
         self._thread.put(ticket)
         return ticket

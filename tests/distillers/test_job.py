@@ -179,6 +179,7 @@ def test_emoji_never_trains_on_what_is_held_out() -> None:
         ('{"file_name": "0.png", "text": []}', "no text"),
         ('{"file_name": "0.png", "text": 5}', "text 5 must be a caption or a list of them"),
         ('{"file_name": "0.png", "text": ["a", null]}', "must be a caption or a list of them"),
+        ('{"file_name": "0.png", "text": "a", "split": "held_out"}', "both trained on and held out"),
         ('{"file_name": "0.png", "text": "a", "split": "test"}', "split 'test' must be 'train' or 'held_out'"),
     ],
 )
@@ -197,13 +198,16 @@ def test_pictures_are_upright_and_on_white_and_captions_have_any_character(tmp_p
     exif[0x0112] = 3  # the camera was upside down
     half.save(tmp_path / "turned.png", exif=exif)
     Image.new("LA", (16, 16), (0, 0)).save(tmp_path / "clear.png")
+    half.save(tmp_path / "odd.png", exif=b"Exif\0\0II*\0")  # which nobody can read
     lines = [{"file_name": "turned.png", "text": "one\u2028two\x85"}, {"file_name": "clear.png", "text": "nothing"}]
+    lines.append({"file_name": "odd.png", "text": "nothing", "split": None})
     text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n"
     (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
     corpus = load_corpus(DataSpec(source=str(tmp_path)), 8)
     assert corpus.captions == ["one\u2028two\x85", "nothing"]
     assert corpus.pictures is not None
-    turned, clear = corpus.pictures([0, 1])
+    turned, clear, odd = corpus.pictures([0, 1, 2])
+    assert odd[:, 0, 0].tolist() == [0, 0, 255]
     assert turned[:, 0, 0].tolist() == [255, 0, 0] and turned[:, 7, 7].tolist() == [0, 0, 255]
     assert (clear == 255).all()
 
@@ -221,6 +225,17 @@ def test_pictures_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(BadData, match=r"deep\.png is no readable picture \(Image size \(64 pixels\)"):
         corpus.pictures([0])
+
+
+def test_a_picture_outside_is_refused_from_where_the_folder_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "../0.png", "text": "a"}')
+    monkeypatch.chdir(tmp_path / "data")
+    with pytest.raises(BadData, match=r"no picture '\.\./0\.png' inside"):
+        load_corpus(DataSpec(source="."), 8)
 
 
 def test_metadata_that_is_no_utf8_is_named(tmp_path: Path) -> None:

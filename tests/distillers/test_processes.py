@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +38,28 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+TELLING = """
+import sys
+from distillers.__main__ import main
+from distillers.pairs import TeacherPairs
+from distillers.processes import place
+
+make = TeacherPairs._make_shard
+
+
+def told(self, path, pairs, *arguments):
+    path.with_suffix(f".by-{place()[0]}").touch()
+    make(self, path, pairs, *arguments)
+
+
+TeacherPairs._make_shard = told
+sys.exit(main(sys.argv[1:]))
+"""
+STOPPING = TELLING.replace("import sys", "import os, signal, sys").replace(
+    "    make(", "    os.kill(os.getpid(), signal.SIGTERM) if place()[0] else None\n    make("
+)
+
+
 def spec(folder: Path, method: str, iterations: int, **config: Any) -> dict[str, Any]:
     return {
         "student": "of-two",
@@ -64,10 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, name: str, job: dict[str, Any], *more: str, module: Path | None = None) -> tuple[int, str]:
     """Exit status and standard error of the job, in two processes."""
     (folder / f"{name}.json").write_text(json.dumps(job))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     what = ["-m", "distillers"] if module is None else [str(module)]
     places = ["--folder", str(folder / name), "--store", str(folder / "store"), *more]
     ended = subprocess.run(
@@ -83,7 +101,8 @@ def run(folder: Path, name: str, job: dict[str, Any], *more: str, module: Path |
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    written = folder / "events.jsonl"
+    return [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
 
 
 def state(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -122,9 +141,23 @@ def test_a_loss_that_is_nan_in_any_process_ends_the_job_with_the_reason(folder: 
     assert "is nan; last good checkpoint: iteration-00000002.safetensors" in last["message"]
 
 
-def test_the_teachers_pairs_are_shared_out(folder: Path) -> None:
+@pytest.fixture
+def of_pairs(folder: Path) -> dict[str, Any]:
     job = spec(folder, "dmd2", 2, gan_weight=0.0, regression_iterations=1, regression_pairs=130, regression_steps=1)
-    status, errors = run(folder, "pairs", job | {"student": "of-pairs"})
+    return job | {"student": "of-pairs"}
+
+
+def test_the_teachers_pairs_are_shared_out(folder: Path, of_pairs: dict[str, Any]) -> None:
+    (folder / "telling.py").write_text(TELLING)
+    status, errors = run(folder, "pairs", of_pairs, module=folder / "telling.py")
     assert status == 0, errors
-    made = sorted(path.name for path in (folder / "pairs").rglob("pairs-*.safetensors"))
-    assert len(made) == 3
+    made = sorted(path.name[-len("000000-000000.by-0") :] for path in (folder / "pairs").rglob("pairs-*.by-*"))
+    assert made == ["000000-000064.by-0", "000064-000128.by-1", "000128-000130.by-0"]
+
+
+def test_one_that_is_stopped_while_pairs_are_made_stops_all(folder: Path, of_pairs: dict[str, Any]) -> None:
+    (folder / "stopping.py").write_text(STOPPING)
+    status, _ = run(folder, "stopped", of_pairs | {"student": "stopped-early"}, module=folder / "stopping.py")
+    assert status != 0
+    assert not [event for event in events(folder / "stopped") if event["kind"] == "failed"]
+    assert len(list((folder / "stopped").rglob("pairs-*.safetensors"))) == 2, "what was made is kept"

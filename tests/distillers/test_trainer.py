@@ -13,8 +13,9 @@ from distillers.checkpoint import load_checkpoint
 from distillers.ema import Average
 from distillers.methods.base import Method, MethodConfig, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
 from distillers.precision import fast_kernels, resolve_precision
+from distillers.processes import Interrupted
 from distillers.seeds import generator_of, seed_of
-from distillers.trainer import BadCheckpoint, Diverged, Interrupted
+from distillers.trainer import BadCheckpoint, Diverged
 from tests.distillers.mixtures import mixture_setup, trainer_of
 from weights.contracts import EVENTS, StepSchedule
 from weights.families.base import TextToImage

@@ -59,8 +59,9 @@ class Program(Growing):
         return self._made[1]
 
     def want(self, batch: int) -> None:
-        """See `Growing.want`. One that cannot be compiled is not tried again."""
-        if not self._coming and batch not in self._failed and batch not in self.made:
+        """See `Growing.want`. One that cannot be compiled is not tried again, but a smaller one."""
+        batch = max((each for each in self._batches if each <= batch and each not in self._failed), default=1)
+        if not self._coming and batch not in self.made:
             self._coming = True
             self._compiler.later(partial(_compile, weakref.ref(self), batch))
 
