@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +25,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
     try:
         # Clones: safetensors refuses tensors that share memory, as tied weights and views do.
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(plain, temporary, metadata={_HEADER: json.dumps(state)})
+        try:
+            save_file(plain, temporary, metadata={_HEADER: json.dumps(state)})
+        except SafetensorError as error:  # its own class, also where the disk is full
+            raise OSError(f"{path} cannot be written ({error}); an older one is as it was") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,6 +1,5 @@
 """What stands between the routes and the engine: the stop at a drain, picture limits, and the safety checker."""
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -8,6 +7,7 @@ from typing import Literal, cast
 
 from PIL.Image import Image, new
 
+from service.engine.aside import Aside
 from service.engine.base import (
     BadRequest,
     Drawn,
@@ -27,6 +27,8 @@ from service.safety import Checker
 
 FlaggedAre = Literal["refused", "blanked"]
 
+CHECKS = 4
+"""Pictures that are checked at the same time."""
 UNDRAWN = (BadRequest, UnknownModel, Overloaded, NotReady, ModelBroken)
 """Refusals that come before anything is drawn: they cost the client no pictures."""
 
@@ -48,6 +50,7 @@ class GuardedEngine:
         self._rates = rates
         self._checker = checker
         self._flagged = flagged
+        self._aside = Aside(CHECKS)
         self._drains = False
         self._stopped = False
 
@@ -125,7 +128,7 @@ class GuardedEngine:
 
     async def _hides(self, image: Image, request: DrawRequest) -> bool:
         """Whether the picture is to be black. Raises: Flagged, EngineError."""
-        if self._checker is None or not await asyncio.to_thread(self._checker.flags, image, request.prompt):
+        if self._checker is None or not await self._aside.run(self._checker.flags, image, request.prompt):
             return False
         if self._flagged == "refused":
             raise Flagged(f"the safety checker {self._checker.name!r} refuses a picture of this prompt", "prompt")

@@ -5,8 +5,8 @@ A package offers one under the entry point group ``fewstep.safety``::
     [project.entry-points."fewstep.safety"]
     my-checker = "my_package:is_flagged"
 
-``is_flagged(image, prompt) -> bool`` gets each picture (PIL, RGB), previews too, on a thread of the server's pool; several
-calls may run at once.
+``is_flagged(image, prompt) -> bool`` gets each picture (PIL, RGB), previews too, on a thread of its own; several calls may
+run at once. Its time comes on top of what a request may take.
 """
 
 import logging
@@ -38,7 +38,7 @@ class Checker:
         """
         try:
             return bool(self.function(image, prompt))
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001
             # Its class alone: a foreign error's message may hold the prompt, which is not for the log.
             log.error("the safety checker %r failed with %s", self.name, type(error).__name__)
             message = f"the safety checker {self.name!r} failed, so that the pictures cannot be shown"

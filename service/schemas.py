@@ -72,6 +72,7 @@ class ImageRequest(Body):
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp; 100 by default")
     user: str | None = Field(None, max_length=512, description="accepted, and not used")
+    safety_identifier: str | None = Field(None, max_length=512, description="accepted, and not used")
     quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
         "auto", description="accepted, and not used: `steps` is what changes it"
     )

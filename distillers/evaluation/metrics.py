@@ -41,9 +41,10 @@ class Estimate:
     def high(self) -> float:
         return self.value + _NORMAL_95 * self.error
 
-    def summary(self) -> dict[str, float]:
-        """The figure and its interval, as JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+    def summary(self) -> dict[str, float | None]:
+        """The figure and its interval, as JSON, which knows no infinity: None where there is none."""
+        found = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:

@@ -70,11 +70,11 @@ class TableJobs:
             if taken:
                 param = f"{prefix}student"
                 raise InvalidSpec(f"{param}: the name {taken[0]!r} is taken; choose another", param, "name_taken")
-            if spec.start is not None and spec.start not in students:
-                known = ", ".join(students) or "none yet"
-                raise InvalidSpec(
-                    f"{prefix}start: no student {spec.start!r} is published; there are: {known}", f"{prefix}start"
-                )
+            guide = None if spec.guide is None else spec.guide.student
+            for field, name in (("start", spec.start), ("guide.student", guide)):
+                if name is not None and name not in students:
+                    known, param = ", ".join(students) or "none yet", prefix + field
+                    raise InvalidSpec(f"{param}: no student {name!r} is published; there are: {known}", param)
             seen.update(spec.publishes)
 
     async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:

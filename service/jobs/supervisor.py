@@ -41,6 +41,8 @@ class Supervisor:
         self._owner = new_owner()
         self._devices = find_devices(settings.devices)
         self._tasks: list[asyncio.Task[None]] = []
+        self._followed: set[str] = set()
+        """Jobs whose attempts run here: a lease that was renewed late is no reason to end them."""
         self._stopping = asyncio.Event()
         self._news = asyncio.Event()
 
@@ -97,7 +99,7 @@ class Supervisor:
     async def reclaim(self) -> None:
         """Queue again every running job whose lease has expired or whose owner is dead; its processes end first."""
         for job in await asyncio.to_thread(self._table.running):
-            if job.owner is None or job.lease_until is None:
+            if job.owner is None or job.lease_until is None or job.id in self._followed:
                 continue
             if job.lease_until < time.time() or (job.owner != self._owner and is_dead(job.owner)):
                 await self._rescue(job)
@@ -154,11 +156,14 @@ class Supervisor:
             await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=problem))
             return
         account = Account(progress=job.progress)
+        self._followed.add(job.id)
         try:
             job, status = await self._follow(job, attempt, reader, account)
         except BaseException:
             await attempt.stop(0)
             raise
+        finally:
+            self._followed.discard(job.id)
         await self._settle(job, attempt, status, account)
 
     async def _follow(

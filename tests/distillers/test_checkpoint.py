@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, in the memory format that fused optimizers need, and half a file is refused."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save_checkpoint(path, {"a": torch.ones(2)}, {"step": 2})
     assert load_checkpoint(path)[1] == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"one\.safetensors cannot be written"):
+            save_checkpoint(tmp_path / "one.safetensors", {"x": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

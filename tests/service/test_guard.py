@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
@@ -35,13 +36,23 @@ def fails(image: Image.Image, prompt: str) -> bool:
     raise ValueError(f"cannot read {prompt}")
 
 
+def leaves(image: Image.Image, prompt: str) -> bool:
+    raise SystemExit(3)
+
+
+def told_its_thread(image: Image.Image, prompt: str) -> bool:
+    return not threading.current_thread().name.startswith("aside")
+
+
 not_callable = "text"
 
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an installed package would offer."""
-    names = {"two": f"{__name__}:flags_two", "fails": f"{__name__}:fails", "text": f"{__name__}:not_callable"}
+    functions = {"two": flags_two, "fails": fails, "leaves": leaves, "aside": told_its_thread}
+    names = {name: f"{__name__}:{function.__name__}" for name, function in functions.items()}
+    names["text"] = f"{__name__}:not_callable"
     points = [EntryPoint(name, value, safety.GROUP) for name, value in {**names, "gone": "no.such.module:f"}.items()]
     monkeypatch.setattr(safety, "entry_points", lambda group: EntryPoints(points).select(group=group))
 
@@ -49,7 +60,10 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nobody", "no installed package offers 'nobody' as fewstep.safety; there are: fails, gone, text, two"),
+        (
+            "nobody",
+            "offers 'nobody' as fewstep.safety; there are: aside, fails, gone, leaves, text, two",
+        ),
         ("gone", "'gone' cannot be loaded: No module named 'no'"),
         ("text", "is no function of an image and a prompt"),
     ],
@@ -90,14 +104,22 @@ def test_a_flagged_picture_can_be_blanked(settings: Settings, engine: FakeEngine
 
 
 @pytest.mark.usefixtures("offered")
+def test_a_slow_checker_has_threads_of_its_own(settings: Settings, engine: FakeEngine) -> None:
+    """asyncio's are few, and all that waits for a disk or the job table needs them."""
+    with checked(settings, engine, safety_checker="aside") as client:
+        assert client.post(DRAW, json={"prompt": "red apple"}).status_code == 200
+
+
+@pytest.mark.parametrize(("name", "error"), [("fails", "ValueError"), ("leaves", "SystemExit")])
+@pytest.mark.usefixtures("offered")
 def test_a_checker_that_fails_lets_nothing_out(
-    settings: Settings, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+    settings: Settings, engine: FakeEngine, caplog: pytest.LogCaptureFixture, name: str, error: str
 ) -> None:
-    with checked(settings, engine, safety_checker="fails") as client:
+    with checked(settings, engine, safety_checker=name) as client:
         answer = client.post(DRAW, json={"prompt": "red apple"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
-    assert "'fails' failed" in answer.json()["error"]["message"]
-    assert "failed with ValueError" in caplog.text
+    assert f"{name!r} failed" in answer.json()["error"]["message"]
+    assert f"failed with {error}" in caplog.text
     assert "red apple" not in caplog.text
     assert logging.ERROR in {record.levelno for record in caplog.records}
 

@@ -487,6 +487,25 @@ def test_a_live_lease_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_no_supervisor_takes_a_job_from_itself(tmp_path: Path) -> None:
+    """However late the lease is renewed: the server may have had much else to do."""
+    settings = job_settings(tmp_path)
+
+    async def scenario() -> None:
+        table = open_table(settings)
+        (job,) = table.add([spec()])
+        supervisor = Supervisor(table, LocalExecutor(FAKE, settings.store), settings)
+        held = table.claim(supervisor._owner, "here/cpu", -1.0)
+        supervisor._followed.add(job.id)
+        await supervisor.reclaim()
+        assert table.get(job.id) == held
+        supervisor._followed.clear()
+        await supervisor.reclaim()  # now nobody follows it
+        assert table.get(job.id).status == "queued"
+
+    run(scenario())
+
+
 def test_a_supervisor_that_was_fenced_off_ends_its_attempt(tmp_path: Path) -> None:
     settings = job_settings(tmp_path)
     report = tmp_path / "report"

@@ -140,6 +140,11 @@ def test_a_job_may_start_from_a_published_student(idle: TestClient, settings: Se
     assert idle.post(JOBS, json=spec("second") | {"start": "first"}).json()["spec"]["start"] == "first"
 
 
+def test_a_guide_has_to_be_published(idle: TestClient) -> None:
+    job = spec("second") | {"guide": {"student": "gone", "scale": 1.4}}
+    assert "no student 'gone' is published" in refused(idle.post(JOBS, json=job), 400, "guide.student", "invalid_value")
+
+
 def test_a_job_resumes_unless_another_took_its_name(idle: TestClient, settings: Settings, tmp_path: Path) -> None:
     job = idle.post(JOBS, json=spec()).json()
     resume = f"{JOBS}/{job['id']}/resume"

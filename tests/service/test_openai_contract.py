@@ -72,6 +72,7 @@ def test_everything_the_client_can_say_about_a_picture(client: openai.OpenAI, en
         moderation="low",
         output_format="webp",
         output_compression=50,
+        safety_identifier="someone",
         user="somebody",
         extra_body={"guidance_scale": 2.0, "diversity": True, "negative_prompt": "dog", "deterministic": True},
     )

@@ -1,5 +1,6 @@
 """Distances against closed form, brute force, and what they must do to pictures' features."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 
 from distillers.evaluation import metrics
+from distillers.evaluation.bars import Bar
 from distillers.evaluation.metrics import Estimate
 
 
@@ -124,6 +126,15 @@ def test_the_kernel_distance_is_unbiased_and_its_interval_covers_the_closed_form
     assert sum(e.low <= truth <= e.high for e in estimates) / 200 > 0.85
     # The jackknife's own error is the spread that repeating the whole experiment shows.
     assert torch.tensor([e.error for e in estimates]).mean().item() == pytest.approx(float(values.std()), rel=0.25)
+
+
+def test_a_figure_that_hangs_on_one_group_has_no_interval_and_passes_no_bar() -> None:
+    single = metrics.mean(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    found = metrics.ratio(single, single)
+    assert found.summary() == {"value": 1.0, "low": None, "high": None}
+    bar = Bar("m", "ratio", found, 0.95, at_most=False)
+    assert not bar.passed
+    json.loads(json.dumps(bar.as_json(), allow_nan=False))
 
 
 def test_a_ratio_on_the_same_groups_is_surer_than_its_parts() -> None:
