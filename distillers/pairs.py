@@ -41,9 +41,9 @@ class TeacherPairs:
         rank, processes = place()
         for first in range(0, len(ends), processes):
             for start, end in ends[first + rank : first + rank + 1]:
-                self._shard(start, end, steps, guidance_scale)
+                self._made(start, end, steps, guidance_scale)
             self._tick(ends[min(first + processes, len(ends)) - 1][1])
-        shards = [self._shard(start, end, steps, guidance_scale) for start, end in ends]
+        shards = [load_checkpoint(self._made(start, end, steps, guidance_scale))[0] for start, end in ends]
         self._pictures, self._rows = (torch.cat([shard[name] for shard in shards]) for name in ("pictures", "rows"))
 
     def _tick(self, done: int) -> None:
@@ -56,13 +56,12 @@ class TeacherPairs:
         if agreed(stopped is not None, self.setup.device):
             raise stopped or Interrupted("stopped while teacher pairs")
 
-    def _shard(self, start: int, end: int, steps: int, guidance_scale: float) -> dict[str, Tensor]:
-        """These pairs, made where they are not on disk: another process's may be on another machine's."""
+    def _made(self, start: int, end: int, steps: int, guidance_scale: float) -> Path:
+        """The file of these pairs, made where it is not on disk: another process's may be on another machine's."""
         path = self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{start:06d}-{end:06d}.safetensors"
         if not path.exists():
             self._make_shard(path, torch.arange(start, end), steps, guidance_scale)
-        tensors, _ = load_checkpoint(path)
-        return tensors
+        return path
 
     @torch.no_grad()
     def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:

@@ -1,7 +1,7 @@
 """UNets of diffusers as denoisers, and as plain functions of tensors."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, cast
@@ -17,7 +17,7 @@ SIDES = ("down_blocks", "up_blocks")
 MIDDLE = ("mid_block",)
 """A UNet's blocks by the names that the network itself gives them."""
 TIMES = 1024
-"""Batches of times whose coefficients are kept."""
+"""Batches of times at which a curve's values are kept."""
 
 
 GUIDANCE_WIDTH = 256
@@ -52,14 +52,21 @@ def _evaluate(unet: nn.Module, x_t: Tensor, index: Tensor, states: Tensor, scale
     return cast(Tensor, unet(x_t, index, states, **told, return_dict=False)[0])
 
 
-def _looked_up(schedule: DiscreteVP, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return schedule.native_index(t).float(), schedule.alpha(t), schedule.sigma(t)
+Curve = Callable[[Tensor], Tensor]
+"""Of a schedule, by the time."""
 
 
 @lru_cache(maxsize=TIMES)
-def _known(schedule: DiscreteVP, times: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """`_looked_up`, kept: drawings ask for few times, again and again, and a small network takes not much longer itself."""
-    return _looked_up(schedule, torch.tensor(times, dtype=dtype))
+def _known(curve: Curve, times: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """The curve there, kept: drawings ask for few times again and again, and a small network takes not much longer."""
+    return curve(torch.tensor(times, dtype=dtype))
+
+
+def _at(curve: Curve, t: Tensor) -> Tensor:
+    # On a GPU to read the times would wait for it; a gradient may be wanted where inference mode is off.
+    if t.device.type == "cpu" and torch.is_inference_mode_enabled():
+        return _known(curve, tuple(t.tolist()), t.dtype)
+    return curve(t)
 
 
 class _Enough(Exception):
@@ -125,18 +132,11 @@ class UNetDenoiser(Denoiser):
         """What the network itself takes: latents, native timesteps, hidden states, and a scale's embedding if it has one."""
         dtype = next(self.unet.parameters()).dtype
         told = (embedded_scale(cond[GUIDANCE]).to(dtype),) if self.embeds_guidance else ()
-        index, _, _ = self._at(t)
+        index = _at(self.schedule.native_index, t).float()
         return x_t.to(dtype), index, cond["encoder_hidden_states"].to(dtype), *told
 
-    def _at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Native index, alpha and sigma of each time."""
-        # On a GPU to read the times would wait for it; a gradient may be wanted where inference mode is off.
-        if t.device.type == "cpu" and torch.is_inference_mode_enabled():
-            return _known(self.schedule, tuple(t.tolist()), t.dtype)
-        return _looked_up(self.schedule, t)
-
     def _x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (expand(coefficient, x_t) for coefficient in self._at(t)[1:])
+        alpha, sigma = (expand(_at(curve, t), x_t) for curve in (self.schedule.alpha, self.schedule.sigma))
         return to_x0(output.float(), x_t.float(), alpha, sigma, self.prediction)
 
     @contextmanager

@@ -74,7 +74,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(made)
     made.add_argument("--out", type=Path, required=True, help="folder for the report, also what a restart resumes from")
-    made.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
     made.add_argument("--quick", action="store_true", help="a small sample, for a look: no bar can be held against it")
     made.add_argument(
         "--extractors",

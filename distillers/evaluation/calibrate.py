@@ -239,7 +239,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("name", metavar="NAME", help="a student of the store, or a bundled one")
-    made.add_argument("--base", help="bundled base, pipeline folder or hub id; the student's own when left out")
     made.add_argument("--write", action="store_true", help="put the choice into the student's manifest")
     made.add_argument("--quick", action="store_true", help="a small sample, for a look; it cannot be written")
     made.add_argument(

@@ -114,11 +114,13 @@ class Evaluation:
 
     def _prepare(self) -> None:
         """Features of the real pictures, and the alignment's regression, fitted on training pictures alone."""
-        held_out = [prompt.file_name for prompt in self.protocol.held_out]
-        self.held_out_pictures = self.pictures.load(held_out)
+        self.held_out_pictures = self.pictures.load([prompt.file_name for prompt in self.protocol.held_out])
         self.reference = self._real_features(self.protocol.reference, "real, reference")
         self.floor = self._real_features(self.protocol.floor, "real, floor")
-        self.held_out = self._real_features(held_out, "real, held out")
+        self.held_out = {
+            extractor.name: self._features(self.shared, extractor, self.held_out_pictures, "real, held out")
+            for extractor in self.extractors
+        }
         train = self.pictures.training()
         if self.protocol.fit is not None:
             # Every k-th, since the archive lists one category after the other.

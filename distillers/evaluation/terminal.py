@@ -15,6 +15,7 @@ from distillers.evaluation.measure import Track
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options for the work itself."""
+    parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
     parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students when left out")
     parser.add_argument(
         "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"

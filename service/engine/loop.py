@@ -142,7 +142,7 @@ class DrawingLoop:
     def _want_larger(self, group: Group, ready: Sequence[Work]) -> None:
         """Have a program made for the batch that all that is ready would take, where that is missing."""
         program, profile = _growing(group), self._costs.of(group.part)
-        if program is None or group.alone or set(profile.batches) <= set(program.made):
+        if program is None or group.alone or profile.among(program.made) is profile:
             return
         rows = [work.rows for work in ready if work.group == group and work.rows <= profile.batches[-1]]
         if rows:

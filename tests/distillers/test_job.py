@@ -263,10 +263,8 @@ def test_prompts_go_to_the_student_and_captions_stay_with_pictures(base: Path, d
 
 def test_a_teacher_of_stable_diffusions_classes_has_its_pictures_kept(data: Path, tmp_path: Path) -> None:
     """Its autoencoder's attention answers with channels last."""
-    model, corpus = (
-        StableDiffusion.load(tiny_sd15_pipeline(tmp_path / "base")),
-        load_corpus(DataSpec(source=str(data)), 32),
-    )
+    model = StableDiffusion.load(tiny_sd15_pipeline(tmp_path / "base"))
+    corpus = load_corpus(DataSpec(source=str(data)), 32)
     feed = Feed(corpus, model, device=torch.device("cpu"), batch_size=4, seed=3, with_pictures=True)
     feed.prepare(tmp_path / "cache", "base", 1000, lambda *_: None)
     batch = feed.batch(0)

@@ -95,25 +95,16 @@ def test_an_exported_student_draws_the_same_pixels_with_diffusers_alone(
     assert (ours - base_pixels).abs().mean() * 255 > 0.01, "the student's own weights must show"
 
 
-def test_an_export_takes_no_more_of_the_bases_scheduler_than_its_noise(base_folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "thresholding"
+@pytest.mark.parametrize(
+    "changes",
+    [{"thresholding": True, "sample_max_value": 0.5}, {"num_train_timesteps": 500}],
+    ids=["of which no more is taken than its noise", "of fewer timesteps"],
+)
+def test_a_base_of_another_scheduler_exports(base_folder: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    other = tmp_path / "other"
     shutil.copytree(base_folder, other)
     settings = other / "scheduler" / "scheduler_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "thresholding": True, "sample_max_value": 0.5}))
-    base = load("stable_diffusion", other)
-    store = Store(tmp_path / "store")
-    published(store, base, other, tmp_path)
-    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
-    student = load_student(store.open("student"), base)
-    ours = (student.decode(draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR).latents) + 1) / 2
-    assert (ours - diffusers_pixels(pipeline, 4, 1.0, seed=7)).abs().mean() * 255 < 0.01
-
-
-def test_a_base_of_fewer_timesteps_exports(base_folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "short"
-    shutil.copytree(base_folder, other)
-    settings = other / "scheduler" / "scheduler_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "num_train_timesteps": 500}))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
     base = load("stable_diffusion", other)
     store = Store(tmp_path / "store")
     published(store, base, other, tmp_path)
