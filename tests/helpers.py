@@ -11,12 +11,22 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import BertConfig, BertModel, BertTokenizerFast, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from weights.contracts import StepSchedule, StudentManifest
 from weights.students import base_reference
@@ -24,20 +34,21 @@ from weights.students import base_reference
 WORDS = "red green blue apple dog cat flag face sun food drink animals nature of with and noto twemoji fluent".split()
 
 
-def tiny_unet() -> UNet2DConditionModel:
+def tiny_unet(**changes: Any) -> UNet2DConditionModel:
     """8x8 latents, three levels, 50 thousand weights."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
+    usual: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**usual, **changes})
 
 
 def save_pipeline(folder: Path, **parts: Any) -> None:
@@ -87,35 +98,47 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Writes one of Stable Diffusion 1's classes: CLIP, a KL autoencoder, eps over scaled-linear betas; its folder."""
-    torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's, that knows letters alone; what it is made from is in ``folder`` for a moment."""
     letters = "abcdefghijklmnopqrstuvwxyz,"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     vocabulary.write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     merges.write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=24)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            bos_token_id=len(tokens) - 2,
-            eos_token_id=len(tokens) - 1,
-        )
-    )
-    vae = AutoencoderKL(
+    vocabulary.unlink(), merges.unlink()
+    return tokenizer
+
+
+def kl_autoencoder(**changes: Any) -> AutoencoderKL:
+    """32x32 pictures to 8x8 latents."""
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         latent_channels=4,
         norm_num_groups=4,
         layers_per_block=1,
+        **changes,
+    )
+
+
+def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Writes one of Stable Diffusion 1's classes: CLIP, a KL autoencoder, eps over scaled-linear betas; its folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = clip_tokenizer(folder)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=len(tokenizer) - 2,
+            eos_token_id=len(tokenizer) - 1,
+        )
     )
     scheduler = PNDMScheduler(
         beta_schedule="scaled_linear",
@@ -126,8 +149,48 @@ def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    save_pipeline(folder, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
-    vocabulary.unlink(), merges.unlink()
+    save_pipeline(folder, vae=kl_autoencoder(), text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    return folder
+
+
+def tiny_sdxl_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Writes one of SDXL's classes: two CLIPs, a KL autoencoder, sizes; its folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = clip_tokenizer(folder)
+    text = {
+        "vocab_size": len(tokenizer),
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 24,
+        "bos_token_id": len(tokenizer) - 2,
+        "eos_token_id": len(tokenizer) - 1,
+    }
+    pipeline = StableDiffusionXLPipeline(
+        vae=kl_autoencoder(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=8, projection_dim=12, **text)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=tiny_unet(
+            cross_attention_dim=24,
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 1, 2),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 * 4 + 12,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
     return folder
 
 

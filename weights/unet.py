@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,30 @@ class UNet(nn.Module):
         return _evaluate(self.unet, x_t, index, states, scale)
 
 
+class UNetXL(UNet):
+    """SDXL's, which is also told the prompt as one vector ``(B, D)`` and the picture's sizes ``(B, 6)``."""
+
+    def forward(  # type: ignore[override]
+        self, x_t: Tensor, index: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        return _evaluate_xl(self.unet, x_t, index, states, pooled, sizes, scale)
+
+
 def _evaluate(unet: nn.Module, x_t: Tensor, index: Tensor, states: Tensor, scale: Tensor | None = None) -> Tensor:
-    told = {} if scale is None else {"timestep_cond": scale}
-    return cast(Tensor, unet(x_t, index, states, **told, return_dict=False)[0])
+    return cast(Tensor, unet(x_t, index, states, timestep_cond=scale, return_dict=False)[0])
+
+
+def _evaluate_xl(
+    unet: nn.Module,
+    x_t: Tensor,
+    index: Tensor,
+    states: Tensor,
+    pooled: Tensor,
+    sizes: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    return cast(Tensor, unet(x_t, index, states, timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0])
 
 
 Curve = Callable[[Tensor], Tensor]
@@ -77,6 +98,8 @@ class UNetDenoiser(Denoiser):
     """A `UNet2DConditionModel` as a denoiser; ``cond`` is ``{"encoder_hidden_states": (B, L, D)}``."""
 
     schedule: DiscreteVP
+    _evaluate: ClassVar[Callable[..., Tensor]] = staticmethod(_evaluate)
+    """The network at `inputs`."""
 
     def __init__(
         self, unet: nn.Module, schedule: DiscreteVP, prediction: Prediction, program: nn.Module | None = None
@@ -96,12 +119,12 @@ class UNetDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         if self.program is None:
-            return self._x0(_evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t)
+            return self._x0(self._evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t)
         return self._x0(self.program(*self.inputs(x_t, t, cond)), x_t, t)
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
         with self._recording(MIDDLE, stop=False) as features:
-            return self._x0(_evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t), features
+            return self._x0(self._evaluate(self.unet, *self.inputs(x_t, t, cond)), x_t, t), features
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         return self.block_features(x_t, t, cond, MIDDLE)
@@ -109,7 +132,7 @@ class UNetDenoiser(Denoiser):
     def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
         with self._recording(blocks, stop=True) as features:
             try:
-                _evaluate(self.unet, *self.inputs(x_t, t, cond))
+                self._evaluate(self.unet, *self.inputs(x_t, t, cond))
             except _Enough:
                 pass
             return features
@@ -158,3 +181,40 @@ class UNetDenoiser(Denoiser):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class UNetXLDenoiser(UNetDenoiser):
+    """SDXL's UNet as a denoiser; ``cond`` has the prompt as one vector as well, ``{"text_embeds": (B, D)}``.
+
+    The sizes that it is told (SDXL, https://arxiv.org/abs/2307.01952, section 2.2) follow from the latents': a picture that
+    was always as large as it is drawn, and not cut.
+    """
+
+    _evaluate = staticmethod(_evaluate_xl)
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: DiscreteVP,
+        prediction: Prediction,
+        program: nn.Module | None = None,
+        *,
+        scale: int,
+    ) -> None:
+        """See `UNetDenoiser`.
+
+        Args:
+            scale: pixels to a latent, each way.
+        """
+        super().__init__(unet, schedule, prediction, program)
+        self.scale = scale
+
+    def inputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
+        """`UNetDenoiser.inputs`, with the prompt's vector and the sizes before the scale."""
+        latents, index, states, *told = super().inputs(x_t, t, cond)
+        sizes = torch.zeros(
+            len(x_t), 6, device=x_t.device
+        )  # original size, corner of the cut, size wanted; heights first
+        sizes[:, 0::4] = self.scale * x_t.shape[-2]
+        sizes[:, 1::4] = self.scale * x_t.shape[-1]
+        return latents, index, states, cond["text_embeds"].to(latents.dtype), sizes, *told

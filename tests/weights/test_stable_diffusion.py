@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from tests.helpers import student_manifest, tiny_pipeline, tiny_sd15_pipeline
+from tests.helpers import student_manifest, tiny_pipeline, tiny_sd15_pipeline, tiny_sdxl_pipeline
 from weights.contracts import BaseReference, GuidanceConvention, StepSchedule
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
 from weights.drawing import draw, draw_base
 from weights.export import export
-from weights.families import load
+from weights.families import load, stable_diffusion
 from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
 from weights.store import NotFound, Store, digest_base
 from weights.students import WrongBase, check_base, load_student
@@ -26,16 +32,28 @@ PROMPT = "red apple, noto"
 FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
 
 
-@pytest.fixture(scope="module", params=[tiny_pipeline, tiny_sd15_pipeline], ids=["bundled", "sd15"])
+FAMILIES = {
+    StableDiffusionPipeline.__name__: "stable_diffusion",
+    StableDiffusionXLPipeline.__name__: "stable_diffusion_xl",
+}
+
+
+@pytest.fixture(
+    scope="module", params=[tiny_pipeline, tiny_sd15_pipeline, tiny_sdxl_pipeline], ids=["bundled", "sd15", "sdxl"]
+)
 def base_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the bundled teacher's classes, and of Stable Diffusion 1's."""
+    """Of the bundled teacher's classes, of Stable Diffusion 1's, and of SDXL's."""
     make: Callable[[Path], Path] = request.param
     return make(tmp_path_factory.mktemp("base"))
 
 
+def family_of(folder: Path) -> str:
+    return FAMILIES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
+
+
 @pytest.fixture(scope="module")
 def base(base_folder: Path) -> StableDiffusion:
-    model = load("stable_diffusion", base_folder)
+    model = load(family_of(base_folder), base_folder)
     assert isinstance(model, StableDiffusion)
     return model
 
@@ -46,10 +64,10 @@ def published(store: Store, model: StableDiffusion, base_folder: Path, tmp_path:
         for parameter in student.network.parameters():
             parameter.mul_(1.05)
     student.save_network(tmp_path / "work", torch.float32)
-    store.publish(student_manifest(base_folder, **changes), tmp_path / "work")
+    store.publish(student_manifest(base_folder, **{"family": model.family, **changes}), tmp_path / "work")
 
 
-def diffusers_pixels(pipeline: StableDiffusionPipeline, steps: int, guidance: float, seed: int) -> torch.Tensor:
+def diffusers_pixels(pipeline: DiffusionPipeline, steps: int, guidance: float, seed: int) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         PROMPT,
@@ -62,7 +80,7 @@ def diffusers_pixels(pipeline: StableDiffusionPipeline, steps: int, guidance: fl
 
 def test_the_base_draws_what_diffusers_draws(base: StableDiffusion, base_folder: Path) -> None:
     drawing = draw_base(base, base.encode_prompts([PROMPT]), base.encode_prompts([""]), [5], 5, 3.0)
-    pipeline = StableDiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(base_folder, dtype=torch.float32)
     ending_clean = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ending_clean)
     theirs = diffusers_pixels(pipeline, 5, 3.0, seed=5)
@@ -105,7 +123,7 @@ def test_a_base_of_another_scheduler_exports(base_folder: Path, tmp_path: Path, 
     shutil.copytree(base_folder, other)
     settings = other / "scheduler" / "scheduler_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
-    base = load("stable_diffusion", other)
+    base = load(family_of(other), other)
     store = Store(tmp_path / "store")
     published(store, base, other, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
@@ -133,7 +151,20 @@ def test_a_pipeline_that_cannot_be_read_says_what_is_wrong(
     path = other / file
     path.write_text("{" if changes is None else json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=says):
-        load("stable_diffusion", other)
+        load(family_of(base_folder), other)
+
+
+def test_a_scheduler_of_another_kind_of_noise_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    EDMEulerScheduler().save_pretrained(other / "scheduler")
+    index = json.loads((other / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="EDMEulerScheduler, has noise that does not preserve variance; want one with alphas"
+    ):
+        load(family_of(other), other)
 
 
 def test_other_precisions_alone_are_no_base(base_folder: Path, tmp_path: Path) -> None:
@@ -156,12 +187,18 @@ def test_an_export_finds_a_base_that_has_moved(base: StableDiffusion, base_folde
     assert (export(store, "student", tmp_path / "out", 4, base=str(base_folder)) / "model_index.json").is_file()
 
 
-def test_another_kind_of_pipeline_is_refused_by_its_name(base_folder: Path, tmp_path: Path) -> None:
-    index = tmp_path / "xl" / "model_index.json"
-    shutil.copytree(base_folder, index.parent)
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(ValueError, match="holds a StableDiffusionXLPipeline, and family 'stable_diffusion' takes"):
-        load("stable_diffusion", index.parent)
+@pytest.mark.parametrize(
+    ("family", "kind", "says"),
+    [
+        ("stable_diffusion", "StableDiffusionXLPipeline", r"fine-tunes\): family 'stable_diffusion_xl' takes it$"),
+        ("stable_diffusion_xl", "StableDiffusionPipeline", r"not its refiner\): family 'stable_diffusion' takes it$"),
+        ("stable_diffusion_xl", "FluxPipeline", r"holds a FluxPipeline, and family 'stable_diffusion_xl' .*refiner\)$"),
+    ],
+)
+def test_another_kind_of_pipeline_is_refused_by_its_name(tmp_path: Path, family: str, kind: str, says: str) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(ValueError, match=says):
+        load(family, tmp_path)
 
 
 def test_rendering_is_decoding_with_a_gradient_also_where_it_is_cut_off(base: StableDiffusion) -> None:
@@ -206,7 +243,7 @@ def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
     store = Store(tmp_path / "store")
     told_guidance(base).save_network(tmp_path / "work", torch.float32)
     guidance = GuidanceConvention(trained_scale=5.0, default_scale=5.0, embedded=(2.0, 8.0))
-    store.publish(student_manifest(base_folder, guidance=guidance), tmp_path / "work")
+    store.publish(student_manifest(base_folder, family=base.family, guidance=guidance), tmp_path / "work")
     student = load_student(store.open("student"), base)
     drawing = draw(student, base.encode_prompts([PROMPT]), None, [7], FOUR, guidance_scale=5.0)
     assert drawing.evaluations == 4, "no unconditional evaluation"
@@ -224,7 +261,7 @@ def test_a_network_of_another_size_survives_the_store(base: StableDiffusion, bas
     )
     small.save_network(tmp_path / "work", torch.float32)
     store = Store(tmp_path / "store")
-    store.publish(student_manifest(base_folder), tmp_path / "work")
+    store.publish(student_manifest(base_folder, family=base.family), tmp_path / "work")
     student, cond = load_student(store.open("student"), base), base.encode_prompts([PROMPT])
     ours, theirs = (draw(each, cond, None, [7], FOUR).latents for each in (student, small))
     assert torch.allclose(ours, theirs, atol=1e-5) and ours.shape == (1, *base.latent_shape())
@@ -330,6 +367,27 @@ def test_prompts_are_points_of_length_one_and_latents_round_trip_in_shape(base: 
     decoded = base.decode(latents)
     assert decoded.shape == pictures.shape
     assert decoded.abs().max() <= 1
+
+
+def test_large_pictures_go_through_the_autoencoder_a_few_at_a_time(
+    base: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = torch.rand(5, 3, 32, 32) * 2 - 1
+    latents = base.encode(pictures)
+    decoded = base.decode(latents)
+    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 2 * 32 * 32 + 5)
+    rows: list[int] = []
+    handles = [
+        getattr(base.vae, side).register_forward_hook(lambda _, __, output: rows.append(len(output)))
+        for side in ("encoder", "decoder")
+    ]
+    torch.testing.assert_close(base.encode(pictures), latents)
+    torch.testing.assert_close(base.decode(latents), decoded)
+    monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 5)
+    base.decode(latents[:2])
+    for handle in handles:
+        handle.remove()
+    assert rows == [2, 2, 1, 2, 2, 1, 1, 1], "one at least, however large"
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 8), (-32, 32)])

@@ -8,16 +8,17 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from weights.bundled import resolve_base
 from weights.denoiser import GUIDANCE, cond_repeat
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import DiscreteVP
+from weights.families import families
 from weights.families.base import Part, PartName, Programs, TextToImage
 from weights.networks import read_network
 from weights.quiet import quiet
@@ -29,6 +30,8 @@ CARD_FILE = "fewstep.json"
 """Beside model_index.json: a base's default_steps, default_guidance and licence, where they are not the usual ones."""
 
 
+PIXELS_AT_ONCE = 4 * 1024 * 1024
+"""Of the pictures that go through the autoencoder together: each of its widest activations is 2 GiB in float32 then."""
 FIXED = frozenset({"sample_size", "in_channels", "out_channels", "cross_attention_dim", "time_cond_proj_dim"})
 """Settings of a UNet that its latents, its text encoder and its samplers decide."""
 _SCALE_WEIGHT = "time_embedding.cond_proj.weight"
@@ -58,24 +61,34 @@ class _TextEncoder(nn.Module):
         return cast(Tensor, self.text_encoder(ids, mask)[0])
 
 
+def _rows(pictures: Tensor, scale: int = 1) -> int:
+    """How many of these, each as so many times larger pictures, go through the autoencoder at once."""
+    return max(1, PIXELS_AT_ONCE // (pictures.shape[-2] * pictures.shape[-1] * scale * scale))
+
+
 def _weightless(network: nn.Module) -> nn.Module:
     """A network like this one whose weights take no memory: all that can be asked of it is what it looks like."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
-def _check_kind(folder: Path) -> None:
+def _check_kind(folder: Path, family: "type[StableDiffusion]") -> None:
     """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
     index = folder / "model_index.json"
     try:
         kind = dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{index} is no pipeline's index ({error}): copy the pipeline again") from error
-    if kind != StableDiffusionPipeline.__name__:
-        raise ValueError(
-            f"{folder} holds a {kind}, and family 'stable_diffusion' takes a {StableDiffusionPipeline.__name__} alone "
-            "(Stable Diffusion 1 and 2, and their fine-tunes)"
-        )
+    if kind == family.pipeline_class.__name__:
+        return
+    others = {
+        each.pipeline_class.__name__: name for name, each in families().items() if issubclass(each, StableDiffusion)
+    }
+    fix = f": family {others[kind]!r} takes it" if kind in others else ""
+    raise ValueError(
+        f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_class.__name__} alone "
+        f"({family.known_as}){fix}"
+    )
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
@@ -89,8 +102,15 @@ class StableDiffusion(TextToImage):
     """A `StableDiffusionPipeline` in parts."""
 
     family = "stable_diffusion"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    known_as: ClassVar[str] = "Stable Diffusion 1 and 2, and their fine-tunes"
+    load_settings: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    """What its pipeline is told when it is loaded; servers have a hook of their own for what is checked."""
+    usual_guidance: ClassVar[float] = 7.5
+    unet_module: ClassVar[type[UNet]] = UNet
+    """Takes the denoiser's inputs by position."""
     network_name = "unet"
-    part_names = ("network", "decoder", "text_encoder")
+    part_names: ClassVar[tuple[PartName, ...]] = ("network", "decoder", "text_encoder")
     lora_targets = [  # noqa: RUF012 (a constant of the class, never changed)
         "to_q",
         "to_k",
@@ -108,37 +128,46 @@ class StableDiffusion(TextToImage):
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: DiffusionPipeline,
         network: nn.Module | None = None,
         card: dict[str, Any] | None = None,
         programs: Programs | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline: Any = pipeline
         self.card = card or {}
         self._programs: Programs = programs or {}
-        self.tokenizer = pipeline.tokenizer
-        self.text_encoder = pipeline.text_encoder
-        self.vae = pipeline.vae
-        scheduler = pipeline.scheduler.config
-        if scheduler.prediction_type not in _PREDICTIONS:
-            raise ValueError(
-                f"the scheduler's prediction_type is {scheduler.prediction_type!r}; want one of {', '.join(_PREDICTIONS)}"
-            )
-        prediction = _PREDICTIONS[scheduler.prediction_type]
-        schedule = DiscreteVP(pipeline.scheduler.alphas_cumprod)
-        self.denoiser: UNetDenoiser = UNetDenoiser(
-            network or pipeline.unet, schedule, prediction, self._programs.get("network")
-        )
+        self.tokenizer = self.pipeline.tokenizer
+        self.text_encoder = self.pipeline.text_encoder
+        self.vae = self.pipeline.vae
+        self.scale = 2 ** (len(self._vae_widths()) - 1)
+        self.denoiser: UNetDenoiser = self._denoiser(network or self.pipeline.unet)
         self._decode = self._programs.get("decoder", _Decoder(self.vae))
         self._encode_tokens = self._programs.get("text_encoder", _TextEncoder(self.text_encoder))
-        for part in (self.vae, network or pipeline.unet):
+        for part in (self.vae, self.network):
             # Where it was loaded from must not be published: a machine's path.
             cast(Any, part).register_to_config(_name_or_path="")
-        self.scale = 2 ** (len(self._vae_widths()) - 1)
-        self.size = int(pipeline.unet.config.sample_size) * self.scale
+        self.size = int(self.pipeline.unet.config.sample_size) * self.scale
         self.default_steps = int(self.card.get("default_steps", 50))
-        self.default_guidance = float(self.card.get("default_guidance", 7.5))
+        self.default_guidance = float(self.card.get("default_guidance", self.usual_guidance))
         self.licence = str(self.card.get("licence", "unspecified"))
+
+    def _denoiser(self, network: nn.Module) -> UNetDenoiser:
+        return UNetDenoiser(network, *self._noise(), self._programs.get("network"))
+
+    def _noise(self) -> tuple[DiscreteVP, Prediction]:
+        """The schedule, and what the network predicts."""
+        scheduler = self.pipeline.scheduler
+        prediction = scheduler.config.get("prediction_type")
+        if prediction not in _PREDICTIONS:
+            raise ValueError(
+                f"the scheduler's prediction_type is {prediction!r}; want one of {', '.join(_PREDICTIONS)}"
+            )
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"the scheduler, {type(scheduler).__name__}, has noise that does not preserve variance; want one with "
+                "alphas_cumprod, as a DDPMScheduler or an EulerDiscreteScheduler"
+            )
+        return DiscreteVP(scheduler.alphas_cumprod), _PREDICTIONS[prediction]
 
     def _vae_widths(self) -> list[int]:
         config = self.vae.config
@@ -148,14 +177,8 @@ class StableDiffusion(TextToImage):
     @quiet
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
-        _check_kind(folder)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
+        _check_kind(folder, cls)
+        pipeline = cls.pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **cls.load_settings)
         card_file = folder / CARD_FILE
         model = cls(pipeline, card=json.loads(card_file.read_text()) if card_file.is_file() else None)
         for module in model.components().values():
@@ -222,13 +245,16 @@ class StableDiffusion(TextToImage):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
+        return torch.cat([self._encode(part) for part in torch.split(pictures, _rows(pictures))])
+
+    def _encode(self, pictures: Tensor) -> Tensor:
         output = self.vae.encode(pictures.to(self.device, self.vae.dtype))
         latents = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
         return cast(Tensor, latents.float() * self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return cast(Tensor, self._decode(latents))
+        return torch.cat([self._decode(part) for part in torch.split(latents, _rows(latents, self.scale))])
 
     def render(self, latents: Tensor) -> Tensor:
         vae: Any = self.vae
@@ -255,7 +281,7 @@ class StableDiffusion(TextToImage):
     def parts(self) -> dict[PartName, Part]:
         unet, vae, text_encoder = self.network, self.vae, self.text_encoder
         return {
-            "network": Part(module=UNet(unet), example=self._network_example, config=_config(unet)),
+            "network": Part(module=self.unet_module(unet), example=self._network_example, config=_config(unet)),
             "decoder": Part(module=_Decoder(vae), example=self._latents_example, config=_config(vae)),
             "text_encoder": Part(
                 module=_TextEncoder(text_encoder), example=self._text_example, config=_config(text_encoder)
@@ -322,10 +348,15 @@ class StableDiffusion(TextToImage):
     def with_loras(self, loras: Sequence[tuple[Path, float]]) -> Self:
         network: Any = copy.deepcopy(self.network)
         for folder, scale in loras:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+            pipeline = cast(Any, self.pipeline_class)
+            state, alphas, metadata = pipeline.lora_state_dict(
+                folder,
+                weight_name=LORA_FILE,
+                use_safetensors=True,
+                return_lora_metadata=True,
+                unet_config=network.config,
             )
-            StableDiffusionPipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
+            pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
             network.fuse_lora(scale)
             network.unload_lora()
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
@@ -342,5 +373,7 @@ class StableDiffusion(TextToImage):
                 f"diffusers' LCMScheduler draws {len(timesteps)} steps at {scheduler.timesteps.tolist()}, this student at "
                 f"{timesteps}: export a step count whose timesteps agree"
             )
-        parts = {**self.pipeline.components, "unet": self.network, "scheduler": scheduler}
-        StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
+        pipeline = copy.copy(self.pipeline)
+        pipeline.register_modules(unet=self.network, scheduler=scheduler)
+        pipeline.register_to_config(_name_or_path="")
+        pipeline.save_pretrained(folder)

@@ -1,0 +1,94 @@
+"""SDXL: any diffusers `StableDiffusionXLPipeline`, from a folder or the hub (https://arxiv.org/abs/2307.01952).
+
+Beside Stable Diffusion 1 and 2: two text encoders, whose last states but one are the network's hidden states and the second
+of which gives the prompt as one vector too; the picture's sizes, which follow from the latents'; and an autoencoder that
+overflows in float16, so that it stays in float32 unless its own configuration says otherwise. The refiner is another
+kind of pipeline.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from weights.families.base import Part, PartName
+from weights.families.stable_diffusion import StableDiffusion
+from weights.quiet import quiet
+from weights.unet import UNet, UNetDenoiser, UNetXL, UNetXLDenoiser
+
+PROMPTS_AT_ONCE = 64
+"""Every layer's states are kept until the last is there: 13 MB a prompt of the second encoder's in float32."""
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A `StableDiffusionXLPipeline` in parts. The empty prompt is zeros where the pipeline says so, as SDXL's own does."""
+
+    family = "stable_diffusion_xl"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    known_as: ClassVar[str] = "SDXL, its fine-tunes and smaller networks like it, but not its refiner"
+    load_settings: ClassVar[Mapping[str, Any]] = {}
+    usual_guidance: ClassVar[float] = 5.0
+    unet_module: ClassVar[type[UNet]] = UNetXL
+    part_names: ClassVar[tuple[PartName, ...]] = ("network", "decoder")
+
+    @classmethod
+    @quiet
+    def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        model = super().load(source, device, dtype)
+        if model.vae.config.latents_mean is not None:
+            raise ValueError(
+                f"{source}: its autoencoder shifts latents by latents_mean, which family {cls.family!r} does not know"
+            )
+        return model
+
+    def _denoiser(self, network: nn.Module) -> UNetDenoiser:
+        return UNetXLDenoiser(network, *self._noise(), self._programs.get("network"), scale=self.scale)
+
+    def components(self) -> dict[str, nn.Module]:
+        return {**super().components(), "text_encoder_2": self.pipeline.text_encoder_2}
+
+    @quiet
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        super().to(device, dtype)
+        if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+            self.vae.to(torch.float32)
+        return self
+
+    def parts(self) -> dict[PartName, Part]:
+        """`TextToImage.parts`; the text encoders, which answer with two tensors, run as they are."""
+        return {name: part for name, part in super().parts().items() if name in self.part_names}
+
+    def _encoded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states ``(B, L, D)`` of both encoders side by side, and the second's vector ``(B, E)``."""
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        states, pooled = zip(
+            *(self._encode_few(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts), strict=True
+        )
+        return torch.cat(states), torch.cat(pooled)
+
+    def _encode_few(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        pipeline, states = self.pipeline, []
+        for tokenizer, encoder in (
+            (self.tokenizer, self.text_encoder),
+            (pipeline.tokenizer_2, pipeline.text_encoder_2),
+        ):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        return torch.cat(states, dim=-1), cast(Tensor, output.text_embeds)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        states, pooled = self._encoded(prompts)
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            written = torch.tensor([bool(prompt) for prompt in prompts], device=states.device)
+            states, pooled = states * written[:, None, None], pooled * written[:, None]
+        return {"encoder_hidden_states": states, "text_embeds": pooled}
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        return nn.functional.normalize(self._encoded(prompts)[1].float(), dim=-1)
