@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distillers.adapters import add_adapters, copy_sharing_frozen
 from distillers.methods.base import Guide, Method, MethodConfig, Setup
+from distillers.precision import checkpointed
 from weights.contracts import BaseReference, DistillJob
 from weights.denoiser import Cond
 from weights.families.base import TextToImage
@@ -86,7 +87,7 @@ class Builder:
             raise ValueError(
                 f"train.gradient_checkpointing: networks of family {model.family!r} have none; leave it out"
             )
-        enable()
+        enable(checkpointed)
 
     def _new_network(self, adapters: bool) -> TextToImage:
         """See `Setup.new_network`."""

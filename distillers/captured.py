@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from distillers.graphs import Replayed
@@ -27,14 +28,13 @@ class Captured:
     def __init__(self, trainer: "Trainer") -> None:
         """
         Args:
-            trainer: whose method, settings and device are known; its networks follow.
+            trainer: whose method, settings and device are known; its networks follow. That its job's settings can be
+                captured was seen to by `distillers.spec`.
 
         Raises:
-            ValueError: its iterations cannot be captured.
+            ValueError: see `check_place`.
         """
-        reason = _hindrance(trainer)
-        if reason is not None:
-            raise ValueError(f"train.capture: {reason}; or turn capture off")
+        check_place(trainer.accelerator)
         self._trainer = trainer
         self._graphs: dict[Hashable, tuple[Replayed, list[str]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -102,16 +102,19 @@ class Captured:
         )
 
 
-def _hindrance(trainer: "Trainer") -> str | None:
-    """Why this trainer's iterations cannot be captured; None when they can."""
-    accelerator, reason = trainer.accelerator, trainer.method.needs_eager()
-    if reason is not None:
-        return reason
+def check_place(accelerator: Accelerator) -> None:
+    """Refuses to capture where there is nothing to capture on.
+
+    Raises:
+        ValueError: the job has several processes, or no NVIDIA GPU.
+    """
+    reason = None
     if accelerator.num_processes > 1:
-        return f"works in one process, not in {accelerator.num_processes}"
-    if accelerator.device.type != "cuda":
-        return f"needs an NVIDIA GPU, and this job runs on {accelerator.device}"
-    return None
+        reason = f"works in one process, not in {accelerator.num_processes}"
+    elif accelerator.device.type != "cuda":
+        reason = f"needs an NVIDIA GPU, and this job runs on {accelerator.device}"
+    if reason is not None:
+        raise ValueError(f"train.capture: {reason}; or turn capture off")
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -7,9 +7,8 @@ batch by batch where it draws fewer than there are. A batch follows from (seed, 
 import hashlib
 import os
 import shutil
-import tempfile
+import uuid
 from bisect import bisect
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from distillers.corpus import Corpus
 from distillers.folder import BadData
 from distillers.methods.base import Batch
+from distillers.processes import Tick
 from distillers.seeds import generator_of
 from weights.denoiser import Cond
 from weights.families.base import TextToImage
@@ -32,7 +32,6 @@ ENCODE_BATCH = 64
 CAPTIONS_BATCH = 512
 SHARE_OF_GPU, MOST_ON_GPU = 0.25, 4 << 30
 """Of a GPU's free memory at most so much, and at most so many bytes, for encoded data: networks come after it."""
-Tick = Callable[[str, int, int], None]
 
 
 class Feed:
@@ -134,10 +133,10 @@ class Feed:
         if self._conditions is not None:
             # Widened on the device: half as much is copied to it.
             kept = self._conditions.items()
-            return {name: _floats(tensor[rows.to(tensor.device)].to(self.device)) for name, tensor in kept}
+            return floats({name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in kept})
         encoded = self.base.encode_prompts([self.corpus.captions[row] for row in rows.tolist()])
         # As what is kept: how long a job is, and so whether that pays, must not decide what it sees.
-        return {name: _floats(_kept(tensor)).to(self.device) for name, tensor in encoded.items()}
+        return floats({name: _kept(tensor).to(self.device) for name, tensor in encoded.items()})
 
     def prompt_conditions(self, numbers: Tensor) -> Cond:
         """Conditions of the prompts, by their number in 0..`prompts` - 1: of all, also where only a part is drawn."""
@@ -189,28 +188,33 @@ def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick
         tick: told how far it is.
     """
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        files: dict[str, np.memmap] = {}
-        for start in range(0, len(captions), CAPTIONS_BATCH):
-            encoded = base.encode_prompts(captions[start : start + CAPTIONS_BATCH])
-            for name, tensor in encoded.items():
-                rows = _kept(tensor).cpu().numpy()
-                if name not in files:
-                    shape = (len(captions), *rows.shape[1:])
-                    files[name] = np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", rows.dtype, shape)
-                files[name][start : start + len(rows)] = rows
-            tick("encoding captions", min(start + CAPTIONS_BATCH, len(captions)), len(captions))
-        for file in files.values():
-            file.flush()
+        staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        staging.mkdir(parents=True)  # not tempfile's, which nobody else may read
         try:
-            temporary.rename(folder)
+            _write_conditions(staging, base, captions, tick)
+            staging.rename(folder)
         except OSError:  # another process was faster
             if not folder.exists():
                 raise
-            shutil.rmtree(temporary)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     # Copy-on-write, since torch warns about arrays that it could not write to.
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
+
+
+def _write_conditions(folder: Path, base: TextToImage, captions: list[str], tick: Tick) -> None:
+    files: dict[str, np.memmap] = {}
+    for start in range(0, len(captions), CAPTIONS_BATCH):
+        encoded = base.encode_prompts(captions[start : start + CAPTIONS_BATCH])
+        for name, tensor in encoded.items():
+            rows = _kept(tensor).cpu().numpy()
+            if name not in files:
+                shape = (len(captions), *rows.shape[1:])
+                files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", rows.dtype, shape)
+            files[name][start : start + len(rows)] = rows
+        tick("encoding captions", min(start + CAPTIONS_BATCH, len(captions)), len(captions))
+    for file in files.values():
+        file.flush()
 
 
 def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: list[str], tick: Tick) -> Tensor:
@@ -233,6 +237,11 @@ def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: lis
     return load_file(path)["embeddings"]
 
 
+def floats(cond: Cond) -> Cond:
+    """Conditions in float32, where they are numbers; masks and tokens stay as they are."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in cond.items()}
+
+
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a cached file, which is complete as soon as it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,10 +261,6 @@ def _half(tensor: Tensor) -> Tensor:
 
 def _kept(tensor: Tensor) -> Tensor:
     return _half(tensor) if tensor.is_floating_point() else tensor
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _key(*parts: str) -> str:

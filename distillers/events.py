@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -33,6 +34,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._board: SummaryWriter | None = None
+        self._told: tuple[str, int] | None = None  # what was being prepared, and how many hundredths of it were
 
     def __enter__(self) -> Self:
         if self.main:
@@ -76,7 +78,7 @@ class Reporter:
             case Finished():
                 self._print(f"published {event.student} after {event.seconds:.0f} s")
             case Failed():
-                self._print(f"[red]failed:[/red] {event.message}")
+                self._print(f"[red]failed:[/red] {escape(event.message)}")
 
     def append(self, event: AnyEvent) -> None:
         """Writes the event's line to the file."""
@@ -90,6 +92,23 @@ class Reporter:
         if self._task is None:
             self._task = self._bar.add_task(what, total=total, note=note)
         self._bar.update(self._task, description=what, completed=done, total=total, note=note)
+
+    def preparing(self, what: str, done: int, total: int, *, step: int, iterations: int) -> None:
+        """A sign of life before the first iteration: moves the bar, and tells every hundredth as an event.
+
+        Args:
+            what: is being prepared, such as "encoding captions"; the event's metric is ``preparation/`` and this, in [0, 1].
+            done: so many.
+            total: of so many.
+            step: the iteration that training will go on from, as far as it is known.
+            iterations: of the whole job.
+        """
+        news = (what, 100 * done // total)
+        if news != self._told:
+            self._told = news
+            share = {f"preparation/{what}": done / total}
+            self.emit(ProgressEvent(at=now(), step=step, iterations=iterations, metrics=share))
+        self.tick(what, done, total)  # the bar last: it tells more than the event did
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         """Writes TensorBoard scalars."""

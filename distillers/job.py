@@ -14,14 +14,15 @@ from torch import Tensor
 
 from distillers.adapters import save_adapters
 from distillers.building import Builder
+from distillers.captured import check_place
 from distillers.corpus import Corpus, load_corpus
-from distillers.data import Feed, cached_embeddings
+from distillers.data import Feed, cached_embeddings, floats
 from distillers.events import Reporter, now
 from distillers.methods import method
 from distillers.methods.base import Method, Workspace
 from distillers.partition import Partition, part_of, stored_partition
 from distillers.precision import resolve_precision
-from distillers.processes import Interrupted
+from distillers.processes import Interrupted, Tick, main_first
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
@@ -137,7 +138,7 @@ class JobRun:
 
     def _make(self, resume: bool) -> StudentManifest | None:
         """Trains the student and publishes it; None on the processes that leave that to the main one."""
-        trainer = self.trainer = self._build(resume)
+        trainer = self._build(resume)
         trainer.asked_to_stop = self._stop
         trainer.run()
         return self._publish(trainer) if self.accelerator.is_main_process else None
@@ -158,13 +159,20 @@ class JobRun:
         if taken and not self.replace:
             raise BadSpec([{"param": "student", "message": f"{name!r} is published already; use another or --replace"}])
 
+    @property
+    def iterations(self) -> int:
+        """Of the whole job."""
+        return self.job.train.iterations
+
     def _tick(self, what: str, done: int, total: int) -> None:
-        self.reporter.tick(what, done, total)
+        self.reporter.preparing(what, done, total, step=self._position()[0], iterations=self.iterations)
         if self._stop:
             raise Interrupted(f"stopped while {what}")
 
     def _build(self, resume: bool) -> Trainer:
         job, device = self.job, self.accelerator.device
+        if job.train.capture:
+            check_place(self.accelerator)  # before anything slow
         self._write_spec()
         torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters start from random weights
         self.reference = base_reference(job.base)
@@ -183,11 +191,15 @@ class JobRun:
         draws *= job.partition.students if job.partition is not None else 1  # the parts share the caches
         if self.shares_cache:  # the next job draws from it too
             draws = math.inf
-        feed.prepare(self.cache, self.reference.sha256, draws, self._tick)
-        self.uncond = {name: _floats(tensor) for name, tensor in base.encode_prompts([""]).items()}
+
+        def prepare(tick: Tick) -> None:
+            feed.prepare(self.cache, self.reference.sha256, draws, tick)
+
+        main_first(prepare, self._tick, device)
+        self.uncond = floats(base.encode_prompts([""]))
         builder = self._builder(base)
         built = builder.method(chosen, self.config, self.uncond)
-        trainer = Trainer(
+        trainer = self.trainer = Trainer(
             built,
             feed,
             train,
@@ -225,11 +237,13 @@ class JobRun:
         assert spec is not None, "asked for by jobs that have one"
         digest = self.reference.sha256
 
-        def embed(prompts: list[str]) -> Tensor:
-            return cached_embeddings(self.cache, digest, base, prompts, self._tick)
+        def cut(tick: Tick) -> Partition:
+            def embed(prompts: list[str]) -> Tensor:
+                return cached_embeddings(self.cache, digest, base, prompts, tick)
 
-        with self.accelerator.main_process_first():
             return stored_partition(self.shared, spec, corpus, digest, embed, self.with_pictures)
+
+        return main_first(cut, self._tick, self.accelerator.device)
 
     def _builder(self, base: TextToImage) -> Builder:
         return Builder(
@@ -244,8 +258,8 @@ class JobRun:
 
     def _sheet(self, feed: Feed, built: Method) -> Sheet:
         prompts = feed.corpus.sheet
-        encoded = feed.base.encode_prompts(prompts)
-        cond = {name: _floats(tensor).to(self.accelerator.device) for name, tensor in encoded.items()}
+        encoded = floats(feed.base.encode_prompts(prompts))
+        cond = {name: tensor.to(self.accelerator.device) for name, tensor in encoded.items()}
         scale = built.guidance().default_scale
         return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
 
@@ -324,7 +338,3 @@ def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | 
     """The student that this very job, whose checkpoints are in the folder, has published already."""
     trained_here = any((folder / "checkpoints").glob("iteration-*.safetensors"))
     return store.made_by(job) if trained_here else None
-
-
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

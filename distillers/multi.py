@@ -112,6 +112,11 @@ class MultiRun(JobRun):
         base = load(self.job.family, self.job.base, self.accelerator.device, torch.float32)
         return self._partition(load_corpus(self.job.data, base.size), base)
 
+    @property
+    def iterations(self) -> int:
+        """Of all parts together."""
+        return self.merged.iterations
+
     def _position(self) -> tuple[int, str | None]:
         return self.merged.step, self.merged.last_checkpoint
 

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.methods.base import Setup, Workspace
-from distillers.processes import Interrupted, agreed, place
+from distillers.processes import agreed, place, together
 from weights.denoiser import Cond
 from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
 
 SHARD = 64
+LATENTS_AT_ONCE = 16 * 64 * 64
+"""Positions of latents that a teacher draws together: 16 pictures of 512 pixels, 4 of 1024, twice as many rows if guided."""
+WHAT = "drawing teacher's pictures"
 
 
 class TeacherPairs:
@@ -38,39 +41,43 @@ class TeacherPairs:
             guidance_scale: the teacher's; 1.0 is off.
         """
         ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
-        rank, processes = place()
-        for first in range(0, len(ends), processes):
-            for start, end in ends[first + rank : first + rank + 1]:
-                self._made(start, end, steps, guidance_scale)
-            self._tick(ends[min(first + processes, len(ends)) - 1][1])
-        shards = [load_checkpoint(self._made(start, end, steps, guidance_scale))[0] for start, end in ends]
+        files = [
+            self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{a:06d}-{b:06d}.safetensors" for a, b in ends
+        ]
+
+        def made(number: int) -> Path:
+            """Where it is not on disk: another process's may be on another machine's."""
+            if not files[number].exists():
+                self._make_shard(files[number], torch.arange(*ends[number]), steps, guidance_scale)
+            return files[number]
+
+        device, (rank, processes) = self.setup.device, place()
+        if agreed(any(not file.exists() for file in files), device):
+            tick = together(self.workspace.tick, device)
+            tick(WHAT, 0, self.count)  # the first shard can take minutes
+            for first in range(0, len(ends), processes):
+                if first + rank < len(ends):
+                    made(first + rank)
+                tick(WHAT, ends[min(first + processes, len(ends)) - 1][1], self.count)
+        shards = [load_checkpoint(made(number))[0] for number in range(len(ends))]
         self._pictures, self._rows = (torch.cat([shard[name] for shard in shards]) for name in ("pictures", "rows"))
-
-    def _tick(self, done: int) -> None:
-        """A sign of life; where one process is to stop, all do, or the others would wait for it."""
-        stopped = None
-        try:
-            self.workspace.tick("teacher pairs", done, self.count)
-        except Interrupted as error:
-            stopped = error
-        if agreed(stopped is not None, self.setup.device):
-            raise stopped or Interrupted("stopped while teacher pairs")
-
-    def _made(self, start: int, end: int, steps: int, guidance_scale: float) -> Path:
-        """The file of these pairs, made where it is not on disk: another process's may be on another machine's."""
-        path = self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{start:06d}-{end:06d}.safetensors"
-        if not path.exists():
-            self._make_shard(path, torch.arange(start, end), steps, guidance_scale)
-        return path
 
     @torch.no_grad()
     def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:
         generator = torch.Generator().manual_seed(self.workspace.seed("pair rows", int(pairs[0])))
         rows = torch.randint(self.workspace.prompts, (len(pairs),), generator=generator)
         teacher = Guided(self.setup.teacher, self.setup.uncond, guidance_scale)
-        x_t = initial_state(self.noise(pairs), teacher.schedule)
-        pictures = sample_ode(teacher, x_t, trailing_times(steps), self.workspace.conditions(rows))
+        parts = []
+        for own, asked in zip(*(torch.split(each, self._at_once()) for each in (pairs, rows)), strict=True):
+            x_t = initial_state(self.noise(own), teacher.schedule)
+            parts.append(sample_ode(teacher, x_t, trailing_times(steps), self.workspace.conditions(asked)))
+        pictures = torch.cat(parts)
         save_checkpoint(path, {"pictures": pictures.half(), "rows": rows}, {"steps": steps})
+
+    def _at_once(self) -> int:
+        """How many of a shard's pictures are drawn together."""
+        _, height, width = self.setup.latent_shape
+        return max(1, LATENTS_AT_ONCE // (height * width))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
         """Noise ``(B, ...)``, the teacher's pictures ``(B, ...)`` float32, and the conditions they were drawn with."""

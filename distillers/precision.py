@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -57,6 +58,17 @@ def _widen(value: Any) -> Any:
 def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, bfloat16 training skips the kernels that are slow in it on this device; float32 is left as it is."""
     return Float32Kernels() if device.type == "cpu" else nullcontext()
+
+
+def checkpointed(module: Callable[..., Any], *inputs: Any) -> Any:
+    """torch's activation checkpointing (https://arxiv.org/abs/1604.06174), whose two forward passes run the same kernels.
+
+    The second is run inside ``backward``, where modes such as `Float32Kernels` are off.
+    """
+    device = next(each.device for each in inputs if isinstance(each, torch.Tensor))
+    return checkpoint(
+        module, *inputs, use_reentrant=False, context_fn=lambda: (fast_kernels(device), fast_kernels(device))
+    )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 import weights.families
 from distillers.methods import UnknownMethod, method, methods
-from distillers.methods.base import MethodConfig
+from distillers.methods.base import Method, MethodConfig
 from weights.contracts import DistillJob, check_name
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -109,6 +109,16 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
         raise BadSpec([*errors, _error("method", str(error))]) from error
     except ValidationError as error:
         raise BadSpec([*errors, *_errors(error, "config")]) from error
+    errors += [*_against_the_method(job, chosen, config), *_against_capture(job, chosen, config)]
+    errors += [*_against_the_data(job), *_against_each_other(job), *_against_the_names(job)]
+    if errors:
+        raise BadSpec(errors)
+    return job.model_copy(update={"config": config.model_dump(mode="json")}), config
+
+
+def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodConfig) -> list[dict[str, str]]:
+    """What the job lacks that this method needs."""
+    errors = []
     reason = chosen.needs_pictures(config)
     if reason and not _has_pictures(job):
         errors.append(_error("data.source", f"{job.data.source!r} has no pictures, but {reason}"))
@@ -123,48 +133,66 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
                 f"{config.least_iterations}, or shorten its phases in config",
             )
         )
-    errors += _hindrances_of_capture(job)
-    if job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
-        errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
-    if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
-        errors.append(_error("data.prompts", f"no file {job.data.prompts!r} (and 'recombined' is for source 'emoji')"))
-    for field in ("start", "lora"):
-        if job.network is not None and getattr(job, field) is not None:
-            errors.append(
-                _error("network", f"starts from random weights, all of them trained: leave out network, or {field}")
-            )
-    if job.start is not None and job.lora is not None:
-        errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
-    try:
-        for name in job.publishes:
-            check_name(name)
-    except ValueError as error:
-        errors.append(_error("student", f"the partition's parts need names of their own: {error}"))
-    if job.partition is not None and job.partition.by == "groups" and job.data.prompts is not None:
-        errors.append(
-            _error(
-                "partition.by",
-                "prompts of no picture belong to no group: use 'kmeans', or leave out data.prompts",
-            )
-        )
-    if errors:
-        raise BadSpec(errors)
-    return job.model_copy(update={"config": config.model_dump(mode="json")}), config
+    return errors
 
 
-def _hindrances_of_capture(job: DistillJob) -> list[dict[str, str]]:
-    """What the trainer's other settings have against captured iterations."""
+def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig) -> list[dict[str, str]]:
+    """What the job's settings have against captured iterations."""
     train = job.train
     if not train.capture:
         return []
     errors = []
+    reason = chosen.needs_eager(config)
+    if reason is not None:
+        able = [name for name, each in methods().items() if each.needs_eager(each.Config()) is None]
+        errors.append(_error("train.capture", f"{reason}; or turn capture off (methods for it: {', '.join(able)})"))
+    if job.guide is not None:
+        message = (
+            f"{job.guide.student!r} leads rows that have to be counted, which no graph can: leave guide out, or capture"
+        )
+        errors.append(_error("guide", message))
     if train.gradient_accumulation > 1:
-        errors.append(_error("train.gradient_accumulation", "must be 1 with capture: use a larger batch_size"))
+        message = f"{train.gradient_accumulation} must be 1 with capture: use a larger batch_size"
+        errors.append(_error("train.gradient_accumulation", message))
     if train.gradient_checkpointing:
         errors.append(
             _error("train.gradient_checkpointing", "random states cannot be kept in a graph: leave it out, or capture")
         )
     return errors
+
+
+def _against_the_data(job: DistillJob) -> list[dict[str, str]]:
+    errors = []
+    if not _has_pictures(job):
+        errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
+    if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
+        errors.append(_error("data.prompts", f"no file {job.data.prompts!r} (and 'recombined' is for source 'emoji')"))
+    if job.partition is not None and job.partition.by == "groups" and job.data.prompts is not None:
+        errors.append(
+            _error("partition.by", "prompts of no picture belong to no group: use 'kmeans', or leave out data.prompts")
+        )
+    return errors
+
+
+def _against_each_other(job: DistillJob) -> list[dict[str, str]]:
+    """Where the student's weights would come from two places."""
+    errors = [
+        _error("network", f"starts from random weights, all of them trained: leave out network, or {field}")
+        for field in ("start", "lora")
+        if job.network is not None and getattr(job, field) is not None
+    ]
+    if job.start is not None and job.lora is not None:
+        errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
+    return errors
+
+
+def _against_the_names(job: DistillJob) -> list[dict[str, str]]:
+    try:
+        for name in job.publishes:
+            check_name(name)
+    except ValueError as error:
+        return [_error("student", f"the partition's parts need names of their own: {error}")]
+    return []
 
 
 def _has_pictures(job: DistillJob) -> bool:

@@ -32,10 +32,16 @@ class TrainedNetwork:
         self.average = Average(self.module, ema_decay) if trained.average and ema_decay > 0 else None
         self.updates = 0
 
-    def learning_rate(self, turn: Turn) -> float:
-        """The next update's, before any cooldown."""
+    def begin(self, turn: Turn) -> float:
+        """Makes ready for the next update, a turn's.
+
+        Returns:
+            Its learning rate, before any cooldown.
+        """
+        if turn.since and self.updates == turn.since:
+            self.optimizer.state.clear()
         peak = turn.lr if turn.lr is not None else self.settings.lr
-        return peak * min(1.0, (self.updates + 1) / self.settings.warmup) if self.settings.warmup else peak
+        return peak * min(1.0, (self.updates - turn.since + 1) / self.settings.warmup) if self.settings.warmup else peak
 
     def set_rate(self, value: float) -> None:
         """What the next update goes by."""

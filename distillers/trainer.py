@@ -169,7 +169,7 @@ class Trainer:
         """This iteration's learning rates, for the networks of a turn."""
         for name in turn.trains:
             network = self.networks[name]
-            network.set_rate(network.learning_rate(turn) * self._cooldown())
+            network.set_rate(network.begin(turn) * self._cooldown())
 
     def learn(self, turn: Turn, steps: list[Step], *, check: bool) -> list[dict[str, Tensor]]:
         """One turn: losses and gradients of all micro-batches, one optimizer step of its networks.

@@ -14,7 +14,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 
 import torch
@@ -112,14 +113,13 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     """
     counts = step_counts(student)
     base = evaluation.base
-    guidances = dict.fromkeys((0.0, 1.0, base.pipeline.default_guidance))
-    candidates = [
-        Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
-    ]
-    candidates += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED]
-    candidates = [each for each in candidates if all(can_hand_over(student, steps, each) for steps in counts)]
     plain = {steps: Subject(student, base, steps) for steps in counts}
     alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
+
+    @cache
+    def own_quality(steps: int) -> Quality:
+        return evaluation.quality(plain[steps])
+
     tried = {
         candidate: [
             Trial(
@@ -130,7 +130,7 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
             )
             for steps in counts
         ]
-        for candidate in candidates
+        for candidate in candidates_for(student, base, counts)
     }
     gains = {candidate: fmean(trial.gain.value for trial in trials) for candidate, trials in tried.items()}
     chosen = None
@@ -138,13 +138,24 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
         if gains[candidate] <= 1 or any(trial.extra > limits.evaluations for trial in tried[candidate]):
             continue
         for place, trial in enumerate(tried[candidate]):
-            tried[candidate][place] = measured = _with_quality(evaluation, trial, plain[trial.steps])
+            quality, own = evaluation.quality(trial.spread.subject), own_quality(trial.steps)
+            tried[candidate][place] = measured = replace(trial, quality=quality, plain_quality=own)
             if not measured.keeps_quality(limits):
                 break  # the other step counts decide nothing any more, and take minutes
         else:
             chosen = candidate
             break
     return Calibration(trials=[trial for trials in tried.values() for trial in trials], chosen=chosen)
+
+
+def candidates_for(student: Model, base: Model, counts: Sequence[int]) -> list[Diversity]:
+    """What is tried: all that hands over to the student at each of these step counts."""
+    guidances = dict.fromkeys((0.0, 1.0, base.pipeline.default_guidance))
+    found = [
+        Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
+    ]
+    found += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED]
+    return [each for each in found if all(can_hand_over(student, steps, each) for steps in counts)]
 
 
 def step_counts(student: Model) -> list[int]:
@@ -160,17 +171,6 @@ def step_counts(student: Model) -> list[int]:
         has = ", ".join(map(str, sorted(schedules)))
         raise ValueError(f"student {student.name!r} draws in {has} step(s): it has none to hand over to its base")
     return counts
-
-
-def _with_quality(evaluation: Evaluation, trial: Trial, plain: Subject) -> Trial:
-    return Trial(
-        steps=trial.steps,
-        diversity=trial.diversity,
-        spread=trial.spread,
-        plain=trial.plain,
-        quality=evaluation.quality(trial.spread.subject),
-        plain_quality=evaluation.quality(plain),
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -95,10 +95,11 @@ class ADD(Judged, RolledOut):
     def needs_pictures(cls, config: ADDConfig) -> str | None:
         return "the discriminator compares with real pictures"
 
-    def needs_eager(self) -> str | None:
-        if self.config.mismatched_share > 0:
-            return "mismatched_share counts the rows that differ; set it to 0"
-        return None if self.setup.guide is None else "a guide counts the rows that it leads; leave it out"
+    @classmethod
+    def needs_eager(cls, config: ADDConfig) -> str | None:
+        if config.mismatched_share > 0:
+            return f"mismatched_share {config.mismatched_share} counts the rows that differ; set it to 0"
+        return None
 
     def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
         turn = self.turns(iteration)[0]

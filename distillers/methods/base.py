@@ -17,6 +17,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from distillers.processes import Tick
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.guidance import AutoGuided
@@ -85,6 +86,8 @@ class Turn:
     trains: tuple[str, ...]
     lr: float | None = None
     """Learning rate in place of the networks' own."""
+    since: int = 0
+    """Updates of its networks in an earlier phase: after them optimizers start anew, and learning rates rise anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +187,7 @@ class Workspace:
     """Conditions of the prompts with these rows, ``(B,)`` int64, on the training device. May be kept and called later."""
     seed: Callable[..., int]
     """A seed made from the job's seed and the words and numbers given."""
-    tick: Callable[[str, int, int], None]
-    """Called with what is being prepared, how much is done, and of how much; raises when the job is to stop."""
+    tick: Tick
 
 
 class Method(ABC):
@@ -212,6 +214,14 @@ class Method(ABC):
     def needs_whole_network(cls, config: Any) -> str | None:
         """Why this configuration cannot train adapters alone; None when it can."""
         return None
+
+    @classmethod
+    def needs_eager(cls, config: Any) -> str | None:
+        """Why an iteration of this configuration cannot be captured as a CUDA graph; None when it can.
+
+        It can where the losses neither wait for the GPU nor take anything to it, and draw from ``step.local`` where it is.
+        """
+        return f"{cls.name}'s losses ask the GPU for numbers"
 
     @property
     @abstractmethod
@@ -245,13 +255,6 @@ class Method(ABC):
     def after_step(self, turn: Turn, iteration: int) -> None:
         """Called after a turn's networks stepped."""
         return None
-
-    def needs_eager(self) -> str | None:
-        """Why an iteration of this method cannot be captured as a CUDA graph; None when it can.
-
-        It can where the losses neither wait for the GPU nor take anything to it, and draw from ``step.local`` where it is.
-        """
-        return f"{self.name}'s losses ask the GPU for numbers"
 
     def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
         """What an iteration's losses decide by ``step.shared``; iterations of equal turns and branches run the same kernels.

@@ -6,14 +6,17 @@ this paper). The loss between the scores is distribution matching's (section 3, 
     grad_x = (F_S(x_t) - F_T(x_t)) / mean|x - F_T(x_t)|
 
 the gradient of the reverse KL divergence at t. SDXL's one-step student starts with a short regression on pairs of noise and
-the teacher's picture of it (``regression_iterations``).
+the teacher's picture of it (``regression_iterations``); what follows is a training of its own, with a new optimizer whose
+learning rate rises anew, as in the public code, where it starts from the regression's checkpoint.
 
 Departures from the public code, each a setting: samples of the student's turn are used again by the fake score's turn of
 that iteration (``share_samples``, as there); the discriminator may look at the same noised pictures as the score losses
-(``share_times``), which saves a forward pass in both turns; guidance may be restricted to an interval of times.
+(``share_times``), which saves a forward pass in both turns; guidance may be restricted to an interval of times. The public
+code regresses by LPIPS of decoded pictures; here by latents (``regression_huber``), which needs no other network.
 """
 
-from typing import Self
+from dataclasses import replace
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -65,6 +68,12 @@ class DMD2(ScoreDistillation):
         super().__init__(config, setup)
         self.pairs: TeacherPairs | None = None
 
+    @classmethod
+    def needs_eager(cls, config: Any) -> str | None:
+        if config.regression_iterations:
+            return f"regression_iterations {config.regression_iterations} draws its pairs from the disk; set it to 0"
+        return super().needs_eager(config)
+
     def matching(self, seen: Noised) -> Tensor:
         gradient = distribution_matching_gradient(seen.x, seen.fake_x0, seen.teacher_x0, self.weight(seen))
         return gradient_as_loss(seen.x, gradient)
@@ -77,12 +86,9 @@ class DMD2(ScoreDistillation):
         done = iteration - self.config.regression_iterations
         if done < 0:
             return [Turn(name="regression", trains=("student",), lr=self.config.regression_lr)]
-        return super().turns(done)
-
-    def needs_eager(self) -> str | None:
-        if self.config.regression_iterations:
-            return "regression_iterations draws its pairs from the disk; set it to 0"
-        return super().needs_eager()
+        return [
+            replace(turn, since=iteration - done) if turn.name == "student" else turn for turn in super().turns(done)
+        ]
 
     def prepare(self, workspace: Workspace) -> None:
         if self.config.regression_iterations:

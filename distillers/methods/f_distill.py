@@ -10,8 +10,6 @@ student's:
 D, DMD2's discriminator, looks at the score losses' own noised pictures (``share_times``), so that r is theirs. As in the
 public code r is divided by a moving average of its own, kept for each of ``ratio_bins`` intervals of t, and held within
 ``ratio_range``; h is divided by its batch mean. The reverse KL's h is 1: with it, this is DMD2.
-
-A departure: r's averages are kept by each process for itself, where the public code keeps one.
 """
 
 from torch import Tensor

@@ -90,6 +90,15 @@ class ScoreDistillation(RolledOut):
             return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
         return None
 
+    @classmethod
+    def needs_eager(cls, config: ScoreDistillationConfig) -> str | None:
+        if config.guidance_interval is not None:
+            return f"guidance_interval {config.guidance_interval} counts the rows that are guided; leave it out"
+        if config.adversary is not None and config.adversary.mismatched_share > 0:
+            share = config.adversary.mismatched_share
+            return f"adversary.mismatched_share {share} counts the rows that differ; set it to 0"
+        return None
+
     @property
     def fake_score_network(self) -> nn.Module:
         """What the fake score trains."""
@@ -133,15 +142,6 @@ class ScoreDistillation(RolledOut):
     def critic_turn(self) -> Turn:
         """The turn of fake score and discriminator."""
         return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
-
-    def needs_eager(self) -> str | None:
-        if self.config.guidance_interval is not None:
-            return "guidance_interval counts the rows that are guided; leave it out"
-        if self.config.adversary is not None and self.config.adversary.mismatched_share > 0:
-            return "adversary.mismatched_share counts the rows that differ; set it to 0"
-        if self.setup.guide is not None:
-            return "a guide counts the rows that it leads; leave it out"
-        return None
 
     def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
         """Which step each turn that draws pictures trains, as the states and times on the way to it."""

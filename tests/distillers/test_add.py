@@ -1,6 +1,5 @@
 """ADD: what its two losses are, and that it finds the data's distribution in every convention."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,6 @@ def test_a_later_step_starts_from_noised_pictures_or_from_where_the_student_gets
 
 def test_iterations_that_draw_the_same_step_are_the_same_graph() -> None:
     method = build(backward_simulation=True)
-    assert method.needs_eager() is None
 
     def way(iteration: int) -> Any:
         return method.branch(
@@ -142,9 +140,6 @@ def test_iterations_that_draw_the_same_step_are_the_same_graph() -> None:
 
     ways = {way(iteration) for iteration in range(60)}
     assert len(ways) == 5, "0 of any count, 1 of 2, and 1 to 3 of 4"
-    guided = replace(method.setup, guide=object())  # type: ignore[arg-type]
-    method.setup = guided
-    assert "guide" in str(method.needs_eager())
 
 
 # Convergence

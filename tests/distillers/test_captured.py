@@ -1,5 +1,6 @@
 """Captured iterations: what is captured when, that nothing of it shows in the weights, and on a GPU the real thing."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distillers import captured, trainer
+from distillers import captured, job, trainer
 from distillers.checkpoint import load_checkpoint
 from distillers.job import JobRun
 from distillers.seeds import generator_of
-from tests.helpers import picture_folder, tiny_pipeline
+from distillers.spec import BadSpec, check_spec
+from tests.distillers.jobs import job_inputs, job_spec
 from weights.store import Store
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -58,34 +60,19 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> type[Rerun]:
     Rerun.made, Rerun.warmups = [], 3
     monkeypatch.setattr(captured, "Replayed", Rerun)
     if not torch.cuda.is_available():
-        hindrance = captured._hindrance
-        monkeypatch.setattr(captured, "_hindrance", lambda trainer: _unless_cpu(hindrance(trainer)))
+        for module in (captured, job):
+            monkeypatch.setattr(module, "check_place", lambda accelerator: None)
         monkeypatch.setattr(captured, "_generator", lambda device: torch.default_generator)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     return Rerun
 
 
-def _unless_cpu(reason: str | None) -> str | None:
-    return None if reason is not None and "runs on cpu" in reason else reason
-
-
 def run(folder: Path, name: str, config: dict[str, Any] | None = None, method: str = "dmd2", **train: Any) -> Ran:
-    if not (folder / "base").exists():
-        tiny_pipeline(folder / "base")
-        picture_folder(folder / "data")
-    raw = {
-        "student": name,
-        "method": method,
-        "base": str(folder / "base"),
-        "data": {"source": str(folder / "data")},
-        "train": {
-            "iterations": ITERATIONS, "batch_size": 2, "log_every": 4, "checkpoint_every": 100, "sample_every": 100,
-            "threads": 1, "precision": "float32", "capture": True, **train,
-        },
-        "config": {**OWN_SETTINGS.get(method, SETTINGS), **(config or {})},
-    }  # fmt: skip
-    job = JobRun(raw, folder / name, Store(folder / "store"))
-    return Ran(job, job.run(resume=True))
+    settings = {**OWN_SETTINGS.get(method, SETTINGS), **(config or {})}
+    train = {"iterations": ITERATIONS, "log_every": 4, "capture": True, **train}
+    raw = job_spec(job_inputs(folder), name, method, train=train, config=settings)
+    made = JobRun(raw, folder / name, Store(folder / "store"))
+    return Ran(made, made.run(resume=True))
 
 
 def state(folder: Path, name: str) -> dict[str, Tensor]:
@@ -167,25 +154,42 @@ def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
 
 
 @pytest.mark.parametrize(
-    ("method", "config", "reason"),
+    ("change", "param", "says"),
     [
-        ("dmd2", {"guidance_interval": (0.2, 0.8)}, "guidance_interval"),
-        ("dmd2", {"adversary": {"blocks": ["mid_block"]}}, "mismatched_share"),
-        ("dmd2", {"regression_iterations": 3}, "regression_iterations"),
-        ("consistency", None, "consistency's losses"),
+        ({"config": {"guidance_interval": (0.2, 0.8)}}, "train.capture", r"guidance_interval \(0\.2, 0\.8\) counts"),
+        ({"config": {"adversary": {"blocks": ["mid_block"]}}}, "train.capture", r"mismatched_share 0\.5 counts"),
+        ({"config": {"regression_iterations": 3}}, "train.capture", "regression_iterations 3 draws"),
+        (
+            {"method": "add", "config": {"features": None, "prompted": True, "mismatched_share": 0.5}},
+            "train.capture",
+            r"mismatched_share 0\.5 counts",
+        ),
+        (
+            {"method": "consistency"},
+            "train.capture",
+            r"consistency's losses ask .* capture off \(.*: add, diff_instruct, ",
+        ),
+        ({"guide": {"student": "worse"}}, "guide", "'worse' leads rows"),
+        ({"train": {"gradient_accumulation": 2}}, "train.gradient_accumulation", "2 must be 1 with capture"),
+        ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing", "leave it out, or capture"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(
-    rerun: type[Rerun], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    method: str, config: dict[str, Any] | None, reason: str,
-) -> None:  # fmt: skip
-    ran = run(tmp_path, "refused", config, method)
-    printed = capsys.readouterr().out
-    assert ran.status == 1 and reason in printed and "turn capture off" in printed
+def test_what_cannot_be_captured_is_refused_by_the_spec(change: dict[str, Any], param: str, says: str) -> None:
+    raw = {"student": "refused", "method": "dmd2", **change}
+    raw["train"] = {"capture": True, **change.get("train", {})}
+    with pytest.raises(BadSpec) as error:
+        check_spec(raw)
+    (found,) = error.value.errors
+    assert found["param"] == param and re.search(says, found["message"]), found
+    raw["train"] = {"capture": False, **change.get("train", {})}
+    check_spec(raw)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_without_a_gpu_there_is_nothing_to_capture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_is_loaded_to_be_captured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillers.job.load", lambda *_: pytest.fail("a network was loaded"))
     assert run(tmp_path, "refused").status == 1
     assert "needs an NVIDIA GPU, and this job runs on cpu" in capsys.readouterr().out
 

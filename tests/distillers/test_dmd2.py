@@ -15,6 +15,7 @@ from torch import Tensor
 import distillers.methods.dmd2 as module
 import distillers.methods.few_step as few_step
 import distillers.methods.score_distillation as family
+from distillers import pairs
 from distillers.methods.base import Setup, Step, Turn, TurnLoss, Workspace
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.seeds import generator_of, seed_of
@@ -155,6 +156,28 @@ def test_regression_comes_first_with_its_own_learning_rate() -> None:
     assert method.turns(1) == [Turn(name="regression", trains=("student",), lr=3e-5)]
     assert [turn.name for turn in method.turns(2)] == ["critic"]
     assert [turn.name for turn in method.turns(3)] == ["student", "critic"]
+
+
+def test_after_the_regression_the_student_has_a_new_optimizer_and_a_rising_rate(tmp_path: Path) -> None:
+    config = DMD2Config(
+        regression_iterations=3, regression_pairs=8, regression_steps=1, regression_lr=1e-3, student_lr=1e-4,
+        student_every=1, warmup=2, gan_weight=0.0,
+    )  # fmt: skip
+    setup = mixture_setup()
+    method = DMD2(config, setup)
+    method.prepare(workspace(tmp_path))
+    trainer = trainer_of(method, setup, tmp_path / "run", batch_size=4)
+    rates, updates = [], []
+    for iteration in range(6):
+        trainer.iteration = iteration
+        trainer._iterate()
+        optimizer = trainer.networks["student"].optimizer
+        rates.append(optimizer.param_groups[0]["lr"])
+        updates.append({int(state["step"]) for state in optimizer.state.values()})
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 5e-5, 1e-4, 1e-4])
+    assert updates == [{1}, {2}, {3}, {1}, {2}, {3}]
+    fake = trainer.networks["fake_score"]
+    assert fake.optimizer.param_groups[0]["lr"] == config.fake_score_lr and fake.updates == 3
 
 
 def test_every_network_has_its_own_optimizer_settings() -> None:
@@ -417,12 +440,35 @@ def test_pairs_are_the_teachers_and_made_once(tmp_path: Path) -> None:
         torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
+def test_large_pairs_are_drawn_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pictures(folder: str) -> torch.Tensor:
+        method = DMD2(DMD2Config(regression_iterations=1, regression_pairs=70, regression_steps=2), mixture_setup())
+        (tmp_path / folder).mkdir()
+        method.prepare(workspace(tmp_path / folder))
+        assert method.pairs is not None
+        return method.pairs.draw(70, generator_of("draw"))[1]
+
+    whole = pictures("whole")
+    monkeypatch.setattr(pairs, "LATENTS_AT_ONCE", 5)
+    rows: list[int] = []
+    solve = pairs.sample_ode
+
+    def counted(teacher: Denoiser, x_t: Tensor, *rest: Any) -> Tensor:
+        rows.append(len(x_t))
+        return solve(teacher, x_t, *rest)
+
+    monkeypatch.setattr(pairs, "sample_ode", counted)
+    assert torch.equal(pictures("parts"), whole)
+    assert max(rows) == 5 and sum(rows) == 70
+
+
 def test_making_pairs_can_be_stopped_and_goes_on(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
-    def stop(_what: str, _done: int, _total: int) -> None:
-        raise Stop
+    def stop(_what: str, done: int, _total: int) -> None:
+        if done:
+            raise Stop
 
     method = DMD2(DMD2Config(regression_iterations=1, regression_pairs=130, regression_steps=4), mixture_setup())
     with pytest.raises(Stop):
@@ -430,6 +476,16 @@ def test_making_pairs_can_be_stopped_and_goes_on(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     method.prepare(workspace(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_making_pairs_tells_how_far_it_is_from_before_the_first_and_nothing_of_those_that_are_there(
+    tmp_path: Path,
+) -> None:
+    method = DMD2(DMD2Config(regression_iterations=1, regression_pairs=130, regression_steps=1), mixture_setup())
+    for expected in ([0, 64, 128, 130], []):
+        told: list[tuple[str, int, int]] = []
+        method.prepare(workspace(tmp_path, lambda *tick, told=told: told.append(tick)))
+        assert told == [("drawing teacher's pictures", done, 130) for done in expected]
 
 
 @pytest.mark.parametrize("huber", [0.0, 0.03])

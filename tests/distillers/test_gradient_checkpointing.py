@@ -12,6 +12,7 @@ from distillers.job import JobRun
 from distillers.methods.base import Step, Turn
 from distillers.seeds import generator_of
 from distillers.spec import BadSpec, check_spec
+from tests.distillers.jobs import job_spec
 from tests.helpers import picture_folder, tiny_sd15_pipeline
 from weights.store import Store
 
@@ -23,14 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def spec(folder: Path, name: str, method: str, **train: Any) -> dict[str, Any]:
-    return {
-        "student": name,
-        "method": method,
-        "base": str(folder / "base"),
-        "data": {"source": str(folder / "data")},
-        "train": {"iterations": 2, "batch_size": 2, "threads": 1, "precision": "float32", **train},
-        "config": METHODS.get(method, {}),
-    }
+    return job_spec(folder, name, method, train=train, config=METHODS.get(method, {}))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def run(folder: Path, method: str, checkpointed: bool) -> JobRun:
-    name = f"{method}-{checkpointed}".lower()
-    raw = spec(folder, name, method, gradient_checkpointing=checkpointed)
+def run(folder: Path, method: str, precision: str, checkpointed: bool) -> JobRun:
+    name = f"{method}-{precision}-{checkpointed}".lower()
+    raw = spec(folder, name, method, gradient_checkpointing=checkpointed, precision=precision)
     job = JobRun(raw, folder / name, Store(folder / "store"))
     assert job.run(resume=False) == 0
     return job
@@ -69,12 +63,13 @@ def kept_bytes(job: JobRun) -> int:
     return held
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_it_ends_in_the_same_weights(folder: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "precision"), [*((method, "float32") for method in METHODS), ("dmd2", "bfloat16")])
+def test_it_ends_in_the_same_weights(fresh_accelerator: None, folder: Path, method: str, precision: str) -> None:
     states, kept = [], []
     for checkpointed in (False, True):
-        kept.append(kept_bytes(run(folder, method, checkpointed)))
-        (path,) = (folder / f"{method}-{checkpointed}".lower() / "checkpoints").glob("*.safetensors")
+        job = run(folder, method, precision, checkpointed)
+        kept.append(kept_bytes(job))
+        (path,) = (job.folder / "checkpoints").glob("*.safetensors")
         states.append(load_checkpoint(path)[0])
     plain, again = states
     assert kept[1] < 0.9 * kept[0], kept

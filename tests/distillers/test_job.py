@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from PIL import Image
 import distillers.__main__ as command
 from distillers.corpus import load_corpus
 from distillers.data import Feed, cached_conditions
+from distillers.events import Reporter, now
 from distillers.folder import BadData
 from distillers.job import STOPPED, JobRun
+from distillers.processes import Interrupted
 from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, read_spec, recipes
 from distillers.trainer import Trainer
-from tests.helpers import picture_folder, tiny_pipeline, tiny_sd15_pipeline
-from weights.contracts import EVENTS, DataSpec
+from tests.distillers.jobs import events, job_inputs, job_spec
+from tests.helpers import tiny_pipeline, tiny_sd15_pipeline
+from weights.contracts import DataSpec, Failed
 from weights.families.stable_diffusion import StableDiffusion
 from weights.store import Store
 from weights.students import load_student
@@ -28,30 +32,24 @@ ONE_STEP = {"1": {"timesteps": [1.0]}}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("base"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return job_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return picture_folder(tmp_path_factory.mktemp("data"))
+def base(folder: Path) -> Path:
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    return folder / "data"
 
 
 @pytest.fixture
-def raw(base: Path, data: Path) -> dict[str, Any]:
-    return {
-        "student": "tiny",
-        "method": "dmd2",
-        "base": str(base),
-        "data": {"source": str(data)},
-        "train": {"iterations": 2, "batch_size": 2, "log_every": 1, "sample_every": 1, "precision": "float32"},
-        "config": {"student_every": 2, "student_lr": 1e-2, "warmup": 0},
-        "licence": "CC0-1.0",
-    }
-
-
-def events(folder: Path) -> list[Any]:
-    return [EVENTS.validate_json(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+def raw(folder: Path) -> dict[str, Any]:
+    config = {"student_every": 2, "student_lr": 1e-2, "warmup": 0}
+    return job_spec(folder, train={"sample_every": 1}, config=config, licence="CC0-1.0")
 
 
 # Specs
@@ -272,6 +270,8 @@ def test_a_teacher_of_stable_diffusions_classes_has_its_pictures_kept(data: Path
     (kept,) = (tmp_path / "cache").glob("latents-*.safetensors")
     (tmp_path / "plain").touch()
     assert kept.stat().st_mode == (tmp_path / "plain").stat().st_mode, "jobs of others may share the folder"
+    (conditions,) = (tmp_path / "cache").glob("conditions-*")
+    assert conditions.stat().st_mode == (tmp_path / "cache").stat().st_mode
 
 
 def test_cached_batches_are_the_same_within_half_precision(base: Path, data: Path, tmp_path: Path) -> None:
@@ -453,6 +453,46 @@ def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path:
     assert "regression/loss" in metrics and "student/matching" in metrics
 
 
+def test_what_is_prepared_is_told_before_training_starts(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw |= {"method": "ladd"}
+    raw["train"] |= {"iterations": 4}
+    raw["config"] = {"pictures": "teacher", "teacher_pictures": 130, "teacher_steps": 1, "blocks": ["mid_block"]}
+    assert JobRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == 0
+    found = events(tmp_path / "run")
+    before = found[: [event.kind for event in found].index("started")]
+    assert {(event.kind, event.step, event.iterations) for event in before} == {("progress", 0, 4)}
+    told = [next(iter(event.metrics.items())) for event in before]
+    assert [name for name, share in told if share == 1.0] == [
+        "preparation/encoding captions", "preparation/drawing teacher's pictures",
+    ]  # fmt: skip
+    drawn = [share for name, share in told if name.endswith("pictures")]
+    assert drawn == [0.0, 64 / 130, 128 / 130, 1.0]
+    assert not [
+        name for event in found[len(before) :] for name in getattr(event, "metrics", {}) if "preparation/" in name
+    ]
+
+
+def test_every_hundredth_is_told_once_however_often_it_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    with Reporter(tmp_path) as reporter:
+        for done in range(1001):
+            reporter.preparing("encoding captions", done, 1000, step=0, iterations=5)
+        assert reporter._bar is not None
+        (task,) = reporter._bar.tasks
+    assert len(events(tmp_path)) == 101
+    assert (task.description, task.completed, task.total) == ("encoding captions", 1000, 1000)
+
+
+def test_a_failure_is_told_in_its_own_words_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    with Reporter(tmp_path) as reporter:
+        reporter.emit(Failed(at=now(), step=1, message="[enforce fail] no memory for [/data]"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert "failed: [enforce fail] no memory for [/data]" in shown
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_job_goes_on(
     number: signal.Signals, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -543,6 +583,16 @@ def test_a_shared_cache_is_filled_by_the_shortest_job(raw: dict[str, Any], tmp_p
     metrics = events(folder)[-1].metrics
     assert metrics["processor_seconds"] > 0
     assert metrics["preparation_seconds"] >= 0 and metrics["preparation_processor_seconds"] >= 0
+
+
+def test_who_is_stopped_while_encoding_leaves_no_half_of_it(base: Path, data: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise Interrupted("asked")
+
+    captions = load_corpus(DataSpec(source=str(data)), 32).captions
+    with pytest.raises(Interrupted):
+        cached_conditions(tmp_path / "conditions", StableDiffusion.load(base), captions, stop)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_may_fill_one_cache(base: Path, data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from distillers.multi import MultiRun
 from distillers.partition import FILE
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.trainer import Trainer
-from tests.helpers import picture_folder, tiny_pipeline
-from weights.contracts import EVENTS, DataSpec, Failed, Finished, Progress, Saved, Started, TrainSpec
+from tests.distillers.jobs import events, job_inputs, job_spec
+from weights.contracts import DataSpec, Failed, Finished, Progress, Saved, Started, TrainSpec
 from weights.families.stable_diffusion import StableDiffusion
 from weights.store import Store
 from weights.students import route_prompts
@@ -34,24 +35,14 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("inputs")
-    return {
-        "student": "msd",
-        "method": "dmd2",
-        "base": str(tiny_pipeline(folder / "base")),
-        "data": {"source": str(picture_folder(folder / "data", count=8))},
-        "partition": {"students": 2},
-        "train": {
-            "iterations": 2, "batch_size": 2, "log_every": 1, "sample_every": 2, "checkpoint_every": 1,
-            "precision": "float32", "threads": 1,
-        },
-        "config": {"student_every": 1, "student_lr": 1e-2, "warmup": 0, "schedules": {"1": {"timesteps": [1.0]}}},
-        "licence": "CC0-1.0",
-    }  # fmt: skip
-
-
-def events(folder: Path) -> list[Any]:
-    return [EVENTS.validate_json(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return job_spec(
+        job_inputs(tmp_path_factory.mktemp("inputs"), count=8),
+        "msd",
+        partition={"students": 2},
+        train={"sample_every": 2, "checkpoint_every": 1},
+        config={"student_every": 1, "student_lr": 1e-2, "warmup": 0, "schedules": {"1": {"timesteps": [1.0]}}},
+        licence="CC0-1.0",
+    )
 
 
 def published(store: Store, name: str) -> dict[str, Tensor]:
@@ -94,11 +85,17 @@ def test_the_events_are_those_of_one_job(whole: tuple[Store, Path]) -> None:
     _, folder = whole
     found = events(folder)
     assert [event.kind for event in found].count("started") == 1
-    assert (found[0].kind, found[0].step, found[0].iterations) == ("started", 0, 4)
+    prepared = found[: [event.kind for event in found].index("started")]
+    assert {name for event in prepared for name in event.metrics} == {
+        "preparation/embedding prompts", "part-0/preparation/encoding pictures",
+    }  # fmt: skip
+    started = found[len(prepared)]
+    assert (started.step, started.iterations) == (0, 4)
     steps = [event.step for event in found]
     assert steps == sorted(steps)
     progress = [event for event in found if event.kind == "progress"]
     assert {event.iterations for event in progress} == {4}
+    progress = progress[len(prepared) :]
     assert {name.split("/")[0] for event in progress for name in event.metrics} == {"part-0", "part-1"}
     saved = [event.path for event in found if event.kind in ("checkpoint", "samples")]
     assert {path.split("/")[0] for path in saved} == {"part-0", "part-1"}
@@ -154,6 +151,23 @@ def test_a_stopped_job_goes_on_in_its_second_part(
     assert same(published(store, "msd-1"), published(whole[0], "msd-1"))
     assert MultiRun(raw, tmp_path / "run", store).run(resume=True) == 0
     assert len(done) == 4 and events(tmp_path / "run")[-1].kind == "finished", "all was done before"
+
+
+def test_a_name_that_was_taken_meanwhile_is_refused_before_a_resumed_job_goes_on(
+    raw: dict[str, Any], whole: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    store = Store(tmp_path / "store")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Trainer, "_iterate", stopped)
+        assert MultiRun(raw, tmp_path / "run", store).run(resume=False) == STOPPED
+    shutil.copytree(whole[0].root / "msd-1", store.root / "msd-1")  # which another job has published
+    (tmp_path / "run" / "part-1").mkdir()
+    monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trained"))
+    assert MultiRun(raw, tmp_path / "run", store).run(resume=True) == 1
+    assert "'msd-1' is published already" in events(tmp_path / "run")[-1].message
 
 
 CHILD = """

@@ -4,14 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distillers import processes
 from distillers.checkpoint import load_checkpoint
-from tests.helpers import picture_folder, tiny_pipeline
+from distillers.processes import Interrupted, Tick, main_first
+from tests.distillers.jobs import events, job_inputs, job_spec
 from weights.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,28 +61,38 @@ sys.exit(main(sys.argv[1:]))
 STOPPING = TELLING.replace("import sys", "import os, signal, sys").replace(
     "    make(", "    os.kill(os.getpid(), signal.SIGTERM) if place()[0] else None\n    make("
 )
+CACHING = """
+import sys
+from distillers import data
+from distillers.__main__ import main
+from distillers.processes import place
+
+write, encode = data._write_conditions, data.Feed._write_latents
+
+
+def written(folder, *arguments):
+    (folder.parent / f"conditions.by-{place()[0]}").touch()
+    write(folder, *arguments)
+
+
+def encoded(self, path, tick):
+    path.with_name(f"latents.by-{place()[0]}").touch()
+    encode(self, path, tick)
+
+
+data._write_conditions, data.Feed._write_latents = written, encoded
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def spec(folder: Path, method: str, iterations: int, **config: Any) -> dict[str, Any]:
-    return {
-        "student": "of-two",
-        "method": method,
-        "base": str(folder / "base"),
-        "data": {"source": str(folder / "data")},
-        "train": {
-            "iterations": iterations, "batch_size": 2, "log_every": 1, "checkpoint_every": 2, "sample_every": 100,
-            "threads": 1, "precision": "float32",
-        },
-        "config": {"student_lr": 1e-3, "warmup": 0, **config},
-    }  # fmt: skip
+    train = {"iterations": iterations, "checkpoint_every": 2}
+    return job_spec(folder, "of-two", method, train=train, config={"student_lr": 1e-3, "warmup": 0, **config})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("two")
-    tiny_pipeline(made / "base")
-    picture_folder(made / "data")
-    return made
+    return job_inputs(tmp_path_factory.mktemp("two"))
 
 
 def run(folder: Path, name: str, job: dict[str, Any], *more: str, module: Path | None = None) -> tuple[int, str]:
@@ -100,11 +113,6 @@ def run(folder: Path, name: str, job: dict[str, Any], *more: str, module: Path |
     return ended.returncode, ended.stderr
 
 
-def events(folder: Path) -> list[dict[str, Any]]:
-    written = folder / "events.jsonl"
-    return [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
-
-
 def state(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return load_checkpoint(folder / "checkpoints" / f"iteration-{iteration:08d}.safetensors")[0]
 
@@ -114,7 +122,7 @@ def test_two_make_one_student_and_resume_to_the_same_weights(folder: Path) -> No
     config = {"fake_score_lr": 1e-3, "student_every": 2}
     status, errors = run(folder, "whole", spec(folder, "f_distill", 4, **config))
     assert status == 0, errors
-    assert [event["kind"] for event in events(folder / "whole")].count("finished") == 1
+    assert [event.kind for event in events(folder / "whole")].count("finished") == 1
     assert Store(folder / "store").names() == ["of-two"]
 
     short = spec(folder, "f_distill", 2, **config) | {"student": "stopped"}
@@ -137,8 +145,8 @@ def test_a_loss_that_is_nan_in_any_process_ends_the_job_with_the_reason(folder: 
     assert status != 0
     assert "process 1: iteration 2: " in errors
     last = events(folder / "nan")[-1]
-    assert last["kind"] == "failed" and last["message"].startswith("iteration 2: the ")
-    assert "is nan; last good checkpoint: iteration-00000002.safetensors" in last["message"]
+    assert last.kind == "failed" and last.message.startswith("iteration 2: the ")
+    assert "is nan; last good checkpoint: iteration-00000002.safetensors" in last.message
 
 
 @pytest.fixture
@@ -159,5 +167,93 @@ def test_one_that_is_stopped_while_pairs_are_made_stops_all(folder: Path, of_pai
     (folder / "stopping.py").write_text(STOPPING)
     status, _ = run(folder, "stopped", of_pairs | {"student": "stopped-early"}, module=folder / "stopping.py")
     assert status != 0
-    assert not [event for event in events(folder / "stopped") if event["kind"] == "failed"]
+    assert not [event for event in events(folder / "stopped") if event.kind == "failed"]
     assert len(list((folder / "stopped").rglob("pairs-*.safetensors"))) == 2, "what was made is kept"
+
+
+def test_the_main_process_alone_fills_the_cache(folder: Path) -> None:
+    (folder / "caching.py").write_text(CACHING)
+    job = spec(folder, "dmd2", 1) | {"student": "cached"}
+    cache = folder / "cache"
+    status, errors = run(folder, "cached", job, "--cache", str(cache), module=folder / "caching.py")
+    assert status == 0, errors
+    assert sorted(path.name for path in cache.glob("*.by-*")) == ["conditions.by-0", "latents.by-0"]
+    assert len(list(cache.glob("conditions-*"))) == len(list(cache.glob("latents-*"))) == 1
+    told = {
+        name for event in events(folder / "cached") for name in getattr(event, "metrics", {}) if "preparation/" in name
+    }
+    assert told == {"preparation/encoding captions", "preparation/encoding pictures"}
+
+
+class Two:
+    """Two processes of a job as threads, each with its own answer: what `main_first` gave, or raised."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.met = threading.Barrier(2, timeout=30)
+        self.mine = threading.local()
+        self.said: dict[int, torch.Tensor] = {}
+        self.disk: list[str] = []
+        self.ended: dict[int, Any] = {}
+        self.failing = False
+        patch.setattr(processes, "_several", lambda: True)
+        patch.setattr(processes, "place", lambda: (self.mine.rank, 2))
+        patch.setattr(processes, "summed", self.summed)
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.said[self.mine.rank] = tensor
+        self.met.wait()
+        total = self.said[0] + self.said[1]
+        self.met.wait()
+        return total
+
+    def work(self, tick: Tick) -> str:
+        if not self.disk:
+            tick("making", 1, 2)
+            if self.failing:
+                raise ValueError("no space left")
+            tick("making", 2, 2)
+            self.disk.append(f"by {self.mine.rank}")
+        return self.disk[0]
+
+    def run(self, stops: dict[int, int]) -> dict[int, Any]:
+        """What each process ends with; ``stops`` says which of them is to stop, at its how manieth tick."""
+
+        def one(rank: int) -> None:
+            self.mine.rank, ticks = rank, 0
+
+            def tick(what: str, done: int, total: int) -> None:
+                nonlocal ticks
+                ticks += 1
+                if stops.get(rank) == ticks:
+                    raise Interrupted("asked")
+
+            try:
+                self.ended[rank] = main_first(self.work, tick, torch.device("cpu"))
+            except Exception as error:  # noqa: BLE001 (it is what is looked at)
+                self.ended[rank] = type(error)
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self.ended
+
+
+def test_what_the_main_process_made_the_others_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Two(monkeypatch)
+    assert two.run({}) == {0: "by 0", 1: "by 0"}
+    assert two.disk == ["by 0"]
+
+
+@pytest.mark.parametrize("stops", [{0: 1}, {0: 2}, {1: 1}, {1: 2}, {1: 3}, {0: 1, 1: 1}])
+def test_whoever_is_asked_to_stop_while_the_main_process_works_stops_all(
+    stops: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Two(monkeypatch).run(stops) == {0: Interrupted, 1: Interrupted}
+
+
+def test_nobody_waits_for_a_main_process_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Two(monkeypatch)
+    two.failing = True
+    assert two.run({}) == {0: ValueError, 1: Interrupted}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from distillers.checkpoint import load_checkpoint
 from distillers.job import JobRun
-from tests.helpers import picture_folder, tiny_pipeline
+from tests.distillers.jobs import events, job_inputs, job_spec
 from weights.families.stable_diffusion import LORA_FILE
 from weights.store import Store
 
@@ -31,18 +31,13 @@ def one_thread() -> Any:
 
 
 def spec(folder: Path) -> dict[str, Any]:
-    return {
-        "student": "killed",
-        "method": "dmd2",
-        "base": str(folder / "base"),
-        "data": {"source": str(folder / "data")},
-        "train": {
-            "iterations": ITERATIONS, "batch_size": 2, "log_every": 1, "checkpoint_every": 1, "sample_every": 100,
-            "threads": 1, "precision": "float32",
-        },
-        "lora": {"rank": 2, "dropout": 0.1},
-        "config": {"student_every": 2, "student_lr": 1e-3, "fake_score_lr": 1e-3, "warmup": 5},
-    }  # fmt: skip
+    return job_spec(
+        job_inputs(folder),
+        "killed",
+        train={"iterations": ITERATIONS, "checkpoint_every": 1},
+        lora={"rank": 2, "dropout": 0.1},
+        config={"student_every": 2, "student_lr": 1e-3, "fake_score_lr": 1e-3, "warmup": 5},
+    )
 
 
 def start(job: Path, folder: Path, store: Path) -> subprocess.Popen[str]:
@@ -58,8 +53,6 @@ def final_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_killed_and_resumed_it_ends_in_the_same_weights(tmp_path: Path, one_thread: None) -> None:
-    tiny_pipeline(tmp_path / "base")
-    picture_folder(tmp_path / "data")
     raw = spec(tmp_path)
     job = tmp_path / "job.json"
     job.write_text(json.dumps(raw))
@@ -77,9 +70,8 @@ def test_killed_and_resumed_it_ends_in_the_same_weights(tmp_path: Path, one_thre
 
     resumed = JobRun(raw, tmp_path / "killed", Store(tmp_path / "store"))
     assert resumed.run(resume=True) == 0
-    lines = (tmp_path / "killed" / "events.jsonl").read_text().splitlines()
-    started = [event for line in lines if (event := json.loads(line))["kind"] == "started"]
-    assert len(started) == 2 and started[1]["resumed_from"] >= kill_at - 1, kill_at
+    started = [event for event in events(tmp_path / "killed") if event.kind == "started"]
+    assert len(started) == 2 and started[1].resumed_from >= kill_at - 1, kill_at
 
     straight = JobRun(raw, tmp_path / "straight", Store(tmp_path / "other"))
     assert straight.run(resume=False) == 0

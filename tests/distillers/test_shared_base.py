@@ -16,8 +16,7 @@ from distillers.methods.base import Step
 from distillers.seeds import generator_of
 from distillers.spec import BadSpec, check_spec
 from distillers.trainer import Trainer
-from tests.helpers import picture_folder, tiny_pipeline
-from weights.contracts import EVENTS
+from tests.distillers.jobs import events, job_inputs, job_spec
 from weights.families.base import TextToImage
 from weights.families.stable_diffusion import LORA_FILE, StableDiffusion
 from weights.store import Store
@@ -40,17 +39,13 @@ class Jobs:
     def make(
         self, name: str, method: str = "dmd2", *, shared: bool = True, iterations: int = 4, **config: Any
     ) -> JobRun:
-        raw = {
-            "student": "tiny",
-            "method": method,
-            "base": str(self.base),
-            "data": {"source": str(self.folder / "data")},
-            "train": {
-                "iterations": iterations, "batch_size": 4, "log_every": 1, "sample_every": 100, "precision": "float32",
-            },
-            "lora": {"rank": 2, "dropout": 0.1, "shared_base": shared},
-            "config": {"schedules": TWO_STEPS, **CONFIGS[method], **config},
-        }  # fmt: skip
+        raw = job_spec(
+            self.folder,
+            method=method,
+            train={"iterations": iterations, "batch_size": 4},
+            lora={"rank": 2, "dropout": 0.1, "shared_base": shared},
+            config={"schedules": TWO_STEPS, **CONFIGS[method], **config},
+        )
         store = Store(self.folder / name / "store")
         return JobRun(raw, self.folder / name, store, cache=self.folder / "cache", replace=True)
 
@@ -62,9 +57,8 @@ class Jobs:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    folder = tmp_path_factory.mktemp("jobs")
-    picture_folder(folder / "data")
-    return Jobs(tiny_pipeline(folder / "base"), folder)
+    folder = job_inputs(tmp_path_factory.mktemp("jobs"))
+    return Jobs(folder / "base", folder)
 
 
 @dataclass(frozen=True)
@@ -134,8 +128,7 @@ def inputs(model: TextToImage) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def logged(run: JobRun) -> list[dict[str, float]]:
-    lines = (run.folder / "events.jsonl").read_text().splitlines()
-    return [event.metrics for line in lines if (event := EVENTS.validate_json(line)).kind == "progress"]
+    return [event.metrics for event in events(run.folder) if event.kind == "progress" and event.step > 0]
 
 
 def test_sharing_changes_no_number(pair: Pair) -> None:

@@ -16,8 +16,9 @@ from distillers.precision import fast_kernels, resolve_precision
 from distillers.processes import Interrupted
 from distillers.seeds import generator_of, seed_of
 from distillers.trainer import BadCheckpoint, Diverged
+from tests.distillers.jobs import events
 from tests.distillers.mixtures import mixture_setup, trainer_of
-from weights.contracts import EVENTS, StepSchedule
+from weights.contracts import StepSchedule
 from weights.families.base import TextToImage
 
 
@@ -80,10 +81,6 @@ def fake_trainer(folder: Path, *, seed: int = 0, method: dict[str, Any] | None =
     fake = Fake(MethodConfig(), setup, **(method or {}))
     settings = {"iterations": 6, "checkpoint_every": 100, "sample_every": 100, "seed": seed, **train}
     return trainer_of(fake, setup, folder, batch_size=4, **settings)
-
-
-def events(folder: Path) -> list[Any]:
-    return [EVENTS.validate_json(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from service.engine.backends.program import Program
 from service.engine.backends.torch_backend import TorchBackend
 from service.settings import BadSettings, Settings, read_settings
 from tests.architecture.source import ROOT
-from tests.helpers import tiny_pipeline
+from tests.helpers import tiny_pipeline, tiny_sdxl_pipeline
 from weights.bundled import STUDENTS
 from weights.drawing import draw, draw_base
 from weights.families import TextToImage, load
@@ -141,6 +141,24 @@ def test_a_network_that_is_told_its_guidance(tiny: Pair, backend: OpenVinoBacken
 
     assert Pair(told, prepared).apart(picture).max() <= 2
     assert not torch.equal(picture(prepared), picture(prepared, 2.0))
+
+
+def test_sdxl_draws_the_same_and_keeps_its_text_encoders(tmp_path: Path, backend: OpenVinoBackend) -> None:
+    base = load("stable_diffusion_xl", tiny_sdxl_pipeline(tmp_path))
+    pair = Pair(base, backend.prepare(base))
+    assert set(pair.prepared.programs) == {"network", "decoder"}
+
+    def picture(model: TextToImage) -> Tensor:
+        cond, uncond = model.encode_prompts(["red apple", "blue dog"]), model.encode_prompts([""])
+        return model.decode(draw_base(model, cond, uncond, [1, 2], 2, 3.0).latents)
+
+    assert pair.apart(picture).max() <= 2
+    taller = torch.randn(1, 4, 12, 8)
+
+    def other_size(model: TextToImage) -> Tensor:
+        return model.decode(model.denoiser(taller, torch.tensor([0.9]), model.encode_prompts(["red apple"])))
+
+    assert pair.apart(other_size).max() <= 2, "told the size that is drawn"
 
 
 def test_clips_text_encoder_and_the_large_autoencoder(tiny: Pair, backend: OpenVinoBackend) -> None:

@@ -132,6 +132,14 @@ def test_what_fails_at_one_step_count_is_not_measured_at_others(base_folder: Pat
     assert [key for _, key in evaluation.drawn].count((2, 0.0)) == 1
 
 
+def test_the_student_alone_is_measured_once_at_each_step_count(base_folder: Path) -> None:
+    pipeline = load("stable_diffusion", base_folder)
+    student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
+    evaluation: Any = Scripted(Model("base", pipeline), GAINS, {(2, 0.0): (0.9, 1.0), (1, 0.0): (0.9, 1.0)})
+    assert calibrate(evaluation, student, LIMITS).chosen is not None
+    assert sorted(steps for steps, key in evaluation.drawn if key is None) == [2, 4]
+
+
 def test_nothing_is_chosen_where_nothing_is_gained(base_folder: Path) -> None:
     pipeline = load("stable_diffusion", base_folder)
     student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
