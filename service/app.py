@@ -15,7 +15,7 @@ from service.jobs.base import Jobs
 from service.keys import KeyRing
 from service.limits import BodyLimit
 from service.metrics import Metrics
-from service.origins import Origins
+from service.origins import Hosts, Origins, name_of
 from service.pictures import PictureStore
 from service.rates import Limits, Rates
 from service.routes import health, images, metrics, models, traces
@@ -44,6 +44,12 @@ def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
     )
 
 
+def _own_names(settings: Settings) -> list[str]:
+    """Host names that are this server's."""
+    public = [] if settings.public_url is None else [name_of(settings.public_url)]
+    return [*settings.allowed_hosts, settings.host, *public]
+
+
 def create_app(
     settings: Settings, engine: Engine, jobs: Jobs | None = None, *, counts: Metrics | None = None
 ) -> FastAPI:
@@ -62,7 +68,7 @@ def create_app(
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     rates = Rates(lambda client: _limits(settings, ring, client))
     checker = load_checker(settings.safety_checker) if settings.safety_checker is not None else None
-    engine = GuardedEngine(engine, rates, checker, settings.safety_flagged)
+    engine = GuardedEngine(engine, rates, checker, settings.safety_flagged, settings.request_timeout)
     counts = counts or Metrics()
     counts.watch(engine)
 
@@ -94,6 +100,8 @@ def create_app(
     app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)
     app.add_middleware(Access, ring=ring, rates=rates)
     app.add_middleware(Origins, listed=settings.cors_origins, public_url=settings.public_url)
+    if ring is None:
+        app.add_middleware(Hosts, names=_own_names(settings))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

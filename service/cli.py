@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from urllib.parse import quote
@@ -17,6 +18,7 @@ import typer
 from service.cli_jobs import client_of, fail, jobs_app, read_spec, show_table, step_counts, writing
 from service.cli_jobs import settings as _settings
 from service.cli_keys import keys_app
+from service.cli_names import names_of_job, refuse_aliases
 from service.cli_trace import trace
 
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ def _with_store(arguments: list[str]) -> list[str]:
     return arguments if given else [*arguments, "--store", str(_settings().store)]
 
 
+def _publish(module: str, arguments: list[str], names: Iterable[str]) -> NoReturn:
+    """Go on as a program that publishes students under some of these names."""
+    refuse_aliases(names, _settings().aliases)
+    _become(module, _with_store(arguments))
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
@@ -61,6 +69,7 @@ def serve(
     from service import server
     from service.app import create_app
     from service.here import make_engine
+    from service.jobs.base import JobsUnavailable
     from service.jobs.service import TableJobs
     from service.metrics import Metrics
     from service.spans import observer_of
@@ -72,7 +81,9 @@ def serve(
         counts = Metrics()
         engine = make_engine(settings, observer_of(settings, counts))
         api = create_app(settings, engine, jobs, counts=counts)
-    except ValueError as error:
+        if jobs is not None:
+            jobs.open()  # the app would say what is wrong in a traceback
+    except (ValueError, JobsUnavailable) as error:
         fail(error, 2)
     server.run(api, settings)
 
@@ -87,7 +98,8 @@ def _log_as(settings: "Settings") -> None:
 def worker() -> None:
     """Run queued jobs for servers that only queue them (FEWSTEP_JOB_WORK=false), with the same table and folders."""
     settings = _settings()
-    from service.jobs.service import make_supervisor
+    from service.jobs.base import JobsUnavailable
+    from service.jobs.service import make_supervisor, prepare
     from service.jobs.supervisor import work_forever
     from service.jobs.table import JobTable
 
@@ -96,14 +108,14 @@ def worker() -> None:
         job_settings = settings.job_settings()
         table = JobTable(job_settings.url)
         supervisor = make_supervisor(job_settings, table)
-    except ValueError as error:
+        prepare(job_settings, table, works=True)
+    except (ValueError, JobsUnavailable) as error:
         fail(error, 2)
 
     async def work() -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await asyncio.to_thread(table.create_tables)
         await work_forever(supervisor, stop)
 
     asyncio.run(work())
@@ -128,20 +140,22 @@ def calibrate(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def average(context: typer.Context) -> None:
     """Publish the mean of several students' weights: average NAME STUDENT[:COUNT]... (see average --help)."""
-    _become("distillers.averaging", _with_store(context.args))
+    _publish("distillers.averaging", context.args, context.args)  # the others are students, and no aliases either
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def extract(context: typer.Context) -> None:
     """Publish a student's change from its base as a small LoRA: extract NAME STUDENT (see extract --help)."""
-    _become("distillers.extraction", _with_store(context.args))
+    _publish("distillers.extraction", context.args, context.args)  # as above
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def distill(context: typer.Context) -> None:
     """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
-    asks = context.args[:1] in (["check"], ["methods"])
-    _become("distillers", context.args if asks else _with_store(context.args))
+    if context.args[:1] in (["check"], ["methods"]):
+        _become("distillers", context.args)
+    else:
+        _publish("distillers", context.args, names_of_job(context.args))
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """What stands between the routes and the engine: the stop at a drain, picture limits, and the safety checker."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Literal, cast
@@ -20,6 +22,7 @@ from service.engine.base import (
     NotReady,
     Overloaded,
     Preview,
+    TimedOut,
     UnknownModel,
 )
 from service.rates import Rates
@@ -41,15 +44,22 @@ class GuardedEngine:
         rates: counts the pictures of `DrawRequest.client`.
         checker: says which pictures must not be shown; None shows all.
         flagged: what becomes of these: the request is refused, or the picture is black.
+        seconds: that a request may take, its pictures' checks included; where it gives fewer itself, these.
     """
 
     def __init__(
-        self, engine: Engine, rates: Rates, checker: Checker | None = None, flagged: FlaggedAre = "refused"
+        self,
+        engine: Engine,
+        rates: Rates,
+        checker: Checker | None = None,
+        flagged: FlaggedAre = "refused",
+        seconds: float = math.inf,
     ) -> None:
         self._engine = engine
         self._rates = rates
         self._checker = checker
         self._flagged = flagged
+        self._seconds = seconds
         self._aside = Aside(CHECKS)
         self._drains = False
         self._stopped = False
@@ -83,9 +93,9 @@ class GuardedEngine:
         """See `Engine.load`."""
         return self._engine.load()
 
-    def models(self) -> list[ModelInfo]:
+    async def models(self) -> list[ModelInfo]:
         """See `Engine.models`."""
-        return self._engine.models()
+        return await self._engine.models()
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
         """See `Engine.generate`.
@@ -93,20 +103,22 @@ class GuardedEngine:
         Raises:
             RateLimited: the client has had its pictures for now.
             Flagged: the safety checker refuses a picture.
+            TimedOut: or has not answered by the request's deadline.
         """
+        hides = self._check_of(request)
         with self._admitted(request):
             drawn = await self._engine.generate(request)
         return [
-            replace(item, image=_black(item.image), flagged=True) if await self._hides(item.image, request) else item
-            for item in drawn
+            replace(item, image=_black(item.image), flagged=True) if await hides(item.image) else item for item in drawn
         ]
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
         """See `Engine.stream` and `generate`."""
+        hides = self._check_of(request)
         with self._admitted(request):
             async with aclosing(cast(AsyncGenerator[Preview | Drawn], self._engine.stream(request))) as items:
                 async for item in items:
-                    if not await self._hides(item.image, request):
+                    if not await hides(item.image):
                         yield item
                     elif isinstance(item, Drawn):
                         yield replace(item, image=_black(item.image), flagged=True)
@@ -126,13 +138,29 @@ class GuardedEngine:
             self._rates.give_pictures(request.client, len(request.seeds))
             raise
 
-    async def _hides(self, image: Image, request: DrawRequest) -> bool:
-        """Whether the picture is to be black. Raises: Flagged, EngineError."""
-        if self._checker is None or not await self._aside.run(self._checker.flags, image, request.prompt):
-            return False
-        if self._flagged == "refused":
-            raise Flagged(f"the safety checker {self._checker.name!r} refuses a picture of this prompt", "prompt")
-        return True
+    def _check_of(self, request: DrawRequest) -> Callable[[Image], Awaitable[bool]]:
+        """What tells whether a picture of this request, whose time begins now, is to be black.
+
+        Raises, each time: Flagged, TimedOut, EngineError.
+        """
+        clock = asyncio.get_running_loop().time
+        limit = min(self._seconds, math.inf if request.seconds is None else request.seconds)
+        deadline = clock() + limit
+        checker = self._checker
+
+        async def hides(image: Image) -> bool:
+            if checker is None:
+                return False
+            try:
+                flagged = await self._aside.within(deadline - clock(), checker.flags, image, request.prompt)
+            except TimeoutError:
+                message = f"the safety checker {checker.name!r} has not answered within the request's {limit:g} s"
+                raise TimedOut(message) from None
+            if flagged and self._flagged == "refused":
+                raise Flagged(f"the safety checker {checker.name!r} refuses a picture of this prompt", "prompt")
+            return flagged
+
+        return hides
 
 
 def _black(image: Image) -> Image:

@@ -6,7 +6,7 @@ A package offers one under the entry point group ``fewstep.safety``::
     my-checker = "my_package:is_flagged"
 
 ``is_flagged(image, prompt) -> bool`` gets each picture (PIL, RGB), previews too, on a thread of its own; several calls may
-run at once. Its time comes on top of what a request may take.
+run at once. Its time counts in what a request may take: one that has no answer by then is answered 504, without pictures.
 """
 
 import logging

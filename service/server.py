@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.engine.base import Engine
+from service.engine.leaving import leave
 from service.settings import BadSettings, Settings
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def run(app: FastAPI, settings: Settings) -> None:
-    """Serve the app until a signal ends it.
+    """Serve the app until a signal ends it; the process ends as well, where threads are left that are still at work.
 
     Raises:
         SystemExit: it could not start, say because the port is taken.
@@ -170,3 +171,4 @@ def run(app: FastAPI, settings: Settings) -> None:
     server.run()
     if not server.started:
         sys.exit(3)
+    leave()

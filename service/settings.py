@@ -17,6 +17,7 @@ from service.schemas import MAX_NAME
 
 PREFIX = "FEWSTEP_"
 ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d{1,5})?|https?://\[[0-9a-f:]+\](:\d{1,5})?")
+HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 HOME = Path("~/.local/share/fewstep")
 CACHE = Path("~/.cache/fewstep")
 
@@ -48,6 +49,11 @@ class Settings(BaseSettings):
     )
     allow_open: bool = Field(
         False, description="Listen on other addresses than loopback ones without a keys file: a proxy keeps others out."
+    )
+    allowed_hosts: list[str] = Field(
+        [],
+        description='Host names, as `["images.example"]`, that a server without keys answers to besides addresses, '
+        'localhost and the names in FEWSTEP_PUBLIC_URL and FEWSTEP_HOST; `["*"]` is every one.',
     )
     api_key: SecretStr | None = Field(None, description="Key that this command line sends to a server.")
     requests_per_minute: int | None = Field(
@@ -228,6 +234,16 @@ class Settings(BaseSettings):
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin: write '*', or scheme and host, as in https://a.example")
         return origins
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_host_names(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name != "*" and not HOST_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} is no host name: write '*', or a name without scheme or port, as in a.example"
+                )
+        return names
 
     @field_validator("store", "jobs_dir", "cache")
     @classmethod

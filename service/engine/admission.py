@@ -1,6 +1,5 @@
 """How requests get their models: at once where those are in memory, else from a thread that loads while others are drawn."""
 
-import atexit
 import logging
 import queue
 import threading
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from service.engine.base import EngineError
+from service.engine.leaving import wait_at_the_end
 from service.engine.loop import DrawingLoop, told
 from service.engine.pictures import Ticket
 from service.engine.planner import Planner
@@ -59,16 +59,15 @@ class Loader:
         self._waits.put(wait)
 
     def stop(self, seconds: float) -> None:
-        """End after the model that is being loaded; waited for here for so many seconds, and else at the process's end."""
+        """End after the model that is being loaded; waited for here for so many seconds, and else at Python's own end."""
         with self._turn:
             self._stopping = True
         self._waits.put(None)
         if self._thread.ident is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
-                log.warning("a model is still being loaded; the process will end when it is")
-                # A thread that is still in torch's code when Python goes away takes the process down with SIGABRT.
-                atexit.register(self._thread.join)
+                log.warning("a model is still being loaded, and is given up")
+                wait_at_the_end(self._thread)
 
     def _work(self) -> None:
         while (wait := self._waits.get()) is not None and not self._stopping:

@@ -46,3 +46,12 @@ class Aside:
 
         threading.Thread(target=work, name="aside", daemon=True).start()
         return await answer
+
+    async def within(self, seconds: float, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `run`, for so many seconds, the wait for a thread included.
+
+        Raises:
+            TimeoutError: there is no answer. The function goes on.
+        """
+        async with asyncio.timeout(seconds):
+            return await self.run(call, *args, **kwargs)

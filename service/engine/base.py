@@ -214,8 +214,12 @@ class Engine(Protocol):
     def load(self) -> Load:
         """What there is to do now, and what is in memory."""
 
-    def models(self) -> list[ModelInfo]:
-        """All models that can be drawn with now, the bases first. Reads the disk."""
+    async def models(self) -> list[ModelInfo]:
+        """All models that can be drawn with now, the bases first.
+
+        Raises:
+            EngineError: NotReady, or TimedOut where the store's disk does not answer.
+        """
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
         """One picture per seed, in order. Cancelling the call drops the request by the next tick.

@@ -6,7 +6,7 @@ from that come the size of the next batch (`CostProfile.best`) and what a reques
 
 import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
@@ -58,10 +58,12 @@ class CostProfile:
             raise ValueError(f"seconds of a call must be above 0 and finite, got {self.measured}")
         self.target = target
         # As if ENOUGH calls had taken what was measured, so that the first ones observed are outvoted if they are odd.
-        self._recent: deque[tuple[int, float]] = deque([(0, 1.0)] * ENOUGH, maxlen=RECENT)
+        self._recent: deque[tuple[int, float]] = deque([(0, 1.0)] * ENOUGH)
+        self._of_batch: dict[int, list[float]] = {0: [1.0] * ENOUGH}
+        self._of_all = [1.0] * ENOUGH
+        """The recent calls' ratios, rising: kept in order, since medians are taken after every call."""
         self._estimated = self._estimate()
-        self._stale = False
-        """Whether there was a call since: an estimate is made when it is asked for, and takes as long as a small layer."""
+        """Seconds now by measured batch size, rising. Made by who observes, since others ask on the event loop."""
 
     @classmethod
     def measure(
@@ -104,7 +106,7 @@ class CostProfile:
 
         Between two measured sizes the line from one to the other is taken; beyond the largest, its time per row.
         """
-        return _on_the_curve(self._current, batch)
+        return _on_the_curve(self._estimated, batch)
 
     def best(self, ready: int, unit: int = 1) -> tuple[int, int]:
         """How many of the ready rows to take now, and the batch to pad them to: most rows per second within the target.
@@ -148,7 +150,7 @@ class CostProfile:
     @property
     def seconds_per_row(self) -> float:
         """In the best full batch within the target: what one more row costs a busy server."""
-        return self._per_row(self._current)
+        return self._per_row(self._estimated)
 
     @property
     def measured_per_row(self) -> float:
@@ -166,39 +168,41 @@ class CostProfile:
         shows after a few calls. A batch that was called too seldom is taken to be as much faster or slower than at
         warm-up as the rest is: one that looked slow once is not shunned for ever.
         """
-        self._recent.append((batch, max(seconds, TINY) / _on_the_curve(self.measured, batch)))
-        self._stale = True
+        ratio = max(seconds, TINY) / _on_the_curve(self.measured, batch)
+        self._recent.append((batch, ratio))
+        for ratios in (self._of_all, self._of_batch.setdefault(batch, [])):
+            insort(ratios, ratio)
+        if len(self._recent) > RECENT:
+            oldest, gone = self._recent.popleft()
+            for ratios in (self._of_all, self._of_batch[oldest]):
+                del ratios[bisect_left(ratios, gone)]
+        self._estimated = self._estimate()
 
     def scaled(self, factor: float) -> "CostProfile":
         """A profile of its own for something that costs ``factor`` times as much."""
-        return CostProfile({b: s * factor for b, s in self._current.items()}, self.batches, self.target)
+        return CostProfile({b: s * factor for b, s in self._estimated.items()}, self.batches, self.target)
 
     def among(self, batches: Collection[int]) -> "CostProfile":
         """What is known now, for calls of those batch sizes alone that are among these, or else of one row."""
         if set(self.batches) <= set(batches):
             return self
-        self._current  # noqa: B018 - estimated here, and not by each copy
         some = copy(self)
         some.batches = [batch for batch in self.batches if batch in batches] or self.batches[:1]
         return some
 
-    @property
-    def _current(self) -> dict[int, float]:
-        """Seconds now by measured batch size, rising."""
-        if self._stale:
-            self._stale = False
-            self._estimated = self._estimate()
-        return self._estimated
-
     def _estimate(self) -> dict[int, float]:
-        recent = list(self._recent)  # at once: another thread may be observing
-        of_batch: dict[int, list[float]] = {}
-        for batch, ratio in recent:
-            of_batch.setdefault(batch, []).append(ratio)
-        common = median(ratio for _, ratio in recent)
-        drift = {batch: median(own) for batch, own in of_batch.items() if len(own) >= ENOUGH}
-        now = [seconds * drift.get(batch, common) for batch, seconds in self.measured.items()]
+        common = _middle(self._of_all)
+        now = []
+        for batch, seconds in self.measured.items():
+            own = self._of_batch.get(batch, ())
+            now.append(seconds * (_middle(own) if len(own) >= ENOUGH else common))
         return dict(zip(self.measured, accumulate(now, max), strict=True))
+
+
+def _middle(rising: Sequence[float]) -> float:
+    """The median of values in order."""
+    half = len(rising) // 2
+    return rising[half] if len(rising) % 2 else (rising[half - 1] + rising[half]) / 2
 
 
 def _on_the_curve(points: Mapping[int, float], batch: int) -> float:

@@ -48,6 +48,8 @@ from weights.store import Store
 
 LOOKS = 4
 """Requests whose model is looked for at the same time, where it is not in use."""
+LISTS, LIST_SECONDS = 2, 10.0
+"""Lists of all models that are made at the same time, and how long each may take: about a millisecond a student is usual."""
 STOPPING = "the server is still loading its models, or stopping"
 
 
@@ -79,7 +81,7 @@ class StepEngine:
         device = device_of(settings)
         dtype = dtype_of(settings, device)
         gate = Gate()
-        self._recent, self._aside = Recent(store), Aside(LOOKS)
+        self._recent, self._aside, self._lists = Recent(store), Aside(LOOKS), Aside(LISTS)
         self._residency = Residency(
             store,
             settings.bases,
@@ -155,10 +157,17 @@ class StepEngine:
         pictures = sum(ticket.left for ticket in self._tickets)
         return Load(pictures=pictures, seconds=self._line.seconds, resident=self._residency.bytes_by_model())
 
-    def models(self) -> list[ModelInfo]:
+    async def models(self) -> list[ModelInfo]:
         """See `Engine.models`."""
         self._check_ready()
-        return self._residency.infos()
+        limit = min(LIST_SECONDS, self._settings.request_timeout)
+        try:
+            return await self._lists.within(limit, self._residency.infos)
+        except TimeoutError:
+            message = (
+                f"the store of models has not answered within {limit:g} s; try again, or see what holds up its disk"
+            )
+            raise TimedOut(message) from None
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
         """See `Engine.generate`."""
@@ -223,8 +232,7 @@ class StepEngine:
         if self._planner.at_hand(request):  # mostly: to tell a thread takes longer than to plan
             return self._planner.plan(request)
         try:
-            async with asyncio.timeout(limit):
-                planned = await self._aside.run(self._planner.plan, request)
+            planned = await self._aside.within(limit, self._planner.plan, request)
         except TimeoutError:
             raise TimedOut(f"the store of models has not answered within the request's {limit:g} s") from None
         self._check_ready()  # no longer, where a drain began in the meantime

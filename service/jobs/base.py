@@ -85,6 +85,10 @@ class JobConflict(RuntimeError):
     """The job's state, or a name that is taken, does not allow what was asked."""
 
 
+class JobsUnavailable(RuntimeError):
+    """The job table, or the jobs' folder, cannot be used; the message is one line that names it and the fix."""
+
+
 class InvalidSpec(ValueError):
     """A job spec was refused.
 
@@ -104,7 +108,7 @@ class CheckFailed(RuntimeError):
 
 
 class Jobs(Protocol):
-    """All that routes and the app need of the job service."""
+    """All that routes and the app need of the job service. Whatever needs the table may raise `JobsUnavailable`."""
 
     async def start(self) -> None:
         """Open the table and, where this process works on jobs, start its supervisor."""

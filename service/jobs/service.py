@@ -1,10 +1,11 @@
 """The job service that the app uses: the table, and in a server that also works on jobs, the supervisor."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from service.jobs.base import InvalidSpec, Job, JobConflict, JobEvent, JobSettings
+from service.jobs.base import InvalidSpec, Job, JobConflict, JobEvent, JobSettings, JobsUnavailable
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor
 from service.jobs.supervisor import Supervisor
@@ -25,6 +26,24 @@ def make_supervisor(settings: JobSettings, table: JobTable) -> Supervisor:
     return Supervisor(table, LocalExecutor(settings.command, settings.store), settings)
 
 
+def prepare(settings: JobSettings, table: JobTable, works: bool) -> None:
+    """Make the table where there is none and, for a process that works on jobs, their folder.
+
+    Raises:
+        JobsUnavailable: one of them cannot be used.
+    """
+    if works:
+        try:
+            settings.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=settings.folder).close()
+        except OSError as error:
+            raise JobsUnavailable(
+                f"FEWSTEP_JOBS_DIR: {settings.folder} cannot be written ({error.strerror}): let this process's user write "
+                "there, name another folder, or leave the work to other workers (FEWSTEP_JOB_WORK=false)"
+            ) from error
+    table.create_tables()
+
+
 class TableJobs:
     """`service.jobs.base.Jobs` over a SQL table.
 
@@ -38,10 +57,17 @@ class TableJobs:
         self._table = JobTable(settings.url)
         self._supervisor = make_supervisor(settings, self._table) if settings.work else None
 
+    def open(self) -> None:
+        """Make table and folder where there are none: `start` does so too, but says less clearly what is wrong.
+
+        Raises:
+            JobsUnavailable: see `prepare`.
+        """
+        prepare(self._settings, self._table, works=self._supervisor is not None)
+
     async def start(self) -> None:
         """Make the table where there is none, and start the supervisor."""
-        self._settings.folder.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(self._table.create_tables)
+        await asyncio.to_thread(self.open)
         if self._supervisor:
             self._supervisor.start()
 
@@ -123,20 +149,21 @@ class TableJobs:
         return job
 
     def _check_resume(self, job_id: str) -> None:
-        """Refuse when the name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
+        """Refuse when a name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
         spec = self._table.get(job_id).spec
         store = Store(self._settings.store, STUDENTS)
         students = store.names()
-        if spec.student not in taken_names(self._settings, students) or store.made_by(spec) is not None:
-            return
-        if spec.student not in students:
+        taken = taken_names(self._settings, students)
+        for each in (spec, *spec.parts):
+            name = each.student
+            if name not in taken or store.made_by(each) is not None:
+                continue
+            if name not in students:
+                raise JobConflict(f"{name!r} is another model's name or alias by now; submit the job under another one")
             raise JobConflict(
-                f"{spec.student!r} is another model's name or alias by now; submit the job under another one"
+                f"the store has a student {name!r} by now; delete it to resume job {job_id!r}: "
+                f"`fewstep delete {name}`, or DELETE /v1/models/{name}"
             )
-        raise JobConflict(
-            f"the store has a student {spec.student!r} by now; delete it to resume job {job_id!r}: "
-            f"`fewstep delete {spec.student}`, or DELETE /v1/models/{spec.student}"
-        )
 
     def _wake(self) -> None:
         if self._supervisor:

@@ -14,9 +14,7 @@ import os
 import time
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from service.jobs.base import Job, JobError, JobSettings, find_devices
+from service.jobs.base import Job, JobError, JobSettings, JobsUnavailable, find_devices
 from service.jobs.events import Account, EventReader
 from service.jobs.executor import Attempt, Executor, tail
 from service.jobs.processes import host_name, is_dead, new_owner
@@ -45,6 +43,8 @@ class Supervisor:
         """Jobs whose attempts run here: a lease that was renewed late is no reason to end them."""
         self._stopping = asyncio.Event()
         self._news = asyncio.Event()
+        self._complaint = ""
+        """What the log says already of the table, which is asked every second."""
 
     def start(self) -> None:
         """Begin to work, in the running event loop."""
@@ -73,15 +73,23 @@ class Supervisor:
         if not self._stopping.is_set():
             self._news.clear()
 
+    def _complain(self, error: JobsUnavailable) -> None:
+        if str(error) != self._complaint:
+            self._complaint = str(error)
+            log.error("%s. Trying again until it can be.", error)
+
     async def _work(self, device: str) -> None:
         """Claim and run jobs for one device until told to stop; a broken database is waited out."""
         place = f"{host_name().partition('/')[0]}/{device}"
         while not self._stopping.is_set():
             try:
                 job = await asyncio.to_thread(self._table.claim, self._owner, place, self._settings.lease_seconds)
+                self._complaint = ""
                 if job is not None:
                     await self._run(job, device)
                     continue
+            except JobsUnavailable as error:
+                self._complain(error)
             except Exception:  # whatever it was, this device's queue goes on; the job's lease expires
                 log.exception("The job table cannot be used, or a job not be followed; trying again.")
             await self._pause()
@@ -91,6 +99,8 @@ class Supervisor:
         while not self._stopping.is_set():
             try:
                 await self.reclaim()
+            except JobsUnavailable as error:
+                self._complain(error)
             except Exception:  # as above
                 log.exception("Lost jobs cannot be looked for; trying again.")
             with contextlib.suppress(TimeoutError):
@@ -184,8 +194,8 @@ class Supervisor:
                         self._table.heartbeat, job, self._settings.lease_seconds, account.progress
                     )
                     renewed = time.monotonic()
-                except SQLAlchemyError:
-                    log.exception("The lease on job %s could not be renewed.", job.id)
+                except JobsUnavailable as error:
+                    log.error("The lease on job %s could not be renewed: %s", job.id, error)
                     current = job if time.monotonic() - renewed < self._settings.lease_seconds * 2 / 3 else None
                 if current is None:
                     log.warning("Attempt %d of job %s is no longer ours: ending it.", job.attempt, job.id)
@@ -210,8 +220,8 @@ class Supervisor:
         lease = self._settings.lease_seconds + self._settings.grace_seconds
         try:
             current = await asyncio.to_thread(self._table.heartbeat, job, lease, None)
-        except SQLAlchemyError:  # the lease that it has lasts for a while: a checkpoint is worth the try
-            log.exception("The lease on job %s could not be renewed.", job.id)
+        except JobsUnavailable as error:  # the lease that it has lasts for a while: a checkpoint is worth the try
+            log.error("The lease on job %s could not be renewed: %s", job.id, error)
             current = job
         status = await attempt.stop(self._settings.grace_seconds if current else 0)
         await asyncio.to_thread(_read, reader, account)

@@ -9,17 +9,26 @@ to well within a lease.
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from service.jobs.base import Job, JobConflict, JobError, JobNotFound, Progress, Status
+from service.jobs.base import Job, JobConflict, JobError, JobNotFound, JobsUnavailable, Progress, Status
 from weights.contracts import DistillJob
 
+WRITABLE = "let this process's user write the file and its folder, or name another folder (FEWSTEP_JOBS_DIR)"
+FIXES = {
+    "SQLITE_READONLY": WRITABLE,
+    "SQLITE_CANTOPEN": WRITABLE,
+    "SQLITE_FULL": "free space on its disk",
+    "SQLITE_BUSY": "see which process holds it",
+}
+"""What to do about a SQLite file, by the beginning of its errors' names."""
 ID_PATTERN = re.compile(r"distill-[0-9a-f]{24}")
 
 metadata = sa.MetaData()
@@ -75,6 +84,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 class JobTable:
     """The table behind one database URL. Its calls block: an event loop runs them in a thread.
 
+    Each raises `JobsUnavailable` where the database cannot be used.
+
     Args:
         url: SQLAlchemy URL, such as ``sqlite:///work/jobs.db`` or ``postgresql+psycopg://...``.
         clock: seconds since the epoch.
@@ -82,6 +93,7 @@ class JobTable:
     Raises:
         ValueError: the URL is none, or its driver is not installed, or it names SQLite in memory, which no other
             process could see.
+        JobsUnavailable: the folder of SQLite's file cannot be made.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
@@ -93,22 +105,28 @@ class JobTable:
         except ModuleNotFoundError as error:
             raise ValueError(f"the job table's database needs a driver: pip install {error.name}") from error
         self._clock = clock
+        self._name = parsed.render_as_string(hide_password=True)
         if parsed.get_backend_name() == "sqlite":
             if not parsed.database or parsed.database == ":memory:":
                 raise ValueError(f"{url!r} is a database in memory; name a file, as in sqlite:///work/jobs.db")
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self._name = parsed.database
+            try:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise JobsUnavailable(self._unusable(error.strerror, WRITABLE)) from error
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
 
     def create_tables(self) -> None:
         """Make what is missing; several processes may do so at once."""
-        for attempt in range(3):
-            try:
-                metadata.create_all(self._engine)
-                return
-            except (sa.exc.OperationalError, sa.exc.ProgrammingError, IntegrityError):
-                if attempt == 2:  # not the race of two first starts
-                    raise
-                time.sleep(0.2)
+        with self._telling():
+            for attempt in range(3):
+                try:
+                    metadata.create_all(self._engine)
+                    return
+                except (sa.exc.OperationalError, sa.exc.ProgrammingError, IntegrityError):
+                    if attempt == 2:  # not the race of two first starts
+                        raise
+                    time.sleep(0.2)
 
     def close(self) -> None:
         """Give every connection back."""
@@ -117,7 +135,7 @@ class JobTable:
     def add(self, specs: Sequence[DistillJob]) -> list[Job]:
         """Queue the specs in one transaction. Raises: JobConflict, and then none is queued."""
         added = []
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             for spec in specs:
                 values = {
                     "id": f"distill-{secrets.token_hex(12)}",
@@ -136,7 +154,7 @@ class JobTable:
         """The job. Raises: JobNotFound."""
         if not ID_PATTERN.fullmatch(job_id):
             raise JobNotFound(job_id)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             row = connection.execute(jobs.select().where(jobs.c.id == job_id)).one_or_none()
         if row is None:
             raise JobNotFound(job_id)
@@ -147,17 +165,17 @@ class JobTable:
         query = jobs.select().order_by(jobs.c.number.desc()).limit(limit + 1)
         if after is not None:
             query = query.where(jobs.c.number < self.get(after).number)
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             rows = connection.execute(query).all()
         return [_as_job(row) for row in rows[:limit]], len(rows) > limit
 
     def running(self) -> list[Job]:
         """Every job that some supervisor holds."""
-        with self._engine.connect() as connection:
+        with self._begin() as connection:
             return [_as_job(row) for row in connection.execute(jobs.select().where(_running)).all()]
 
     def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
-        with self._engine.begin() as connection:
+        with self._begin() as connection:
             row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
             return None if row is None else _as_job(row)  # a row that cannot be read stays as it was
 
@@ -246,6 +264,33 @@ class JobTable:
                 f"job {job_id!r} is {self.get(job_id).status}; only a failed or cancelled job can be resumed"
             )
         return queued
+
+    @contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        """A transaction."""
+        with self._telling(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Raises: JobsUnavailable, in place of what a database says besides that a row breaks a rule."""
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except (DBAPIError, sa.exc.TimeoutError) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            why = str(cause).partition("\n")[0]
+            name = getattr(cause, "sqlite_errorname", None)
+            fix = "see that the database can be reached and written (FEWSTEP_DATABASE_URL)"
+            if name is not None:
+                fix = next(
+                    (do for start, do in FIXES.items() if name.startswith(start)), "see what is wrong with its disk"
+                )
+            raise JobsUnavailable(self._unusable(why, fix)) from error
+
+    def _unusable(self, why: str | None, fix: str) -> str:
+        return f"the job table {self._name} cannot be used ({why}): {fix}"
 
     @staticmethod
     def _held(job: Job) -> list[sa.ColumnElement[bool]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
@@ -13,12 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.base import NotReady
 from service.errors import ApiError, shorten
-from service.jobs.base import CheckFailed, InvalidSpec, Job, JobConflict, JobEvent, JobNotFound, Jobs, Status
+from service.jobs.base import (
+    CheckFailed,
+    InvalidSpec,
+    Job,
+    JobConflict,
+    JobEvent,
+    JobNotFound,
+    Jobs,
+    JobsUnavailable,
+    Status,
+)
 from service.routes import ERRORS, draining_of
 from service.streaming import Awaited, EventStream, server_sent
 from weights.contracts import DistillJob
 
+log = logging.getLogger(__name__)
 MAX_BATCH = 100
+RETRY_SECONDS = 10
+"""For a table that cannot be used: disks are made room on, and databases start again."""
 EVENT_PREFIX = "evt-"
 JSON = re.compile(r"application/(.*\+)?json")
 
@@ -147,13 +161,22 @@ def _say(kind: str, data: dict[str, Any]) -> str:
         case "started":
             return f"Started: {data['iterations']} iterations"
         case "progress":
-            return f"Step {data['step']} of {data['iterations']}"
+            return _prepared(data["metrics"]) or f"Step {data['step']} of {data['iterations']}"
         case "finished":
             return f"Finished: student {data['student']!r} after {data['seconds']:.0f} s"
         case "failed":
             return str(data["message"])
         case _:
             return f"Wrote {kind} {data['path']}"
+
+
+def _prepared(metrics: dict[str, float]) -> str | None:
+    """What is done before the first step, and how far it is, if progress tells of that."""
+    for name, share in metrics.items():
+        part, found, what = name.rpartition("preparation/")
+        if found:
+            return f"{part.replace('/', ': ')}{what}: {share:.0%}"
+    return None
 
 
 def _event_number(after: str | None, name: str) -> int:
@@ -178,6 +201,10 @@ async def _answer(work: Awaitable[T], param: str | None = None) -> T:
         raise ApiError(409, str(error), param=param, code="job_conflict") from error
     except CheckFailed as error:
         raise ApiError(500, str(error), code="check_failed") from error
+    except JobsUnavailable as error:
+        log.error("%s", error)
+        headers = {"Retry-After": str(RETRY_SECONDS)}
+        raise ApiError(503, str(error), code="job_table_unavailable", headers=headers) from error
 
 
 def _jobs(request: Request) -> Jobs:
@@ -282,7 +309,8 @@ async def resume(request: Request, job_id: str) -> JobObject:
 _STREAMED = {
     "description": "A page of events; or with `stream=true` server-sent events: each of the job's under its kind, with an "
     "`EventObject` for data and an id to go on behind (Last-Event-ID); `job` with the ended `JobObject`; then `[DONE]`. A "
-    "stream that ends without that was ended by a server that stops: ask for the rest once there is one again.",
+    "stream that ends without that was ended by a server that stops, or whose job table cannot be used: ask for the rest "
+    "once there is one again.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -333,5 +361,7 @@ async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.
             else:
                 event = event_object(item)
                 yield f"id: {event.id}\n".encode() + server_sent(event.type, event.model_dump_json())
+    except JobsUnavailable as error:  # whoever asks for the rest is told
+        log.error("a stream of events ends: %s", error)
     finally:
         stopped.cancel()

@@ -16,17 +16,16 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
 
 
-# Plain functions, which FastAPI runs in threads: listing reads the store's folder.
 @router.get("")
-def list_models(request: Request) -> ModelList:
+async def list_models(request: Request) -> ModelList:
     """The bases, then the students, a newly published one too."""
-    return ModelList(data=[_model(info) for info in engine_of(request).models()])
+    return ModelList(data=[_model(info) for info in await engine_of(request).models()])
 
 
 @router.get("/{model_id:path}")
-def get_model(model_id: str, request: Request) -> Model:
+async def get_model(model_id: str, request: Request) -> Model:
     """One model."""
-    infos = engine_of(request).models()
+    infos = await engine_of(request).models()
     for info in infos:
         if info.id == model_id:
             return _model(info)
@@ -35,6 +34,7 @@ def get_model(model_id: str, request: Request) -> Model:
     raise ApiError(404, message, param="model", code="model_not_found")
 
 
+# A plain function, which FastAPI runs in a thread: it writes to the store.
 @router.delete("/{model_id:path}")
 def delete_model(model_id: str, request: Request) -> DeletedModel:
     """Delete a student of the store; pictures on their way are finished. Needs a key with the scope ``admin``.

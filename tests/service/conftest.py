@@ -52,6 +52,14 @@ BASE_INFO = ModelInfo(
 )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def called_testserver() -> Iterator[None]:
+    """Servers here answer to the name that starlette's test client calls them by; test_hosts.py is about the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_ALLOWED_HOSTS", '["testserver"]')
+        yield
+
+
 @dataclass
 class FakeEngine:
     """Paints squares; records what it was asked for, and fails or waits on demand."""
@@ -84,7 +92,7 @@ class FakeEngine:
     async def stop(self) -> None:
         self.life.append("engine stopped")
 
-    def models(self) -> list[ModelInfo]:
+    async def models(self) -> list[ModelInfo]:
         return [BASE_INFO, STUDENT_INFO]
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:

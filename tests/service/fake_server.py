@@ -45,12 +45,12 @@ class PaintingEngine:
                 yield Preview(image=drawn.image, index=drawn.index, seed=drawn.seed, step=step, steps=drawn.steps)
             yield drawn
 
-    def models(self) -> list[ModelInfo]:
+    async def models(self) -> list[ModelInfo]:
         students = sorted(path.stem for path in self._store.glob("*.drawable"))
         return [_info("emoji-base", "base", ()), *(_info(name, "student", (1, 2, 4)) for name in students)]
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
-        infos = {info.id: info for info in self.models()}
+        infos = {info.id: info for info in await self.models()}
         if request.model is not None and request.model not in infos:
             raise UnknownModel(f"no model is named {request.model!r}")
         info = infos[request.model or "emoji-base"]

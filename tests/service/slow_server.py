@@ -2,11 +2,12 @@
 
 ``python -m tests.service.slow_server FOLDER``, with FEWSTEP_ variables. A drawing makes FOLDER/admitted, and ends when
 FOLDER/release is there. GET /v1/images/stream sends a line, draws as a stream, and sends another. Jobs, where they are not
-turned off, are the fake distiller's.
+turned off, are the fake distiller's. Where FOLDER/compiling is there at the start, something is done beside it for ever.
 """
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from service import logs, server
 from service.app import create_app
 from service.engine.base import Drawn, DrawRequest, Load, NotReady
+from service.engine.leaving import Beside
 from service.routes import engine_of
 from service.settings import Settings, read_settings
 from tests.service.fake_server import PaintingEngine, make_jobs
@@ -75,5 +77,8 @@ if __name__ == "__main__":
     logs.configure(settings.log_level, settings.log_format)
     jobs = make_jobs(settings) if settings.jobs else None
     app = create_app(settings, HoldingEngine(settings, Path(sys.argv[1])), jobs)
+    if Path(sys.argv[1], "compiling").exists():
+        beside = Beside("compiling")
+        beside.put(threading.Event().wait)
     app.add_api_route("/v1/images/stream", stream)
     server.run(app, settings)

@@ -145,6 +145,37 @@ def test_programs_get_their_arguments(
     assert calls == [(sys.executable, [sys.executable, "-m", module, *wanted])]
 
 
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        (["distill", "taken.toml", "--resume"], True),
+        (["distill", "--store", "elsewhere", "taken.toml"], True),
+        (["distill", "taken.toml", "--set", "student=free"], False),
+        (["distill", "free.toml", "--set", "student=taken"], True),
+        (["distill", "free.toml", '--set=student="taken"'], True),
+        (["distill", "free.toml", "--set", "method=taken"], False),
+        (["distill", "parts.toml"], True),
+        (["distill", "free.toml", "--folder", "taken"], False),
+        (["distill", "check", "taken.toml"], False),
+        (["distill", "nowhere.toml"], False),
+        (["average", "taken", "a", "b:2"], True),
+        (["average", "--replace", "c", "a", "b"], False),
+        (["extract", "--rank", "8", "taken", "a"], True),
+    ],
+)
+def test_no_student_is_made_under_an_alias(
+    given: list[str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("taken", "free", "parts"):
+        write_spec(tmp_path, name)
+    (tmp_path / "parts.toml").write_text('student = "parts"\nmethod = "fake"\n[partition]\nstudents = 2\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
+    aliases = json.dumps({"taken": "emoji-average", "parts-1": "emoji-average"})
+    output = fewstep(*given, status=int(refused), aliases=aliases).output
+    assert ("is another name of 'emoji-average'" in output and "FEWSTEP_ALIASES" in output) == refused
+
+
 def test_distill_is_the_distillers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service.cli", "distill", str(write_spec(tmp_path, "student"))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 import pytest
 from hypothesis import given
@@ -125,6 +126,30 @@ def test_a_clock_that_stands_still_breaks_nothing() -> None:
     profile = CostProfile.measure(lambda _batch: None, [1, 2], repeats=1, clock=lambda: 0.0)
     profile.observe(2, 0.0)
     assert profile.best(2) == (2, 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from(BATCHES), st.floats(0.5, 2)), min_size=1, max_size=3 * RECENT))
+def test_estimates_are_medians_of_the_last_calls(calls: list[tuple[int, float]]) -> None:
+    profile = linear()
+    for batch, ratio in calls:
+        profile.observe(batch, ratio * profile.measured[batch])
+    recent = ([(0, 1.0)] * ENOUGH + calls)[-RECENT:]
+    common, expected = median(ratio for _, ratio in recent), 0.0
+    for batch, measured in profile.measured.items():
+        own = [ratio for each, ratio in recent if each == batch]
+        expected = max(expected, measured * (median(own) if len(own) >= ENOUGH else common))
+        assert profile.seconds(batch) == pytest.approx(expected)
+
+
+def test_whoever_asks_estimates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop asks at every request, and the engine's thread observes."""
+    profile = linear()
+    for _ in range(2 * ENOUGH):
+        profile.observe(4, 3 * profile.measured[4])
+    monkeypatch.setattr(CostProfile, "_estimate", None)
+    assert profile.seconds(4) == pytest.approx(3 * profile.measured[4])
+    assert profile.seconds_per_row == pytest.approx(3 * profile.measured_per_row)
+    assert profile.among([1, 4]).best(4) == (4, 4)
 
 
 @given(st.lists(st.floats(1e-6, 1e6), max_size=(ENOUGH - 1) // 2), st.integers(0, ENOUGH))

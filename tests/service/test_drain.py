@@ -99,6 +99,15 @@ def test_admitted_is_finished_and_new_is_refused(tmp_path: Path) -> None:
     assert not [line for line in server.log() if line["level"] == "error"]
 
 
+def test_it_does_not_wait_for_what_is_compiled_beside_it(tmp_path: Path) -> None:
+    """Which cannot be interrupted, and may take minutes."""
+    (tmp_path / "compiling").touch()
+    with slow_server(tmp_path) as server:
+        server.signal()
+        assert server.process.wait(60) == 0
+    assert "Application shutdown complete." in [line["message"] for line in server.log()]
+
+
 def test_a_stream_is_finished(tmp_path: Path) -> None:
     with slow_server(tmp_path) as server:
         with httpx.stream("GET", f"{server.url}/v1/images/stream", timeout=60) as answer:
@@ -202,10 +211,10 @@ def test_slow_clients_hold_no_connection(tmp_path: Path) -> None:
     """Neither one that sends nothing, nor a part of its headers, nor a part of its body; a slow drawing may take longer."""
     with slow_server(tmp_path, read_seconds=0.3) as server, ThreadPoolExecutor() as pool:
         patient = pool.submit(server.draw)
-        head = f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+        head = f"POST {DRAW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
         assert closed_by(server) == b""
         assert closed_by(server, b"GET /health HTTP/1.1\r\nHos") == b""
-        assert closed_by(server, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /heal").startswith(
+        assert closed_by(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /heal").startswith(
             b"HTTP/1.1 200 OK"
         )
         answer = closed_by(server, f"{head}\r\n".encode(), b'{"prompt": ')

@@ -58,7 +58,7 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
     harness.store.publish(routed, harness.folder / "none")
 
     async def scenario(engine: StepEngine) -> None:
-        assert {info.id: info.students for info in engine.models()}["msd"] == ("msd-0", "msd-1")
+        assert {info.id: info.students for info in await engine.models()}["msd"] == ("msd-0", "msd-1")
         for prompt, student in zip(prompts, router.students, strict=True):
             (drawn,) = await engine.generate(request(model="msd", prompt=prompt))
             (own,) = await engine.generate(request(model=student, prompt=prompt))
@@ -236,10 +236,10 @@ def test_names_that_no_model_has(harness: Harness, name: str) -> None:
 
 def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None:
     async def scenario(engine: StepEngine) -> None:
-        assert [info.id for info in engine.models()] == [harness.base.id, "tiny"]
+        assert [info.id for info in await engine.models()] == [harness.base.id, "tiny"]
         before = await engine.generate(request())
         await asyncio.to_thread(harness.publish, "another")
-        assert [info.id for info in engine.models()] == [harness.base.id, "another", "tiny"]
+        assert [info.id for info in await engine.models()] == [harness.base.id, "another", "tiny"]
         assert pixels(await engine.generate(request(model="another"))) == pixels(before)
         await asyncio.to_thread(harness.publish, "tiny", change=0.9)
         await until_seen()
@@ -255,7 +255,7 @@ def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None
 
 def test_what_a_model_says_of_itself(harness: Harness) -> None:
     async def scenario(engine: StepEngine) -> list[Any]:
-        return engine.models()
+        return await engine.models()
 
     base, student = harness.run(scenario)
     assert (base.kind, base.size, base.steps, base.max_steps) == ("base", 32, (), 100)

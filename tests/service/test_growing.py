@@ -145,7 +145,9 @@ def program(compiler: Compiler) -> Program:
 
 def done(compiler: Compiler) -> None:
     """Returns when all that is to be compiled is."""
-    compiler._beside.submit(lambda: None).result(120)
+    idle = threading.Event()
+    compiler.later(idle.set)
+    assert idle.wait(120)
 
 
 def test_a_program_is_compiled_on_a_thread_of_its_own(

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from typing import Any
 
@@ -13,8 +15,8 @@ from PIL import Image
 
 from service import safety
 from service.app import create_app
-from service.engine.base import Drawn, DrawRequest, EngineError, Flagged, NotReady, Preview
-from service.guard import GuardedEngine
+from service.engine.base import Drawn, DrawRequest, EngineError, Flagged, NotReady, Preview, TimedOut
+from service.guard import CHECKS, GuardedEngine
 from service.rates import Limits, RateLimited, Rates
 from service.safety import Checker, load_checker
 from service.settings import BadSettings, Settings
@@ -44,13 +46,23 @@ def told_its_thread(image: Image.Image, prompt: str) -> bool:
     return not threading.current_thread().name.startswith("aside")
 
 
+go_on = threading.Event()
+
+
+def hangs(image: Image.Image, prompt: str) -> bool:
+    """Until the test is over."""
+    assert go_on.wait(120)
+    return False
+
+
 not_callable = "text"
 
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an installed package would offer."""
-    functions = {"two": flags_two, "fails": fails, "leaves": leaves, "aside": told_its_thread}
+    go_on.clear()
+    functions = {"two": flags_two, "fails": fails, "leaves": leaves, "aside": told_its_thread, "hangs": hangs}
     names = {name: f"{__name__}:{function.__name__}" for name, function in functions.items()}
     names["text"] = f"{__name__}:not_callable"
     points = [EntryPoint(name, value, safety.GROUP) for name, value in {**names, "gone": "no.such.module:f"}.items()]
@@ -62,7 +74,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "nobody",
-            "offers 'nobody' as fewstep.safety; there are: aside, fails, gone, leaves, text, two",
+            "offers 'nobody' as fewstep.safety; there are: aside, fails, gone, hangs, leaves, text, two",
         ),
         ("gone", "'gone' cannot be loaded: No module named 'no'"),
         ("text", "is no function of an image and a prompt"),
@@ -108,6 +120,36 @@ def test_a_slow_checker_has_threads_of_its_own(settings: Settings, engine: FakeE
     """asyncio's are few, and all that waits for a disk or the job table needs them."""
     with checked(settings, engine, safety_checker="aside") as client:
         assert client.post(DRAW, json={"prompt": "red apple"}).status_code == 200
+
+
+@pytest.mark.usefixtures("offered")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_checker_that_hangs_holds_no_request_beyond_its_time(
+    settings: Settings, engine: FakeEngine, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many do, and though their threads hang on; nothing unchecked is shown."""
+    body = {"prompt": "red apple", "n": 2, "stream": stream}
+    try:
+        with checked(settings, engine, safety_checker="hangs", request_timeout=0.1) as client:
+            for _ in range(CHECKS + 1):
+                answer = client.post(DRAW, json=body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+                assert "'hangs' has not answered within the request's 0.1 s" in answer.json()["error"]["message"]
+            assert client.get("/v1/models").status_code == 200
+    finally:
+        go_on.set()
+    assert "red apple" not in caplog.text
+
+
+def test_a_request_that_has_less_time_gives_its_checks_no_more(engine: FakeEngine) -> None:
+    go_on.clear()
+    try:
+        guarded = GuardedEngine(engine, Rates(lambda _: Limits()), Checker(name="c", function=hangs), seconds=300)
+        for work in (guarded.generate, partial(collect, guarded)):
+            with pytest.raises(TimedOut, match=r"'c' has not answered within the request's 0\.1 s"):
+                asyncio.run(asyncio.wait_for(work(replace(REQUEST, seconds=0.1)), 60))
+    finally:
+        go_on.set()
 
 
 @pytest.mark.parametrize(("name", "error"), [("fails", "ValueError"), ("leaves", "SystemExit")])

@@ -17,10 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sqlalchemy.exc import OperationalError
 
 from service.jobs import validation
-from service.jobs.base import JobConflict, JobNotFound, device_environment, find_devices
+from service.jobs.base import JobConflict, JobNotFound, JobsUnavailable, device_environment, find_devices
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail, write_atomically
 from service.jobs.processes import is_dead, new_owner
@@ -532,7 +531,7 @@ def test_a_supervisor_without_its_database_ends_its_attempt(tmp_path: Path, monk
     report = tmp_path / "report"
 
     def broken(*_: Any) -> None:
-        raise OperationalError("UPDATE", {}, Exception("the database is away"))
+        raise JobsUnavailable("the job table is away")
 
     async def scenario() -> None:
         async with supervised(settings) as (table, _):
@@ -550,7 +549,7 @@ def test_a_supervisor_without_its_database_ends_its_attempt(tmp_path: Path, monk
 
 
 def away(*_: Any, **__: Any) -> Any:
-    raise OperationalError("UPDATE", {}, Exception("the database is away"))
+    raise JobsUnavailable("the job table is away")
 
 
 @pytest.mark.parametrize("lost", ["heartbeat", "finish", "take_over"])

@@ -14,12 +14,13 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
 from service.app import create_app
-from service.jobs.base import JobSettings
+from service.jobs.base import JobEvent, JobSettings
 from service.jobs.service import TableJobs
+from service.routes.jobs import event_object
 from service.settings import Settings
 from tests.service.fake_server import PaintingEngine, make_app
 from tests.service.jobs_help import PATIENCE
-from weights.contracts import BaseReference, DistillJob, StepSchedule, StudentManifest
+from weights.contracts import BaseReference, DistillJob, Progress, StepSchedule, StudentManifest
 from weights.store import Store
 
 JOBS = "/v1/distillation/jobs"
@@ -153,6 +154,32 @@ def test_a_job_resumes_unless_another_took_its_name(idle: TestClient, settings: 
     assert "by now" in refused(idle.post(resume), 409, None, "job_conflict")
     publish(settings, tmp_path / "work", "student", DistillJob.model_validate(job["spec"]))
     assert idle.post(resume).json()["status"] == "queued", "it published before it was killed"
+
+
+def test_a_job_of_several_students_resumes_unless_another_took_a_name(
+    idle: TestClient, settings: Settings, tmp_path: Path
+) -> None:
+    job = idle.post(JOBS, json=spec() | {"partition": {"students": 2}}).json()
+    resume = f"{JOBS}/{job['id']}/resume"
+    idle.post(f"{JOBS}/{job['id']}/cancel")
+    publish(settings, tmp_path / "work", "student-1")
+    assert "'student-1' by now" in refused(idle.post(resume), 409, None, "job_conflict")
+    publish(settings, tmp_path / "work", "student-1", DistillJob.model_validate(job["spec"]).parts[1])
+    assert idle.post(resume).json()["status"] == "queued", "its own part's"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"preparation/encoding captions": 0.25}, "encoding captions: 25%"),
+        ({"part-1/preparation/encoding pictures": 1.0}, "part-1: encoding pictures: 100%"),
+        ({"student/loss": 0.25}, "Step 3 of 9"),
+        ({"student/loss": 0.25, "student/lr": 1.0}, "Step 3 of 9"),
+    ],
+)
+def test_progress_is_told_in_words(metrics: dict[str, float], message: str) -> None:
+    event = Progress(at=datetime(2026, 1, 1, tzinfo=UTC), step=3, iterations=9, metrics=metrics)
+    assert event_object(JobEvent(number=1, event=event.model_dump(mode="json"))).message == message
 
 
 def test_a_missing_field_and_all_others_are_named(idle: TestClient) -> None:

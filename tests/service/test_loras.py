@@ -59,7 +59,7 @@ def test_what_is_no_list_of_loras(client: TestClient, engine: FakeEngine, loras:
 
 
 def test_an_alias_is_listed_as_such(client: TestClient, engine: FakeEngine, monkeypatch: Any) -> None:
-    def models() -> list[ModelInfo]:
+    async def models() -> list[ModelInfo]:
         return [STUDENT_INFO, replace(STUDENT_INFO, id="gpt-image-1", alias_of="student")]
 
     monkeypatch.setattr(engine, "models", models)

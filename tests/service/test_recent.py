@@ -6,14 +6,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
+from service.app import create_app
+from service.engine import step_engine
 from service.engine.aside import Aside
 from service.engine.base import TimedOut
 from service.engine.recent import AGAIN_SECONDS, FRESH_SECONDS, IN_USE_SECONDS, Recent, Unseen
 from service.engine.step_engine import LOOKS, StepEngine
 from tests.service.conftest import TinyBase
 from tests.service.engine_help import Harness, request, until
+from tests.service.live import serving
 from weights.store import NotFound, Store, StudentFolder
 
 
@@ -244,6 +248,29 @@ def test_looks_that_hang_take_no_thread_from_anybody_else(hanging: tuple[Harness
     harness.run(scenario)
 
 
+@pytest.mark.usefixtures("loaded_once")
+def test_models_are_listed_or_the_store_is_said_to_hang(
+    hanging: tuple[Harness, Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bounded time, however many ask; and as soon as it answers again."""
+    harness, store = hanging
+    with serving(create_app(harness.settings, harness.engine)) as url:
+        known = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        assert {"tiny", "other"} < set(known)
+        store.answers.clear()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(step_engine, "LIST_SECONDS", 0.05)
+                for path in ("", "/tiny", *[""] * 2 * step_engine.LISTS):
+                    answer = httpx.get(f"{url}/v1/models{path}", timeout=30)
+                    error = answer.json()["error"]
+                    assert (answer.status_code, error["type"], error["code"]) == (504, "server_error", "timeout")
+                    assert "store of models has not answered within 0.05 s" in error["message"]
+        finally:
+            store.answers.set()
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]] == known
+
+
 def test_what_is_done_aside_answers_and_fails_as_it_is() -> None:
     async def scenario() -> None:
         aside = Aside(1)
@@ -258,7 +285,10 @@ def test_what_is_done_aside_answers_and_fails_as_it_is() -> None:
         with pytest.raises(asyncio.CancelledError):
             await hangs
         assert not waits.done(), "it goes on, and counts"
+        with pytest.raises(TimeoutError):
+            await aside.within(0.01, divmod, 7, 2)
         go_on.set()
         assert await waits == (3, 1)
+        assert await aside.within(60, divmod, 7, 2) == (3, 1)
 
     asyncio.run(scenario())

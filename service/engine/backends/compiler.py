@@ -14,7 +14,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from service.engine.backends.cache import Cache
 from service.engine.backends.conversion import convert
 from service.engine.backends.silent_openvino import openvino
+from service.engine.leaving import Beside
 from weights.families.base import Part
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Compiler:
             # Zen 4), and without it programs took no longer.
             "SNIPPETS_MODE": "DISABLE",
         }
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="compiling")
+        self._beside = Beside("compiling")
         self._threads = threads or _cores()
         if threads is not None:
             self._properties["INFERENCE_NUM_THREADS"] = threads
@@ -194,7 +194,7 @@ class Compiler:
 
     def later(self, work: Callable[[], object]) -> None:
         """Do this on a thread that is there to compile beside the drawing, after all that it has to do already."""
-        self._beside.submit(work)
+        self._beside.put(work)
 
     def _read(self, folder: Path) -> Converted:
         numbers = (folder / WEIGHTS).stat().st_size // 4
