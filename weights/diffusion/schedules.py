@@ -209,16 +209,31 @@ class RectifiedFlow(Schedule):
     r"""Straight lines: alpha = 1 - t', sigma = t' (Liu et al. 2022, https://arxiv.org/abs/2209.03003, equation 1).
 
     ``t' = shift t / (1 + (shift - 1) t)`` moves time towards noise for larger pictures (Esser et al. 2024,
-    https://arxiv.org/abs/2403.03206, equation 23); 1.0 is off.
+    https://arxiv.org/abs/2403.03206, equation 23); 1.0 is off. Samplers' steps are uniform in t; networks know of t' alone.
+
+    Args:
+        shift: of time.
+        num_train: N; a network's native timestep is ``N t'``.
 
     Raises:
-        ValueError: shift is not positive.
+        ValueError: shift or num_train is not positive.
     """
 
-    def __init__(self, shift: float = 1.0) -> None:
+    def __init__(self, shift: float = 1.0, num_train: int = 1000) -> None:
         if shift <= 0:
             raise ValueError(f"shift={shift} must be positive; 1.0 is off")
-        self.shift = shift
+        if num_train <= 0:
+            raise ValueError(f"num_train={num_train} must be positive: it is a network's timestep at pure noise")
+        self.shift, self.num_train = shift, num_train
+
+    def native_index(self, t: Tensor) -> Tensor:
+        """What the network is told at time t: ``N sigma(t)``, in [0, N]."""
+        return _like(self.num_train * self._sigma(_clean(t)), t)
+
+    def time_of_index(self, index: Tensor) -> Tensor:
+        """The time at which the network is told this, in [0, N]; float64 for a float64 index, else float32."""
+        sigma = _clean(index.double() / self.num_train)
+        return _like(sigma / (self.shift - (self.shift - 1) * sigma), index)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (1 - t) / (1 + (self.shift - 1) * t)
