@@ -57,19 +57,14 @@ def copy_sharing_frozen(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, kept)
 
 
-def save_adapters(network: nn.Module, folder: Path) -> None:
+def save_adapters(model: TextToImage, folder: Path) -> None:
     """Writes ``pytorch_lora_weights.safetensors`` in half precision, as diffusers' ``load_lora_weights`` reads it."""
-    from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
 
+    network: Any = model.network
     state: dict[str, Any] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
-    config: dict[str, Any] = network.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
+    config: dict[str, Any] = network.peft_config[ADAPTER].to_dict()
     # peft keeps names in sets, whose order differs from run to run: sorted, the same student gives the same file.
     config = {key: sorted(value) if isinstance(value, set | list) else value for key, value in config.items()}
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=state,
-        unet_lora_adapter_metadata=config,
-        safe_serialization=True,
-    )
+    model.save_adapters(folder, state, config)

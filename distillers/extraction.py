@@ -142,7 +142,7 @@ def extract(
         "files": {},
     }
     with tempfile.TemporaryDirectory(prefix="fewstep-extract-") as temporary:
-        save_adapters(adapted.network, Path(temporary))
+        save_adapters(adapted, Path(temporary))
         return store.publish(manifest.model_copy(update=changed), Path(temporary), replace=replace)
 
 

@@ -313,7 +313,7 @@ class JobRun:
             if self.job.lora is None:
                 student.save_network(Path(temporary), torch.float16)
             else:
-                save_adapters(student.network, Path(temporary))
+                save_adapters(student, Path(temporary))
             return self.store.publish(manifest, Path(temporary), replace=self.replace)
 
     def _failed(self, error: Exception) -> None:

@@ -223,7 +223,7 @@ class Faulty(Denoiser):
     def __init__(self, denoiser: Any, poison: Cond, fails: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.denoiser, self.schedule, self.poison, self.fails = denoiser, denoiser.schedule, poison, fails
-        self.unet = denoiser.unet
+        self.network = denoiser.network
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         own = self.poison["encoder_hidden_states"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers import tiny_sdxl_pipeline
-from weights.families import load, stable_diffusion_xl
+from weights import prompts as prompt_encoding
+from weights.families import load
 from weights.families.stable_diffusion_xl import StableDiffusionXL
 
 
@@ -43,7 +44,7 @@ def test_prompts_are_encoded_as_diffusers_does_whoever_shares_the_batch(
     red, empty, red_vector, empty_vector = base.pipeline.encode_prompt("red apple")
     blue, _, blue_vector, _ = base.pipeline.encode_prompt("blue dog")
     for at_once in (64, 2, 1):
-        monkeypatch.setattr(stable_diffusion_xl, "PROMPTS_AT_ONCE", at_once)
+        monkeypatch.setattr(prompt_encoding, "PROMPTS_AT_ONCE", at_once)
         ours = base.encode_prompts(prompts)
         assert {name: tuple(each.shape) for name, each in ours.items()} == {
             "encoder_hidden_states": (3, 24, 16 + 8), "text_embeds": (3, 12),

@@ -132,6 +132,19 @@ class TextToImage(ABC):
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Writes the network into ``folder``, as safetensors."""
 
+    def save_adapters(self, folder: Path, layers: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        """Writes LoRA adapters of its network into ``folder``, in the file that `load_network` looks for.
+
+        Args:
+            folder: where to.
+            layers: the adapters' weights, by peft's names for them.
+            config: peft's configuration of them.
+
+        Raises:
+            TypeError: the family's networks take no adapters.
+        """
+        raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
+
     @abstractmethod
     def load_network(self, folder: Path) -> Self:
         """This model with the network that `save_network` wrote, or with the LoRA adapters in the folder merged in."""

@@ -8,7 +8,7 @@ kind of pipeline.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from weights.families.base import Part, PartName
 from weights.families.stable_diffusion import StableDiffusion
+from weights.prompts import clip_states, in_parts
 from weights.quiet import quiet
-from weights.unet import UNet, UNetDenoiser, UNetXL, UNetXLDenoiser
-
-PROMPTS_AT_ONCE = 64
-"""Every layer's states are kept until the last is there: 13 MB a prompt of the second encoder's in float32."""
+from weights.unet import UNetDenoiser, UNetXL, UNetXLDenoiser
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -29,10 +27,13 @@ class StableDiffusionXL(StableDiffusion):
     family = "stable_diffusion_xl"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
     known_as: ClassVar[str] = "SDXL, its fine-tunes and smaller networks like it, but not its refiner"
-    load_settings: ClassVar[Mapping[str, Any]] = {}
     usual_guidance: ClassVar[float] = 5.0
-    unet_module: ClassVar[type[UNet]] = UNetXL
+    network_module: ClassVar[type[nn.Module]] = UNetXL
     part_names: ClassVar[tuple[PartName, ...]] = ("network", "decoder")
+
+    @classmethod
+    def _load_settings(cls, _folder: Path) -> Mapping[str, Any]:
+        return {}
 
     @classmethod
     @quiet
@@ -63,23 +64,21 @@ class StableDiffusionXL(StableDiffusion):
 
     def _encoded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states ``(B, L, D)`` of both encoders side by side, and the second's vector ``(B, E)``."""
-        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-        states, pooled = zip(
-            *(self._encode_few(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts), strict=True
-        )
-        return torch.cat(states), torch.cat(pooled)
+        states, pooled = in_parts(self._encode_few, prompts)
+        return states, pooled
 
-    def _encode_few(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        pipeline, states = self.pipeline, []
-        for tokenizer, encoder in (
-            (self.tokenizer, self.text_encoder),
-            (pipeline.tokenizer_2, pipeline.text_encoder_2),
-        ):
-            length = tokenizer.model_max_length
-            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        return torch.cat(states, dim=-1), cast(Tensor, output.text_embeds)
+    def _encode_few(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        pipeline = self.pipeline
+        both = [
+            clip_states(tokenizer, encoder, prompts, tokenizer.model_max_length)
+            for tokenizer, encoder in (
+                (self.tokenizer, self.text_encoder),
+                (pipeline.tokenizer_2, pipeline.text_encoder_2),
+            )
+        ]
+        pooled = both[1][1]
+        assert pooled is not None, "a CLIPTextModelWithProjection"
+        return torch.cat([states for states, _ in both], dim=-1), pooled
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
