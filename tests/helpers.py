@@ -12,7 +12,10 @@ from diffusers import (
     AutoencoderTiny,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -26,6 +29,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 from weights.contracts import StepSchedule, StudentManifest
@@ -112,15 +118,15 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def kl_autoencoder(**changes: Any) -> AutoencoderKL:
     """32x32 pictures to 8x8 latents."""
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-        **changes,
-    )
+    usual: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    }
+    return AutoencoderKL(**{**usual, **changes})
 
 
 def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
@@ -153,12 +159,9 @@ def tiny_sd15_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_sdxl_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Writes one of SDXL's classes: two CLIPs, a KL autoencoder, sizes; its folder."""
-    torch.manual_seed(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = clip_tokenizer(folder)
-    text = {
+def clip_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    """Of a text encoder in two layers, but for its widths."""
+    return {
         "vocab_size": len(tokenizer),
         "intermediate_size": 32,
         "num_hidden_layers": 2,
@@ -167,6 +170,14 @@ def tiny_sdxl_pipeline(folder: Path, seed: int = 0) -> Path:
         "bos_token_id": len(tokenizer) - 2,
         "eos_token_id": len(tokenizer) - 1,
     }
+
+
+def tiny_sdxl_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Writes one of SDXL's classes: two CLIPs, a KL autoencoder, sizes; its folder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = clip_tokenizer(folder)
+    text = clip_settings(tokenizer)
     pipeline = StableDiffusionXLPipeline(
         vae=kl_autoencoder(scaling_factor=0.13025),
         text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **text)),
@@ -189,6 +200,62 @@ def tiny_sdxl_pipeline(folder: Path, seed: int = 0) -> Path:
             steps_offset=1,
         ),
         add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """T5's, that knows letters alone."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz,"]
+    return T5TokenizerFast(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0)
+
+
+def tiny_sd3_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, **changes: Any) -> Path:
+    """Writes one of SD3's classes: a transformer, a shifted flow, 16 channels, two CLIPs and a T5 or none; its folder.
+
+    Args:
+        folder: made where it is not there.
+        seed: of all weights.
+        with_t5: whether there is a third text encoder.
+        changes: settings of the transformer.
+    """
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = clip_tokenizer(folder)
+    text = clip_settings(tokenizer)
+    t5 = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    network: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 16,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 12 + 10,
+        "pos_embed_max_size": 6,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    pipeline = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**{**network, **changes}),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_autoencoder(
+            latent_channels=16,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=16, projection_dim=12, **text)),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=8, projection_dim=10, **text)),
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(t5) if with_t5 else None,
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -1,0 +1,165 @@
+"""Stable Diffusion 3 and 3.5: any diffusers `StableDiffusion3Pipeline`, from a folder or the hub.
+
+A transformer that predicts the flow ``eps - x_0`` along straight lines (https://arxiv.org/abs/2403.03206), and is told the
+prompt by two CLIPs and, where its folder has one, by a T5; no guidance scale. All parts run in the precision that is asked
+for, as diffusers runs them, but for the layers of T5 that float16 is too small for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from weights.diffusion.schedules import RectifiedFlow
+from weights.families.base import Programs
+from weights.pipelines import LORA_FILE, PipelineModel
+from weights.prompts import clip_states, in_parts
+from weights.quiet import quiet
+from weights.rectified_flow import read_schedule, student_scheduler
+from weights.transformer import T5_LENGTH, T5_STATES, Transformer, TransformerDenoiser
+
+
+class StableDiffusion3(PipelineModel):
+    """A `StableDiffusion3Pipeline` in parts."""
+
+    family = "stable_diffusion_3"
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    network_class: ClassVar[type[ModelMixin]] = SD3Transformer2DModel
+    network_module: ClassVar[type[nn.Module]] = Transformer
+    known_as: ClassVar[str] = "Stable Diffusion 3 and 3.5, and their fine-tunes"
+    usual_steps: ClassVar[int] = 28
+    usual_guidance: ClassVar[float] = 7.0
+    network_name = "transformer"
+    fixed: ClassVar[frozenset[str]] = frozenset(
+        {
+            "sample_size",
+            "patch_size",
+            "in_channels",
+            "out_channels",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+            "pos_embed_max_size",
+            "caption_projection_dim",
+        }
+    )
+    lora_targets = [  # noqa: RUF012 (a constant of the class, never changed)
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "norm1.linear",
+        "norm1_context.linear",
+        "proj_out",
+    ]
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        network: nn.Module | None = None,
+        card: dict[str, Any] | None = None,
+        programs: Programs | None = None,
+    ) -> None:
+        super().__init__(pipeline, network, card, programs)
+        missing = [name for name in ("text_encoder", "text_encoder_2") if getattr(self.pipeline, name) is None]
+        if missing:
+            raise ValueError(
+                f"the pipeline has no {', '.join(missing)}; of its text encoders text_encoder_3 alone may be left out"
+            )
+        self.text_encoder = self.pipeline.text_encoder
+        self.text_encoder_2 = self.pipeline.text_encoder_2
+        self.text_encoder_3 = self.pipeline.text_encoder_3
+
+    @classmethod
+    def _load_settings(cls, folder: Path) -> Mapping[str, Any]:
+        # diffusers leaves out of the index what a pipeline has not, and then wants to be told so.
+        third = ("text_encoder_3", "tokenizer_3")
+        return {} if (folder / third[0]).is_dir() else dict.fromkeys(third)
+
+    def _denoiser(self, network: nn.Module) -> TransformerDenoiser:
+        config = self._own_network.config
+        schedule = read_schedule(self.pipeline.scheduler, (config.sample_size // config.patch_size) ** 2)
+        return TransformerDenoiser(network, schedule, "flow", self._programs.get("network"))
+
+    def components(self) -> dict[str, nn.Module]:
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        encoders = {name: getattr(self.pipeline, name) for name in names}
+        return {**super().components(), **{name: each for name, each in encoders.items() if each is not None}}
+
+    @quiet
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        super().to(device, dtype)
+        if dtype == torch.float16 and self.text_encoder_3 is not None:
+            for name, module in self.text_encoder_3.named_modules():
+                if name.endswith(".wo"):  # as transformers loads them: they overflow
+                    module.to(torch.float32)
+        return self
+
+    def _multiple(self) -> int:
+        return int(self.scale * self._own_network.config.patch_size)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """See `TextToImage.latent_shape`; the network knows so many places of a patch, each way."""
+        shape = super().latent_shape(height, width)
+        most = self._multiple() * int(self._own_network.config.pos_embed_max_size)
+        if max(shape[1:]) * self.scale > most:
+            raise ValueError(
+                f"size {shape[2] * self.scale}x{shape[1] * self.scale}: width and height must be at most {most}, since the "
+                "network knows no further positions"
+            )
+        return shape
+
+    def _clip(self, prompts: list[str], which: str = "") -> tuple[Tensor, Tensor]:
+        """One CLIP's states ``(N, L, D)`` and vectors ``(N, E)``; both have the first one's length."""
+        tokenizer, encoder = getattr(self.pipeline, f"tokenizer{which}"), getattr(self.pipeline, f"text_encoder{which}")
+        states, pooled = clip_states(tokenizer, encoder, prompts, self.pipeline.tokenizer_max_length)
+        assert pooled is not None, "a CLIPTextModelWithProjection"
+        return states, pooled
+
+    def _encode_few(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        (first, one), (second, other) = self._clip(prompts), self._clip(prompts, "_2")
+        clips = torch.cat([first, second], dim=-1), torch.cat([one, other], dim=-1)
+        if self.text_encoder_3 is None:
+            return clips
+        tokens = self.pipeline.tokenizer_3(
+            prompts, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt"
+        )
+        states = self.text_encoder_3(tokens.input_ids.to(self.device))[0]
+        return *clips, states.to(self.text_encoder_3.dtype)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        states, pooled, *t5 = in_parts(self._encode_few, prompts)
+        return {"encoder_hidden_states": states, "text_embeds": pooled, **({T5_STATES: t5[0]} if t5 else {})}
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """See `TextToImage.embed_prompts`; in the larger CLIP's space."""
+        (pooled,) = in_parts(lambda few: (self._clip(few, "_2")[1],), prompts)
+        return nn.functional.normalize(pooled.float(), dim=-1)
+
+    def _completed(self, config: dict[str, Any]) -> dict[str, Any]:
+        # Both rows of tokens have one width.
+        return {**config, "caption_projection_dim": config["num_attention_heads"] * config["attention_head_dim"]}
+
+    def _merge_adapters(self, network: Any, folder: Path) -> None:
+        pipeline = cast(Any, self.pipeline_class)
+        state, metadata = pipeline.lora_state_dict(
+            folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
+        )
+        pipeline.load_lora_into_transformer(state, network, metadata=metadata)
+
+    def _student_scheduler(self, times: list[float]) -> Any:
+        schedule = self.denoiser.schedule
+        assert isinstance(schedule, RectifiedFlow)
+        return student_scheduler(schedule, times)

@@ -1,0 +1,109 @@
+"""diffusers' flow-matching schedulers: read as a schedule, and written so that a pipeline draws a student's steps.
+
+Their sigma is this project's, ``shift u / (1 + (shift - 1) u)`` of a uniform u, and what they call a timestep is N sigma
+(Esser et al. 2024, https://arxiv.org/abs/2403.03206, equation 23; `weights.diffusion.schedules.RectifiedFlow`).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+
+from weights.diffusion.schedules import RectifiedFlow
+
+KNOWN = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+ELSEWHERE = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings under which sigma is another function of time."""
+TOLERANCE = 1e-6
+"""Of a sigma: what float32 leaves of it."""
+
+
+def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
+    """The schedule that a pipeline's scheduler stands for.
+
+    Args:
+        scheduler: of the pipeline.
+        tokens: of a picture of the usual size, which a shift by the size depends on.
+
+    Raises:
+        ValueError: its noise is none of a rectified flow, or is not the same at every size.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if not isinstance(scheduler, KNOWN):
+        known = ", ".join(each.__name__ for each in KNOWN)
+        raise ValueError(f"the scheduler is a {name}, which tells no rectified flow's shift; want one of {known}")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(
+            "the scheduler's use_dynamic_shifting gives every size a noise schedule of its own, and a student knows one: in "
+            "scheduler/scheduler_config.json set it to false, and shift to what it comes to at this model's usual size, "
+            f"{_shift_at(config, tokens):.4g}"
+        )
+    odd = {key: config[key] for key in ELSEWHERE if config.get(key)}
+    if odd:
+        raise ValueError(
+            f"the scheduler's {odd} make its noise another than shift alone says: leave them out of "
+            "scheduler/scheduler_config.json"
+        )
+    return RectifiedFlow(float(config["shift"]), int(config["num_train_timesteps"]))
+
+
+def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
+    """A scheduler that draws at these times as the consistency sampler does, when it is asked for so many steps.
+
+    With ``stochastic_sampling`` a step goes to ``(1 - sigma') x_0 + sigma' eps`` with fresh noise, which is that sampler's
+    (so does diffusers' FlowMatchLCMScheduler, but the pipelines name this class). Asked for n steps, it shifts n evenly
+    spaced numbers from 1 to the sigma of its last training step, which was shifted before, and stretches what comes out so
+    that it ends in ``shift_terminal``. All these maps are of the form ``x -> (a x + b) / (c x + d)``; so is the shift of
+    evenly spaced times, which `_shift_before_stretching` puts together from them.
+
+    Args:
+        schedule: of the noise.
+        times: falling, in (0, 1].
+
+    Raises:
+        ValueError: it cannot draw at these times.
+    """
+    sigmas = schedule.sigma(torch.tensor(list(times), dtype=torch.float64))
+    settings: dict[str, Any] = {
+        "num_train_timesteps": schedule.num_train,
+        "shift": _shift_before_stretching(schedule, len(times)),
+        "stochastic_sampling": True,
+    }
+    if len(times) > 1:
+        settings["shift_terminal"] = float(sigmas[-1])
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler.set_timesteps(len(times))
+    theirs = scheduler.sigmas[:-1].double()
+    if not torch.allclose(theirs, sigmas, rtol=0, atol=TOLERANCE):
+        shown = ", ".join(f"{schedule.time_of_index(sigma * schedule.num_train):.4g}" for sigma in theirs)
+        raise ValueError(
+            f"diffusers' FlowMatchEulerDiscreteScheduler draws {len(times)} steps at {shown}, this student at "
+            f"{list(times)}: export a step count whose times are evenly spaced from 1 down"
+        )
+    return scheduler
+
+
+def _shift_before_stretching(schedule: RectifiedFlow, steps: int) -> float:
+    r"""The shift r that, stretched to end where ``t_i = 1 - i / n`` under the shift s does, is that shift everywhere.
+
+    With m = r / (N + r - 1) the last training step's sigma and d = (1 - m) / (n - 1), both sides are fractions of i:
+
+        1 - sigma_i = i / (s n - (s - 1) i),    wanted of    k i d / (r - (r - 1) i d)
+
+    so that k = (r - 1) / (s - 1), and with c = (s - 1) (n - 1) / (s n) r solves ``c r^2 - (N - 1) (1 - c) r + N - 1 = 0``:
+    its root that is 1 where s is. One step needs no stretching, and shifts 1 to 1.
+    """
+    shift, last = schedule.shift, schedule.num_train - 1
+    bend = (shift - 1) * (steps - 1) / (shift * steps)
+    half = last * (1 - bend)
+    return 2 * last / (half + math.sqrt(max(0.0, half * half - 4 * bend * last)))
+
+
+def _shift_at(config: Any, tokens: int) -> float:
+    """What use_dynamic_shifting comes to for pictures of so many tokens: diffusers' line through two sizes."""
+    sizes = config["base_image_seq_len"], config["max_image_seq_len"]
+    shifts = config["base_shift"], config["max_shift"]
+    mu = shifts[0] + (tokens - sizes[0]) * (shifts[1] - shifts[0]) / (sizes[1] - sizes[0])
+    return math.exp(mu) if config["time_shift_type"] == "exponential" else float(mu)
