@@ -9,6 +9,7 @@ from service.engine.names import check_names
 from service.settings import BadSettings, Settings
 from weights.bundled import resolve_base
 from weights.families import families
+from weights.pipelines import PipelineModel
 from weights.store import Store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -23,7 +24,7 @@ def check_models(settings: Settings, store: Store) -> None:
     if settings.family not in families():
         known_families = ", ".join(families())
         raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; there are: {known_families}")
-    if settings.family == "stable_diffusion":
+    if issubclass(families()[settings.family], PipelineModel):
         for name in settings.bases:
             try:
                 resolve_base(name)

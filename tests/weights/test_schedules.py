@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,6 +124,43 @@ def test_shift_moves_time_towards_noise() -> None:
     assert RectifiedFlow().sigma(t).tolist() == pytest.approx([0.25, 0.5])
 
 
+shifts = st.floats(0.05, 20)
+
+
+@few
+@given(shift=shifts, ts=times, num_train=st.sampled_from([1, 1000]))
+def test_a_flow_tells_its_network_sigma_at_any_shift(shift: float, ts: list[float], num_train: int) -> None:
+    schedule, t = RectifiedFlow(shift, num_train), double(ts)
+    torch.testing.assert_close(schedule.alpha(t) + schedule.sigma(t), torch.ones_like(t))
+    told = schedule.native_index(t)
+    torch.testing.assert_close(told, num_train * schedule.sigma(t))
+    torch.testing.assert_close(schedule.time_of_index(told), t, atol=1e-12, rtol=1e-9)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(schedule.native_index(ends), ends * num_train)
+    assert torch.equal(schedule.time_of_index(ends * num_train), ends)
+    torch.testing.assert_close(schedule.time_of_log_snr(schedule.log_snr(t)), t, atol=1e-12, rtol=1e-9)
+
+
+@few
+@given(shift=shifts, other=shifts, ts=times)
+def test_a_shift_is_another_speed_along_the_same_line(shift: float, other: float, ts: list[float]) -> None:
+    source, target, t = RectifiedFlow(shift), RectifiedFlow(other), double(ts)
+    x_t = torch.randn(len(ts), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, time = convert(x_t, t, source, target)
+    torch.testing.assert_close(x, x_t)
+    torch.testing.assert_close(target.sigma(time), source.sigma(t))
+    torch.testing.assert_close(target.alpha(time), source.alpha(t), atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_that_of_diffusers(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = RectifiedFlow(shift)
+    t = double([1 - step / 1000 for step in range(1000)])
+    torch.testing.assert_close(schedule.sigma(t), scheduler.sigmas.double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(schedule.native_index(t), scheduler.timesteps.double(), atol=1e-3, rtol=0)
+
+
 def test_trigflow_keeps_the_papers_angle_and_noise_scale() -> None:
     schedule, t = TrigFlow(sigma_data=0.5), torch.tensor([1 / 3])
     assert schedule.angle(t).item() == pytest.approx(np.pi / 6)
@@ -216,6 +253,7 @@ def test_trailing_times_refuses_other_counts(steps: int) -> None:
         (lambda: EDM(sigma_min=0), "sigma_min=0"),
         (lambda: EDM(sigma_min=2, sigma_max=1), "sigma_max=1"),
         (lambda: RectifiedFlow(shift=0), "shift=0"),
+        (lambda: RectifiedFlow(num_train=0), "num_train=0"),
         (lambda: TrigFlow(sigma_data=-1), "sigma_data=-1"),
     ],
 )

@@ -1,0 +1,104 @@
+"""Every method runs on a transformer over a shifted flow: short jobs, published, loaded again and drawn with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distillers.job import JobRun
+from distillers.methods import methods
+from tests.helpers import picture_folder, tiny_sd3_pipeline
+from weights.contracts import EVENTS, StepSchedule
+from weights.drawing import draw
+from weights.families import TextToImage, load
+from weights.pipelines import LORA_FILE
+from weights.store import Store
+from weights.students import load_student
+
+TWO_STEPS = StepSchedule(timesteps=[1.0, 0.5])
+FAST = {"student_lr": 1e-2, "warmup": 0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "add": {"features": "random"},
+    "consistency": {"lr": 1e-2},
+    "disback": {"degradation_iterations": 2, "path_points": 2, "backtrack_every": 1, "settings": {"student_every": 1}},
+    "dmd2": {"student_every": 1, "gan_weight": 0.1, **FAST},
+    "scm": {"lr": 1e-2, "tangent": "jvp"},
+    "sid": {**FAST, "student_every": 1},
+    "tscd": {"stages": [{"segments": 8, "iterations": 1}, {"segments": 4, "iterations": 1}, {"segments": 1}]},
+}
+"""Settings with which every network of a method is trained within four iterations."""
+MORE: dict[str, dict[str, Any]] = {
+    "dmd2 with adapters": {
+        "method": "dmd2",
+        "lora": {"rank": 2, "shared_base": True},
+        "config": {**CONFIGS["dmd2"], "fake_score_lora": True},
+    },
+    "dmd2 with a critic of several blocks": {
+        "method": "dmd2",
+        "config": {**CONFIGS["dmd2"], "adversary": {"blocks": ["transformer_blocks.0", "transformer_blocks.2"]}},
+    },
+    "a smaller student": {"method": "consistency", "network": {"num_layers": 1}, "config": CONFIGS["consistency"]},
+    "without its activations": {"method": "dmd2", "config": CONFIGS["dmd2"], "train": {"gradient_checkpointing": True}},
+}
+JOBS = {**{name: {"method": name, "config": CONFIGS.get(name, {})} for name in sorted(methods())}, **MORE}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("jobs")
+    tiny_sd3_pipeline(made / "base", with_t5=False)
+    picture_folder(made / "data")
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> TextToImage:
+    return load("stable_diffusion_3", folder / "base")
+
+
+def job(folder: Path, name: str) -> JobRun:
+    wanted = JOBS[name]
+    student = name.replace(" ", "-").replace("_", "-")
+    train = {"iterations": 4, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1}
+    raw = {
+        "student": student,
+        "family": "stable_diffusion_3",
+        "base": str(folder / "base"),
+        "data": {"source": str(folder / "data")},
+        **wanted,
+        "train": {**train, **wanted.get("train", {})},
+    }
+    return JobRun(raw, folder / student, Store(folder / "store"), cache=folder / "cache")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_ends_in_a_student_that_draws_as_it_was_trained(folder: Path, base: TextToImage, name: str) -> None:
+    run = job(folder, name)
+    assert run.run(resume=False) == 0
+    lines = (run.folder / "events.jsonl").read_text().splitlines()
+    told = [event for line in lines if (event := EVENTS.validate_json(line)).kind == "progress"]
+    steps = [event for event in told if event.step > 0]  # preparation is told as well
+    assert [event.step for event in steps] == [1, 2, 3, 4]
+    assert all(torch.tensor(list(event.metrics.values())).isfinite().all() for event in steps)
+    assert run.trainer is not None
+    trained = run.trainer.method.student
+    stored = run.store.open(run.job.student)
+    cond, uncond = base.encode_prompts(["red apple"]), base.encode_prompts([""])
+    with run.trainer.averaged(), torch.no_grad():
+        scale = stored.manifest.guidance.default_scale
+        trained.network.eval()
+        ours = draw(trained, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
+    theirs = draw(load_student(stored, base), cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
+    torch.testing.assert_close(theirs, ours, atol=2e-2, rtol=0)  # stored in half precision
+    assert (theirs - draw(base, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents).abs().max() > 1e-5
+
+
+def test_adapters_are_named_as_diffusers_names_them(folder: Path) -> None:
+    run = job(folder, "dmd2 with adapters")
+    if not (folder / "store" / run.job.student).exists():
+        assert run.run(resume=False) == 0
+    layers = load_file(run.store.open(run.job.student).path / LORA_FILE)
+    assert all(name.startswith("transformer.transformer_blocks.") or ".proj_out." in name for name in layers)
+    assert any(value.any() for name, value in layers.items() if "lora_B" in name)
