@@ -255,19 +255,36 @@ def _weightless(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
-def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
-    """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
+def family_of(folder: Path) -> str | None:
+    """The family that takes the pipeline in a folder, by the class that its index names; None where none does.
+
+    Raises:
+        ValueError: the index cannot be read.
+        FileNotFoundError: there is no index.
+    """
+    return _takers().get(_kind(folder))
+
+
+def _takers() -> dict[str, str]:
+    """Families by the name of the pipeline that they take."""
+    return {each.pipeline_class.__name__: name for name, each in families().items() if issubclass(each, PipelineModel)}
+
+
+def _kind(folder: Path) -> str:
     index = folder / "model_index.json"
     try:
-        kind = dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name")
+        return str(dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{index} is no pipeline's index ({error}): copy the pipeline again") from error
+
+
+def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
+    """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
+    kind = _kind(folder)
     if kind == family.pipeline_class.__name__:
         return
-    others = {
-        each.pipeline_class.__name__: name for name, each in families().items() if issubclass(each, PipelineModel)
-    }
-    fix = f": family {others[kind]!r} takes it" if kind in others else ""
+    taker = _takers().get(kind)
+    fix = f": family {taker!r} takes it" if taker is not None else ""
     raise ValueError(
         f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_class.__name__} alone "
         f"({family.known_as}){fix}"

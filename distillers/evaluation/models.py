@@ -6,11 +6,13 @@ from pathlib import Path
 from distillers.evaluation.subjects import Model
 from weights.bundled import STUDENTS, bundled_bases, resolve_base
 from weights.families import TextToImage, load
+from weights.pipelines import family_of
 from weights.store import Store, StudentFolder, digest_base
 from weights.students import check_base, load_routed, load_student
 
 DEFAULT_BASE = "emoji-base"
 DEFAULT_FAMILY = "stable_diffusion"
+"""Of a pipeline that no family takes, whose error says which are taken."""
 
 
 def load_models(
@@ -38,9 +40,10 @@ def load_models(
         students = found.names()
     folders = [found.open(name) for name in students]
     source = choose_base([*([base] if base else []), *bases], folders)
-    family = folders[0].manifest.family if folders else DEFAULT_FAMILY
+    lies = resolve_base(source)
+    family = folders[0].manifest.family if folders else family_of(lies) or DEFAULT_FAMILY
     for folder in folders:
-        check_base(folder, digest_base(resolve_base(source)))
+        check_base(folder, digest_base(lies))
     pipeline = load(family, source, device)
     teacher = Model(Path(source).name, pipeline)
     return teacher, [student_model(found, folder, pipeline) for folder in folders]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distillers.evaluation.models import load_models
+from distillers.extraction import extract
 from distillers.job import JobRun
 from distillers.methods import methods
-from tests.helpers import picture_folder, tiny_sd3_pipeline
+from tests.helpers import picture_folder, student_manifest, tiny_sd3_pipeline
 from weights.contracts import EVENTS, StepSchedule
 from weights.drawing import draw
 from weights.families import TextToImage, load
@@ -102,3 +104,25 @@ def test_adapters_are_named_as_diffusers_names_them(folder: Path) -> None:
     layers = load_file(run.store.open(run.job.student).path / LORA_FILE)
     assert all(name.startswith("transformer.transformer_blocks.") or ".proj_out." in name for name in layers)
     assert any(value.any() for name, value in layers.items() if "lora_B" in name)
+
+
+def test_a_students_change_is_extracted_from_every_layer(folder: Path, base: TextToImage, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, store = base.copy(), Store(tmp_path / "store")
+    with torch.no_grad():
+        for weight in student.network.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape))
+    student.save_network(tmp_path / "work", torch.float32)
+    store.publish(student_manifest(folder / "base", family=base.family), tmp_path / "work")
+    extract(store, "extracted", "student", rank=16)
+    cond = base.encode_prompts(["red apple"])
+    whole, adapted, plain = (
+        draw(each, cond, None, [1], TWO_STEPS).latents
+        for each in (student, load_student(store.open("extracted"), base), base)
+    )
+    assert (adapted - whole).abs().max() < 0.3 * (plain - whole).abs().max()
+
+
+def test_a_base_alone_is_measured_as_its_own_family(folder: Path) -> None:
+    teacher, students = load_models([str(folder / "base")], None)
+    assert teacher.pipeline.family == "stable_diffusion_3" and not students
