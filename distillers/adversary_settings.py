@@ -21,7 +21,10 @@ class AdversaryConfig(MethodConfig):
         0.0, ge=0, description="w, of whether a picture shows what was asked for, with 'features'; 0 is off"
     )
     blocks: list[str] | None = Field(
-        None, min_length=1, description="teacher's blocks that get a head each, such as 'mid_block'; all when left out"
+        None,
+        min_length=1,
+        description="teacher's blocks that get a head each, such as a UNet's 'mid_block' or a transformer's "
+        "'transformer_blocks.8'; all when left out",
     )
     head_kernel: int = Field(
         3, ge=1, description="side of the residual block's kernel; 3 has the nine taps of the published head"

@@ -16,7 +16,8 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
 
     ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1`` (a student
     that embeds guidance: at the scale asked for), the pixels that the server draws from the same seed, within the dtype's
-    rounding.
+    rounding. diffusers' SD3 pipeline hands no generator on to its scheduler, so that a seed of several steps is set by
+    ``torch.manual_seed`` there, on a CPU.
 
     Args:
         store: where the student is.

@@ -77,7 +77,12 @@ class Consistency(SelfTaught):
 
     def _new_student(self) -> TextToImage:
         student = super()._new_student()
-        return student if self.config.guidance_range is None else student.with_guidance_embedding()
+        if self.config.guidance_range is None:
+            return student
+        try:
+            return student.with_guidance_embedding()
+        except TypeError as error:
+            raise ValueError(f"config.guidance_range: {error}; leave it out, and set guidance_scale") from error
 
     @classmethod
     def needs_pictures(cls, config: ConsistencyConfig) -> str | None:

@@ -247,7 +247,7 @@ def test_chosen_blocks_are_all_that_is_run() -> None:
     adversary = Adversary(AdversaryConfig(blocks=["mid_block", "down_blocks.1"]), setup)
     assert isinstance(adversary.eye, TeacherEye) and adversary.eye.blocks == ["down_blocks.1", "mid_block"]
     calls = []
-    unet = setup.teacher.get_submodule("unet")
+    unet = setup.teacher.get_submodule("network")
     for name in ("conv_in", "up_blocks.0"):
         unet.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     x, cond = shown(2)

@@ -60,8 +60,8 @@ def base(folder: Path) -> TextToImage:
     return load("stable_diffusion_3", folder / "base")
 
 
-def job(folder: Path, name: str) -> JobRun:
-    wanted = JOBS[name]
+def job(folder: Path, name: str, wanted: dict[str, Any] | None = None) -> JobRun:
+    wanted = wanted or JOBS[name]
     student = name.replace(" ", "-").replace("_", "-")
     train = {"iterations": 4, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1}
     raw = {
@@ -126,3 +126,10 @@ def test_a_students_change_is_extracted_from_every_layer(folder: Path, base: Tex
 def test_a_base_alone_is_measured_as_its_own_family(folder: Path) -> None:
     teacher, students = load_models([str(folder / "base")], None)
     assert teacher.pipeline.family == "stable_diffusion_3" and not students
+
+
+def test_a_scale_that_sd3_cannot_be_told_ends_the_job_with_its_reason(folder: Path) -> None:
+    run = job(folder, "told", {"method": "consistency", "config": {"guidance_range": [1, 9]}})
+    assert run.run(resume=False) == 1
+    last = EVENTS.validate_json((run.folder / "events.jsonl").read_text().splitlines()[-1])
+    assert last.kind == "failed" and "cannot be told a guidance scale; leave it out, and set" in last.message
