@@ -1,6 +1,6 @@
-"""The server's settings, from the environment (``FEWSTEP_...``); a bad one stops the start.
+"""The server's settings, from the environment (``FEWSTEP_...``); an invalid one stops the start.
 
-``python -m service.settings`` prints the table that docs/settings.md holds.
+``python -m service.settings`` prints the table of docs/settings.md.
 """
 
 import difflib
@@ -23,47 +23,57 @@ CACHE = Path("~/.cache/fewstep")
 
 
 class BadSettings(ValueError):
-    """The settings cannot be used; the message names each bad one, its value, and what is allowed."""
+    """The settings cannot be used; the message names each invalid one, its value, and what is allowed."""
 
 
 class Settings(BaseSettings):
-    """Everything that can be set about the server. Lists are written as JSON: ``FEWSTEP_BASES='["emoji-base"]'``."""
+    """All settings of the server. Lists are written as JSON: ``FEWSTEP_BASES='["emoji-base"]'``."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=True)
 
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is every interface.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 is all interfaces.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
-    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or JSON lines.")
-    otel: bool = Field(False, description="Make OpenTelemetry spans; needs the extra otel.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Plain text log lines, or JSON lines.")
+    otel: bool = Field(False, description="Create OpenTelemetry spans; needs the extra otel.")
     public_url: str | None = Field(
         None,
         pattern=r"^https?://[^\s?#]+$",
-        description="Address that clients reach the server at, for picture urls and to know its own pages by their "
-        "origin; the request's own when unset.",
+        description="Address at which clients reach the server, for image URLs and to recognise its own pages by "
+        "their origin; the request's own if unset.",
     )
 
     keys_file: Path | None = Field(
         None,
-        description="File of the API keys (`fewstep keys`); without it everybody who reaches the server may use it.",
+        description="File of the API keys (`fewstep keys`); without it, anyone who reaches the server may use it.",
     )
     allow_open: bool = Field(
-        False, description="Listen on other addresses than loopback ones without a keys file: a proxy keeps others out."
+        False,
+        description="Listen beyond loopback without a keys file, because something else, such as a proxy, keeps "
+        "others out.",
     )
     allowed_hosts: list[str] = Field(
         [],
-        description='Host names, as `["images.example"]`, that a server without keys answers to besides addresses, '
-        'localhost and the names in FEWSTEP_PUBLIC_URL and FEWSTEP_HOST; `["*"]` is every one.',
+        description='Host names, such as `["images.example"]`, that a server without keys answers to besides IP '
+        'addresses, localhost and the names in FEWSTEP_PUBLIC_URL and FEWSTEP_HOST; `["*"]` allows all.',
     )
-    api_key: SecretStr | None = Field(None, description="Key that this command line sends to a server.")
+    api_key: SecretStr | None = Field(None, description="API key that the command line sends to a server.")
     requests_per_minute: int | None = Field(
-        None, ge=1, le=1_000_000, description="Requests of one key in a minute; no limit when unset."
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Requests per minute for each key without a limit of its own; unlimited if unset.",
     )
     pictures_per_minute: int | None = Field(
-        None, ge=1, le=1_000_000, description="Pictures of one key in a minute; no limit when unset."
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Images per minute for each key without a limit of its own; unlimited if unset.",
     )
     cors_origins: list[str] = Field(
-        [], description='Origins of web pages that may use the API from a browser, as ["https://a.example"], or ["*"].'
+        [],
+        description='Origins whose web pages may use the API from a browser, such as `["https://a.example"]`; '
+        '`["*"]` allows all.',
     )
     read_seconds: float = Field(
         30.0,
@@ -72,39 +82,40 @@ class Settings(BaseSettings):
         description="Seconds that a client may take to send a request's headers, and then its body.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, le=3_600, description="Seconds for admitted drawings at SIGTERM; new ones are answered 503."
+        30.0, ge=0, le=3_600, description="Seconds to finish admitted image requests after SIGTERM; new ones get 503."
     )
     drain_notice_seconds: float = Field(
         0.0,
         ge=0,
         le=3_600,
-        description="Least time between SIGTERM and the last answer, for a load balancer to see /health/ready fail.",
+        description="Shortest time in seconds from SIGTERM to the end, for a load balancer to see /health/ready fail.",
     )
     safety_checker: str | None = Field(
-        None, min_length=1, description="Entry point of the group fewstep.safety that checks every picture."
+        None, min_length=1, description="Entry point in the group fewstep.safety that checks every image."
     )
     safety_flagged: Literal["refused", "blanked"] = Field(
-        "refused", description="What becomes of pictures that it flags: the request is refused, or they are black."
+        "refused", description="What happens to an image that it flags: the request is refused, or the image is black."
     )
 
     store: Path = Field(HOME / "students", description="Folder of the published students.")
     bases: list[str] = Field(
         ["emoji-base"],
         min_length=1,
-        description="Base models to load at the start: bundled names, diffusers pipeline folders or hub ids.",
+        description="Base models to load at the start: bundled names, folders of diffusers pipelines, or hub ids.",
     )
-    family: str = Field("stable_diffusion", min_length=1, description="Model family of these bases.")
+    family: str = Field("stable_diffusion", min_length=1, description="Model family of the bases.")
     default_model: str | None = Field(
         None,
         min_length=1,
-        description="Model for requests that name none; when unset, the first bundled student of a base that is served, "
+        description="Model for requests that name none; if unset, the first bundled student whose base is served, "
         "or else the first base.",
     )
 
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="Where to draw: cpu, cuda, cuda:N or mps; auto takes a GPU where there is one.",
+        description="Device that generates images: cpu, cuda, cuda:N or mps; auto is cuda if there is such a GPU, "
+        "and else cpu.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -112,55 +123,58 @@ class Settings(BaseSettings):
         "computes in bfloat16 if the processor can.",
     )
     backend: Literal["auto", "torch", "openvino"] = Field(
-        "auto", description="What runs the models; auto is OpenVINO on the CPU, where it is installed, and else torch."
+        "auto", description="What runs the models; auto is OpenVINO on the CPU, if it is installed, and else torch."
     )
     cache: Path = Field(
         CACHE / "serving",
-        description="Folder for models that OpenVINO has converted; without it the next start takes longer.",
+        description="Folder for the models that OpenVINO has converted; without it the next start takes longer.",
     )
     cache_bytes: int = Field(
         16 * 2**30,
         ge=0,
-        description="Disk for converted models, each LoRA at each scale being one; those used longest ago go first.",
+        description="Disk space for converted models; the least recently used go first. Each LoRA at each scale is one.",
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field(
         "auto",
-        description="Attention on a GPU: torch's (sdpa) or xformers'; auto is xformers' where that is installed.",
+        description="Attention on a GPU: torch's (sdpa) or xformers'; auto is xformers' if that is installed.",
     )
     compile: bool = Field(
         False,
-        description="Compile the models with torch.compile: minutes of warm-up, and faster calls. For NVIDIA GPUs.",
+        description="Compile the models with torch.compile, for NVIDIA GPUs: minutes of warm-up, then faster calls.",
     )
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads for drawing; all cores when unset.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads for generating images; all cores if unset."
+    )
     max_batch: int = Field(
         8,
         ge=1,
         le=256,
-        description="Most rows of one call of a model; a picture takes one, and two where it is guided.",
+        description="Most rows in one call of a model; an image takes one row, or two under guidance.",
     )
     prompt_cache_bytes: int = Field(
-        64 * 2**20, ge=0, description="Memory for encoded prompts; those used longest ago go first."
+        64 * 2**20, ge=0, description="Memory for encoded prompts; the least recently used go first."
     )
     memory_bytes: int | None = Field(
         None,
         ge=2**20,
-        description="Memory for models, what they share counted once; the least recently used one goes. When unset, 80% "
-        "of the GPU's memory, or half of the machine's (or its container's).",
+        description="Memory for models, with shared parts counted once; the least recently used goes first. If "
+        "unset, 80% of the GPU's memory, or half of the machine's (or its container's).",
     )
     pinned: list[str] = Field(
         [],
-        description="Students that are loaded at the start and stay in memory, as the bases and the default model do.",
+        description="Students to load at the start and keep in memory, like the bases and the default model.",
     )
     aliases: dict[str, str] = Field(
         {},
-        description='Other names of models, such as `{"gpt-image-1": "my-student"}` for clients that send one of their own.',
+        description='Other names for models, such as `{"gpt-image-1": "my-student"}` for clients that insist on a '
+        "name.",
     )
     # A minute is what proxies and impatient clients commonly wait: work beyond it would be drawn for nobody.
     queue_seconds: float = Field(
         60.0,
         gt=0,
         le=86_400,
-        description="Predicted seconds of work that may be admitted at a time; a request beyond that is answered 429.",
+        description="Predicted seconds of work that may be in the queue; a request beyond that gets 429.",
     )
     # New requests join between calls. A picture takes about six (prompt, four steps, decoder), so that this much for each
     # keeps the first one's wait and drawing below two seconds on any machine, and most batches gain nothing beyond it.
@@ -168,49 +182,53 @@ class Settings(BaseSettings):
         0.25,
         gt=0,
         le=60,
-        description="Seconds that one call of a model may take: batches are as large as is fastest within it.",
+        description="Seconds that one call of a model may take; the batch size that is fastest per row within them "
+        "is used.",
     )
     request_timeout: float = Field(
-        300.0, gt=0, le=86_400, description="Seconds that a request may take, its wait included."
+        300.0, gt=0, le=86_400, description="Seconds that a request may take, including its wait."
     )
 
     jobs: bool = Field(True, description="Serve /v1/distillation/jobs.")
     jobs_dir: Path = Field(HOME / "jobs", description="Folder of the distillation jobs: database, logs, checkpoints.")
     database_url: str | None = Field(
-        None, min_length=1, description="SQL database of the job table; a SQLite file in the jobs folder when unset."
+        None, min_length=1, description="SQL database of the job table; a SQLite file in the jobs folder if unset."
     )
-    job_work: bool = Field(True, description="Run queued jobs in this server; off where separate workers do it.")
+    job_work: bool = Field(
+        True, description="Run queued jobs in this server; turn it off if separate workers run them."
+    )
     job_devices: list[str] = Field(
-        ["auto"], min_length=1, description="Devices that jobs run on, one job each; auto is every GPU, or the CPU."
+        ["auto"], min_length=1, description="Devices that run jobs, one job each; auto is every GPU, or the CPU."
     )
     job_lease_seconds: float = Field(
-        30.0, ge=3, le=3_600, description="A job whose worker has not been heard of for so long is given to another."
+        30.0,
+        ge=3,
+        le=3_600,
+        description="Seconds without a sign of a job's worker after which the job is given to another.",
     )
     job_grace_seconds: float = Field(
-        60.0, gt=0, le=3_600, description="Time for a cancelled job to save its checkpoint before it is killed."
+        60.0, gt=0, le=3_600, description="Seconds for a cancelled job to save its checkpoint before it is killed."
     )
 
     heartbeat_seconds: float = Field(
         10.0,
         gt=0,
         le=3_600,
-        description="Silence after which a stream sends a comment, so that no proxy takes it for dead; its headers go out "
-        "with the first event, or then.",
+        description="Seconds of silence after which a stream sends a comment, so that no proxy closes it; its "
+        "headers are sent with the first event, or then.",
     )
-    max_body_bytes: int = Field(
-        65_536, ge=1_024, le=2**30, description="Largest request body; a larger one is answered 413."
-    )
+    max_body_bytes: int = Field(65_536, ge=1_024, le=2**30, description="Largest request body; a larger one gets 413.")
     max_prompt_chars: int = Field(
         1_000, ge=1, le=32_000, description="Longest prompt or negative prompt, in characters."
     )
     picture_bytes: int = Field(
-        256 * 2**20, ge=2**20, description="Memory for pictures that are handed out as urls; the oldest go first."
+        256 * 2**20, ge=2**20, description="Memory for images that are handed out as URLs; the oldest go first."
     )
-    picture_seconds: float = Field(3_600.0, gt=0, description="Seconds that a picture's url works.")
+    picture_seconds: float = Field(3_600.0, gt=0, description="Seconds for which an image's URL works.")
     picture_metadata: bool = Field(True, description="Write prompt, seed, steps and model into PNG files.")
 
     def job_settings(self) -> JobSettings:
-        """What the job service needs of these settings."""
+        """The settings that the job service needs."""
         return JobSettings(
             url=self.database_url or f"sqlite:///{self.jobs_dir / 'jobs.sqlite3'}",
             folder=self.jobs_dir,
@@ -268,10 +286,10 @@ class Settings(BaseSettings):
 
 
 def read_settings(**overrides: Any) -> Settings:
-    """The settings from the environment; an override that is not None wins.
+    """The settings from the environment; overrides that are not None take precedence.
 
     Raises:
-        BadSettings: a value is not allowed, or a ``FEWSTEP_`` variable is no setting.
+        BadSettings: a value is not allowed, or a ``FEWSTEP_`` variable is not a setting.
     """
     _refuse_unknown_variables()
     try:
