@@ -1,4 +1,4 @@
-"""Prints the dependencies in a pyproject.toml, one a line: the project's own and those of the extras named."""
+"""Prints the dependencies in a pyproject.toml, one per line: the project's own and those of the named extras."""
 
 import sys
 import tomllib

@@ -1,6 +1,6 @@
-"""Draws and distils on a running server, as a client would: `smoke.py ADDRESS FOLDER [--after-restart]`.
+"""Generates images and distils on a running server, as a client would: `smoke.py ADDRESS FOLDER [--after-restart]`.
 
-Needs nothing but Python, since it runs outside the image. Sends traffic to the address given and nowhere else.
+It needs only Python, since it runs outside the image, and sends traffic only to the given address.
 """
 
 import base64
@@ -25,10 +25,10 @@ JOB_SECONDS = 420
 
 
 def ask(address: str, body: Any = None, status: int = 200) -> Any:
-    """The decoded answer to a GET, or to a POST where there is a body.
+    """The decoded response to a GET, or to a POST if there is a body.
 
     Raises:
-        SystemExit: the answer has another status.
+        SystemExit: the response has another status.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})  # noqa: S310
@@ -43,7 +43,7 @@ def ask(address: str, body: Any = None, status: int = 200) -> Any:
 
 
 def draw(server: str, folder: Path, name: str, **options: Any) -> float:
-    """Draws one picture into ``folder``; seconds it took, the way there and back included."""
+    """Generates one image into ``folder``, and returns the seconds it took, round trip included."""
     started = time.perf_counter()
     answer = ask(f"{server}/v1/images/generations", {"prompt": "red apple, noto emoji", "seed": 1, **options})
     seconds = time.perf_counter() - started
@@ -57,7 +57,7 @@ def draw(server: str, folder: Path, name: str, **options: Any) -> float:
 
 
 def distil(server: str) -> None:
-    """Submits the short job and waits for it to end well."""
+    """Submits the short job and waits until it has succeeded."""
     job = ask(f"{server}/v1/distillation/jobs", JOB)
     started = time.monotonic()
     while job["status"] not in {"succeeded", "failed", "cancelled"}:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the images, starts API and worker, draws a picture through the published port, has the worker run a short job,
-# draws with the student it made, checks how the containers are confined, and takes everything down again.
+# Builds the images, starts API and worker, generates an image through the published port, has the worker run a short
+# job, generates an image with its student, checks how the containers are confined, and takes everything down again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export PORT=${PORT:-18000} COMPOSE_PROJECT_NAME=${COMPOSE_PROJECT_NAME:-fewstep-smoke}
-# A name of its own: the volume is removed at the end, and must not be anybody's.
+# The project has its own name, since its volume is removed at the end.
 files=(-f compose.yaml)
 [ -z "${CI_WHEEL_INDEX:-}" ] || files+=(-f docker/compose.ci.yaml)
 compose() { docker compose "${files[@]}" "$@"; }
@@ -29,7 +29,7 @@ compose up --detach --no-build --wait --wait-timeout 300
 say "API and worker are healthy"
 
 python3 docker/smoke.py "http://127.0.0.1:$PORT" "$work"
-say "pictures drawn, job done"
+say "images generated, job done"
 
 for service in api worker; do
   id=$(compose ps -q "$service")
