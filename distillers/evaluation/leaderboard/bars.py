@@ -69,18 +69,18 @@ def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
     for steps in STEPS:
         worst = _extreme(results, teacher, of_same, max, steps)
         if worst is not None:
-            what = f"every method's kernel distance over the teacher's, both at {counted(steps, 'step')}"
+            what = f"every method's kernel distance at {counted(steps, 'step')}, relative to the teacher's"
             found.append(every(what, "below 1", worst, beats(worst[0])))
     for steps, bound in BEST.items():
         best = _extreme(results, teacher, of_full, min, steps)
         if best is not None:
-            what = f"the best kernel distance at {counted(steps, 'step')} over the teacher's at {full}"
+            what = f"the best kernel distance at {counted(steps, 'step')}, relative to the teacher's at {full}"
             found.append(Bar(what, f"at most {bound:g}", *best, best[0].value <= bound))
     shares: dict[str, Share] = {"R-precision": alignment, "diversity": diversity}
     for name, share in shares.items():
         least = _extreme(results, teacher, share, min)
         if least is not None:
-            what = f"every method's {name} over the teacher's at {full}, at any number of steps"
+            what = f"every method's {name} at any number of steps, relative to the teacher's at {full}"
             found.append(every(what, f"at least {LEAST:g}", least, keeps(least[0])))
     return found
 

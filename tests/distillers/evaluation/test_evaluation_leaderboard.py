@@ -108,14 +108,14 @@ class TestBars:
     @pytest.mark.parametrize(
         ("bad", "broken"),
         [
-            (row(2, 0.21), "every method's kernel distance over the teacher's, both at 2 steps"),
+            (row(2, 0.21), "every method's kernel distance at 2 steps, relative to the teacher's"),
             (
                 row(1, 0.29, alignment=0.1),
-                "every method's R-precision over the teacher's at 50 steps, at any number of steps",
+                "every method's R-precision at any number of steps, relative to the teacher's at 50 steps",
             ),
             (
                 row(1, 0.29, diversity=16.0),
-                "every method's diversity over the teacher's at 50 steps, at any number of steps",
+                "every method's diversity at any number of steps, relative to the teacher's at 50 steps",
             ),
         ],
     )
@@ -145,7 +145,7 @@ class TestDocument:
         text = self.text([result("worse", [row(1, 0.31), row(4, 0.2, alignment=0.1)], seconds=300), GOOD])
         lines = text.splitlines()
         at = {line.split("|")[1].strip() + line.split("|")[2]: line for line in lines if line.count("|") == 12}
-        assert "10 minutes of training on 1 thread" in text and "of the processor" in text
+        assert "10 minutes of training on 1 thread" in text and "processor time" in text
         assert "a processor, 2 cores" in text and "2026-01-02" in text
         assert "0.050 ± 0.005 | 0.50 | 0.33 ✓ | 50 | 0.200" in at["**good** 4 "]
         assert "1.33 ✗" in at["**worse** 4 "] and "| 0.50 ✗ |" in at["**worse** 4 "]
