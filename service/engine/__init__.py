@@ -1,1 +1,1 @@
-"""The engine: what draws. Routes know only its interface, in base.py."""
+"""The engine, which generates the images. Routes know only its interface, in base.py."""

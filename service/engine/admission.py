@@ -1,4 +1,7 @@
-"""How requests get their models: at once where those are in memory, else from a thread that loads while others are drawn."""
+"""How requests get their models.
+
+A model in memory is used at once. Any other is loaded by a thread of its own while other requests are served.
+"""
 
 import logging
 import queue
@@ -21,23 +24,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, kw_only=True)
 class Wait:
-    """Requests that wait for one model, in the order in which they came."""
+    """Requests that wait for one model, in order of arrival."""
 
     wants: Hashable
     tickets: list[Ticket]
-    """The engine's thread appends to it at any time before the wait is back."""
+    """The engine's thread may append to it until the wait is handed back."""
     outcome: Resident | EngineError | None = None
-    """None: nothing was loaded, since nobody waited any more."""
+    """None: nothing was loaded, since no request was waiting any more."""
     threads: int | None = None
-    """Of the CPU that torch is to use, as the backend left it on the loader's thread."""
+    """Number of CPU threads for torch, as the backend left it on the loader's thread."""
 
 
 class Loader:
-    """A thread that loads models, one after another.
+    """A thread that loads models, one at a time.
 
     Args:
-        planner: loads them.
-        done: takes each wait back; called on that thread.
+        planner: loads the models.
+        done: receives each wait when it is finished; called on the loader's thread.
     """
 
     def __init__(self, planner: Planner, done: Callable[[Wait], None]) -> None:
@@ -45,21 +48,24 @@ class Loader:
         self._waits: queue.SimpleQueue[Wait | None] = queue.SimpleQueue()
         self._stopping = False
         self._turn = threading.Lock()
-        """Held while the thread starts: one that has an identity may not be joined before `Thread.start` returns."""
+        """Held while the thread starts: its `ident` is set before `Thread.start` returns, but joining must wait."""
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
 
     def start(self) -> None:
-        """Begin, unless stopped already."""
+        """Start the thread, unless it was stopped already."""
         with self._turn:
             if not self._stopping:
                 self._thread.start()
 
     def put(self, wait: Wait) -> None:
-        """Load the model of a wait behind those that were put before."""
+        """Queue a wait whose model is to be loaded."""
         self._waits.put(wait)
 
     def stop(self, seconds: float) -> None:
-        """End after the model that is being loaded; waited for here for so many seconds, and else at Python's own end."""
+        """Stop after the model that is being loaded.
+
+        Blocks for up to ``seconds``; a thread that is still loading then is waited for when the interpreter exits.
+        """
         with self._turn:
             self._stopping = True
         self._waits.put(None)
@@ -76,28 +82,28 @@ class Loader:
                 wait.outcome = self._load(ticket)
                 wait.threads = torch.get_num_threads()
             self._done(wait)
-            del wait, ticket  # or this thread would hold a model for as long as it has nothing to do
+            del wait, ticket  # otherwise the idle thread would keep a model in memory
 
     def _load(self, ticket: Ticket) -> Resident | EngineError:
         started = time.perf_counter()
         try:
             resident = self._planner.load(ticket.request, ticket.model)
-        except Exception as error:  # noqa: BLE001 - foreign files fail in any way; it is logged there
+        except Exception as error:  # noqa: BLE001 - foreign files can raise anything; `told` logs it
             return told(error)
         log.info("%r was loaded in %.1f s", ticket.model, time.perf_counter() - started)
         return resident
 
 
 class Admission:
-    """Who waits for a model; used on the engine's thread alone.
+    """Tracks which requests wait for a model. Used only on the engine's thread.
 
-    Requests for one model are admitted in the order in which they came: a wait that is out takes in all that want the same,
-    though the model may be in memory already.
+    Requests for one model are admitted in order of arrival: while a wait is pending, every request for the same model
+    joins it, even if the model has entered memory since.
 
     Args:
         planner: finds models in memory.
-        loop: takes in requests whose model is there.
-        load: has a wait's model loaded, and the wait brought to `back`.
+        loop: receives the requests whose model is in memory.
+        load: starts loading the model of a wait, which must then be passed to `back`.
     """
 
     def __init__(self, planner: Planner, loop: DrawingLoop, load: Callable[[Wait], None]) -> None:
@@ -105,7 +111,7 @@ class Admission:
         self._waits: dict[Hashable, Wait] = {}
 
     def take(self, ticket: Ticket) -> None:
-        """Admit a request, or let it wait."""
+        """Admit a request, or make it wait for its model."""
         if ticket.over:
             return
         try:
@@ -123,10 +129,10 @@ class Admission:
             self._load(wait)
 
     def back(self, wait: Wait) -> None:
-        """Admit those who have waited. It is their model, whatever has left memory meanwhile."""
+        """Admit the requests of a finished wait, with the model loaded for them even if it has been evicted since."""
         del self._waits[wait.wants]
         if wait.threads not in (None, torch.get_num_threads()):
-            # The number is each thread's own; a backend that leaves a model to torch may raise it.
+            # The number is per thread, and a backend that falls back to torch for a part raises it.
             torch.set_num_threads(wait.threads)
         for ticket in wait.tickets:
             match wait.outcome:
@@ -134,5 +140,5 @@ class Admission:
                     self._loop.admit(ticket, wait.outcome)
                 case EngineError():
                     ticket.end(wait.outcome)
-                case None:  # the loader had nobody to load for; somebody may have come since
+                case None:  # the loader found no live request, but one may have joined since
                     self.take(ticket)

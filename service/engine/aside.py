@@ -1,6 +1,6 @@
-"""Looks that may never end, at a disk that does not answer for instance: on threads of their own.
+"""Running functions that may never return, such as reads from an unresponsive disk, on threads of their own.
 
-Nobody else uses these threads, as many do asyncio's, and nobody waits for them when the process ends.
+Unlike asyncio's default executor, these threads are not shared, and the process does not wait for them when it exits.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ class Aside:
     """Runs functions beside the event loop.
 
     Args:
-        threads: at most, at a time. One that hangs goes on being counted; whoever comes when all do waits.
+        threads: most calls at a time. One that hangs keeps its slot; if all of them hang, later callers wait.
     """
 
     def __init__(self, threads: int) -> None:
         self._free = asyncio.Semaphore(threads)
 
     async def run(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the function answers or raises. Who is cancelled does not wait for it, and it goes on."""
+        """Return what the function returns, or raise what it raises. Cancelling this leaves the function running."""
         await self._free.acquire()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
@@ -33,13 +33,13 @@ class Aside:
 
         def tell(give: Callable[[Any], None], what: object) -> None:
             self._free.release()
-            if not answer.done():  # nobody waits
+            if not answer.done():  # the caller has gone
                 give(what)
 
         def work() -> None:
             try:
                 done: tuple[Callable[[Any], None], object] = answer.set_result, context.run(call, *args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - whoever waits is told
+            except BaseException as error:  # noqa: BLE001 - passed on to the caller
                 done = answer.set_exception, error
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(tell, *done)
@@ -48,10 +48,10 @@ class Aside:
         return await answer
 
     async def within(self, seconds: float, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """As `run`, for so many seconds, the wait for a thread included.
+        """Like `run`, with a timeout that includes the wait for a free thread.
 
         Raises:
-            TimeoutError: there is no answer. The function goes on.
+            TimeoutError: there was no answer in time. The function keeps running.
         """
         async with asyncio.timeout(seconds):
             return await self.run(call, *args, **kwargs)

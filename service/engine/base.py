@@ -1,4 +1,4 @@
-"""What the routes may ask of an engine, whatever draws inside: nothing here knows of torch or HTTP."""
+"""The engine's interface, as the routes see it. Nothing here depends on torch or HTTP."""
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ Kind = Literal["student", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class DiversityWish:
-    """The base's first step, please; None leaves a value to the student's calibration."""
+    """Asks for the base's first step. None leaves a value to the student's calibration."""
 
     base_steps: int | None = None
     base_guidance: float | None = None
@@ -22,7 +22,7 @@ class DiversityWish:
 
 @dataclass(frozen=True, kw_only=True)
 class DrawRequest:
-    """Pictures of one prompt, one per seed. None leaves a value to the model's default."""
+    """Asks for images of one prompt, one per seed. None leaves a value to the model's default."""
 
     prompt: str
     seeds: tuple[int, ...]
@@ -34,121 +34,121 @@ class DrawRequest:
     size: tuple[int, int] | None = None
     """Width and height in pixels."""
     loras: tuple[tuple[str, float], ...] = ()
-    """LoRA students of the model's base to merge into a copy of it, and the scale of each."""
+    """LoRA students of the model's base to merge into a copy of the model, each with its scale."""
     deterministic: bool = False
-    """A picture is the same, bit for bit, whatever else is drawn with it: each is drawn in a batch of its own."""
+    """Give the same bits whatever else is being generated: each image gets calls of its own."""
     client: str = ""
-    """Whose request it is: the line is fair between clients."""
+    """Id of the client. The request queue is fair between clients."""
     seconds: float | None = None
-    """How long the client waits at most; the engine's own limit when left out, or where that is shorter."""
+    """Seconds that the client is willing to wait; None or more than the engine's own limit means that limit."""
     previews: int = 0
-    """How many states of each picture to show before it is done, evenly spread over its steps; at most all but the last."""
+    """How many intermediate states of each image to show, spread evenly over its steps; at most all but the last."""
     exact_previews: bool = False
-    """Previews by the real decoder, not by a cheap approximation of it."""
+    """Decode previews with the real decoder, not with a cheap approximation of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """What the model sees in a picture after one of its steps: its x_0, decoded."""
+    """What the model predicts for an image after one of its steps: its x_0, decoded."""
 
     image: Image
     index: int
-    """Which of the request's pictures."""
+    """Index of the image in the request."""
     seed: int
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     steps: int
-    """Of the picture in all, the base leg's included."""
+    """Total steps of the image, including the base's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTaken:
-    """One step of a picture, as it was drawn."""
+    """One step of an image, as it was carried out."""
 
     leg: Kind
-    """Whose network."""
+    """Which network made it."""
     t: float
-    """The time that the network was told, in (0, 1]; 1 is noise."""
+    """The time that the network was given, in (0, 1]; 1 is noise."""
     guidance_scale: float
     """1.0 is off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One picture, and how it was drawn."""
+    """One finished image, and how it was generated."""
 
     image: Image
     seed: int
     model: str
     steps: int
-    """Steps of the schedule; the first of them are the base's when ``diversity`` is set."""
+    """Steps of the schedule; the first of them are the base's if ``diversity`` is set."""
     guidance_scale: float
     diversity: Diversity | None
     evaluations: int
-    """Network evaluations for this picture, the base leg's included; a guided step counts two."""
+    """Network evaluations for this image, including the base's; a guided step counts two."""
     seconds: float
-    """Time of the whole request's drawing, without its wait."""
+    """Generation time of the whole request, without its time in the queue."""
     student: str | None = None
-    """Which of a routed student's students drew it; None where the model drew it itself."""
+    """Which member of a routed student generated it; None if the model is not routed."""
     base: str | None = None
-    """The model that the student was made from; None where the base itself drew."""
+    """The model that the student was made from; None if the base itself generated it."""
     job: str | None = None
-    """SHA-256 of the job that made the student (`DistillJob.sha256`), where its manifest tells."""
+    """SHA-256 of the job that made the student (`DistillJob.sha256`), if its manifest has it."""
     flagged: bool = False
-    """The safety checker flagged it, and the image is black."""
+    """The safety checker flagged the image, which has been replaced by a black one."""
     index: int = 0
-    """Which of the request's pictures."""
+    """Index of the image in the request."""
     loras: tuple[tuple[str, float], ...] = ()
-    """What was merged into the model for it."""
+    """The LoRAs merged into the model."""
     path: tuple[StepTaken, ...] = ()
-    """Every step, the first one first; the model's x_0 at the last one is the picture."""
+    """Every step, in order. The model's x_0 at the last one is the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What an engine has to do, and holds."""
+    """The work that an engine has to do, and the models that it holds."""
 
     pictures: int
-    """Admitted and not done."""
+    """Images admitted and not finished."""
     seconds: float
-    """Predicted, until all of them are done."""
+    """Predicted seconds until all of them are finished."""
     resident: Mapping[str, int]
-    """Bytes of each model in memory, shared components counted with the base alone."""
+    """Bytes of each model in memory; components shared with a base count for the base only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """A model that can be drawn with."""
+    """A model that can generate images."""
 
     id: str
     kind: Kind
     family: str
     created: int
-    """Seconds since the epoch; 0 where nobody knows."""
+    """Seconds since the epoch; 0 if unknown."""
     steps: tuple[int, ...]
     """Step counts that the model has a schedule for; empty: any from 1 to ``max_steps``."""
     max_steps: int
     default_steps: int
     default_guidance: float
     size: int | None
-    """Pixels of a side; None until the student's base is loaded."""
+    """Side length in pixels; None until the student's base is loaded."""
     base: str | None = None
     method: str | None = None
     diversity: Diversity | None = None
     students: tuple[str, ...] = ()
-    """The students that a routed one picks from; none where the model draws itself."""
+    """The members of a routed student; empty for other models."""
     alias_of: str | None = None
-    """The model that ``id`` is another name of; None where it is its own."""
+    """The model that ``id`` is an alias of; None if ``id`` is the model's own name."""
     licence: str = "unspecified"
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineError(Exception):
-    """Base of all that an engine refuses or fails at; the message is for the client."""
+    """Base class of the engine's refusals and failures; the message is for the client."""
 
 
 class BadRequest(EngineError):
-    """The request cannot be drawn as it is.
+    """The request is not valid for this model.
 
     Attributes:
         param: the field to change.
@@ -160,7 +160,7 @@ class BadRequest(EngineError):
 
 
 class Flagged(BadRequest):
-    """The safety checker refuses a picture of this prompt."""
+    """The safety checker refused an image of this prompt."""
 
 
 class UnknownModel(EngineError):
@@ -168,10 +168,10 @@ class UnknownModel(EngineError):
 
 
 class Overloaded(EngineError):
-    """Too much is waiting.
+    """Too much work is queued.
 
     Attributes:
-        retry_after: seconds until there is likely room, at least 1.
+        retry_after: seconds until there is likely to be room, at least 1.
     """
 
     def __init__(self, message: str, retry_after: int) -> None:
@@ -180,59 +180,59 @@ class Overloaded(EngineError):
 
 
 class NotReady(EngineError):
-    """The engine still loads, has failed to, or stops."""
+    """The engine is still loading, has failed, or is stopping."""
 
 
 class TimedOut(EngineError):
-    """The request took longer than it may."""
+    """The request took longer than its limit."""
 
 
 class ModelBroken(EngineError):
-    """The model's files cannot be loaded: changed on the disk, cut off, or made for another base."""
+    """The model's files cannot be loaded: they are altered, truncated, or made for another base."""
 
 
 class Engine(Protocol):
-    """An engine. `start` and `stop` are called once each, by the app."""
+    """An engine. The app calls `start` and `stop` once each."""
 
     @property
     def ready(self) -> bool:
-        """Whether `generate` draws now: the models are loaded and a first picture was drawn."""
+        """Whether `generate` works now: the models are loaded and warmed up."""
 
     @property
     def failure(self) -> str | None:
-        """Why the engine will never be ready again, for the operator; None while nothing is wrong."""
+        """Why the engine will never be ready again, for the operator; None while it works."""
 
     async def start(self) -> None:
-        """Begin loading; returns at once."""
+        """Start loading; returns at once."""
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new requests from now on, and return when all that were admitted are done, or after so long."""
+        """Refuse new requests from now on; return when all admitted ones are finished, or after ``seconds``."""
 
     async def stop(self) -> None:
-        """Refuse all that is not done, and give the memory back."""
+        """Refuse all unfinished requests, and release the memory."""
 
     def load(self) -> Load:
-        """What there is to do now, and what is in memory."""
+        """The current work and the models in memory."""
 
     async def models(self) -> list[ModelInfo]:
-        """All models that can be drawn with now, the bases first.
+        """All models that can generate images now, the bases first.
 
         Raises:
-            EngineError: NotReady, or TimedOut where the store's disk does not answer.
+            EngineError: NotReady, or TimedOut if the store's disk does not respond.
         """
 
     async def generate(self, request: DrawRequest) -> list[Drawn]:
-        """One picture per seed, in order. Cancelling the call drops the request by the next tick.
+        """Generate one image per seed, in order. Cancelling the call drops the request before the next model call.
 
         Raises:
             EngineError: one of its subclasses.
         """
 
     def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
-        """The same, as things happen: previews where they are asked for, each picture as soon as it is done.
+        """Like `generate`, but yields results as they become available: requested previews, and finished images.
 
-        The pictures come in any order, each after its own previews. Closing the iterator drops the request.
+        Images come in any order, each after its own previews. Closing the iterator drops the request.
 
         Raises:
-            EngineError: one of its subclasses, in iteration.
+            EngineError: one of its subclasses, during iteration.
         """

@@ -1,7 +1,7 @@
-"""The calls themselves: from pictures and prompts that share one to its answer, one a picture, all of it finite.
+"""The model calls: each combines images or prompts into batches, and returns one finite result for each of them.
 
-A batch has more rows than somebody waits for where it is padded; and there are several batches where a single picture does
-not fit into one, as a guided one does not where a batch is one row.
+A batch is padded if there are fewer rows than its size. Several batches are used if a single image does not fit into
+one, such as a guided image, which has two rows, at a batch size of 1.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from weights.denoiser import Cond, cond_cat, cond_rows
 
 
 class NotFinite(ArithmeticError):
-    """A model answered with an infinity or with no number."""
+    """A model returned infinities or NaNs."""
 
 
 def encode(prompts: Sequence[Prompt], batch: int) -> list[Cond]:
-    """Conditions of these prompts, of one row each.
+    """Encode the prompts; return a condition of one row for each.
 
     Raises:
-        NotFinite: they are not.
+        NotFinite: a condition is not finite.
     """
     conds = encode_prompts(prompts, batch)
     for cond in conds:
@@ -38,10 +38,10 @@ def encode(prompts: Sequence[Prompt], batch: int) -> list[Cond]:
 
 
 def denoise(pictures: Sequence[Picture], batch: int) -> Tensor:
-    """The estimates of x_0 for pictures of one group, guided: ``(B, C, h, w)`` float32.
+    """Predict x_0, with guidance applied, for images of one group: ``(B, C, h, w)`` float32.
 
     Raises:
-        NotFinite: one of them is not.
+        NotFinite: a prediction is not finite.
     """
     conditions = [picture.conditions() for picture in pictures]
     counts = [len(own) for own in conditions]
@@ -61,10 +61,10 @@ def denoise(pictures: Sequence[Picture], batch: int) -> Tensor:
 
 
 def decode(pictures: Sequence[Picture], batch: int) -> NDArray[uint8]:
-    """What pictures of one group look like: ``(B, H, W, 3)``.
+    """Decode images of one group to pixels: ``(B, H, W, 3)``.
 
     Raises:
-        NotFinite: one of them has no colours.
+        NotFinite: a decoded image is not finite.
     """
     latents = torch.stack([picture.latents for picture in pictures])
     base = pictures[0].request.resident.base
@@ -72,16 +72,16 @@ def decode(pictures: Sequence[Picture], batch: int) -> NDArray[uint8]:
 
 
 def to_pixels(pictures: Tensor) -> NDArray[uint8]:
-    """Pictures ``(B, 3, H, W)`` in [-1, 1] as ``(B, H, W, 3)``, rounded as diffusers' image processor does."""
+    """Images ``(B, 3, H, W)`` in [-1, 1] as ``(B, H, W, 3)``, rounded as diffusers' image processor does."""
     pixels = ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return cast(NDArray[uint8], pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """torch's deterministic algorithms, where there are such; it warns where there are none.
+    """Use torch's deterministic algorithms if ``wanted``; torch warns where it has none.
 
-    In all threads: a model that is loaded meanwhile is the same, only that its fresh memory is filled before it is written.
+    The switch applies to all threads. A model loaded meanwhile comes out the same: torch just fills its memory first.
     """
     if not wanted:
         yield
@@ -95,7 +95,7 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 def _in_batches(call: Callable[[Tensor | slice], Tensor], rows: Tensor, batch: int) -> Tensor:
-    """The call for all rows, ``batch`` at a time; where fewer are left, the last one is repeated."""
+    """Make the call for all rows, ``batch`` at a time, padding the last batch by repeating the last row."""
     if len(rows) == batch:
         return call(slice(None))
     answers = []
@@ -107,7 +107,7 @@ def _in_batches(call: Callable[[Tensor | slice], Tensor], rows: Tensor, batch: i
 
 def _check(tensor: Tensor) -> Tensor:
     """The tensor, once the device has computed it."""
-    # A sum is finite where all that is added is: one pass, and one number from the device.
+    # The sum is finite only if every element is: one pass, and one number read from the device.
     if not math.isfinite(float(tensor.sum(dtype=torch.float32))):
         raise NotFinite("the model's answer is not finite")
     return tensor

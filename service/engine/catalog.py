@@ -1,4 +1,4 @@
-"""What names stand for: bases, students and their aliases, as the settings and the store have them now."""
+"""What names stand for: bases, students and aliases, as the settings and the store define them now."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,18 +19,18 @@ from weights.students import (
 )
 
 Open = Callable[[str], StudentFolder]
-"""A student's folder, verified or not: `Store.open` or `Store.find`, or `Recent.last`, which raises `Unseen` as well."""
+"""Opens a student by name: `Store.open` (verified), `Store.find`, or `Recent.last`, which may also raise `Unseen`."""
 BaseOf = Callable[[StudentFolder], Resident | None]
-"""A student's base, to embed prompts with; None where it is not in memory and shall not be loaded."""
+"""Gives a student's base, to embed prompts with; None if it is not in memory and must not be loaded."""
 
 
 class Catalog:
-    """Models by name; any thread may ask.
+    """Looks up models by name. Thread-safe.
 
     Args:
-        store: the students; it is asked again each time.
-        listed: the settings' bases, each with its family.
-        aliases: other names, each for a base or a student.
+        store: the students; it is read on every call.
+        listed: the bases of the settings, each with its family.
+        aliases: the base or student that each alias stands for.
     """
 
     def __init__(self, store: Store, listed: Mapping[str, str], aliases: Mapping[str, str]) -> None:
@@ -38,7 +38,7 @@ class Catalog:
         self._references: dict[str, BaseReference] = {}
 
     def identify(self, base: str) -> None:
-        """Take down which weights a listed base has, before its first student is asked for.
+        """Record which weights a listed base has, before its first student is asked for.
 
         Raises:
             FileNotFoundError: there is no such base.
@@ -46,14 +46,14 @@ class Catalog:
         self._references[base] = base_reference(base)
 
     def base_key(self, base: BaseReference, family: str) -> Key:
-        """What a student's base lies in memory under: a listed one of the same weights, whatever its name at training."""
+        """The key of a student's base in memory: a listed base with these weights, whatever its name at training."""
         for name, known in self._references.items():
             if known.sha256 == base.sha256 and self._listed[name] == family:
                 return Key(name, family)
         return Key(base.id, family)
 
     def reference(self, base: str) -> BaseReference:
-        """How manifests name this base.
+        """How manifests refer to this base.
 
         Raises:
             FileNotFoundError: there is no such base.
@@ -62,7 +62,7 @@ class Catalog:
         return base_reference(base) if known is None else known
 
     def own_name(self, name: str) -> str:
-        """What the name stands for, if it is an alias."""
+        """The name that an alias stands for; any other name as it is."""
         return self._aliases.get(name, name)
 
     def wanted(
@@ -73,12 +73,15 @@ class Catalog:
         open_student: Open,
         base_of: BaseOf,
     ) -> Wanted | None:
-        """What draws this prompt under that name; None where ``base_of`` is needed to tell, and has none.
+        """The model that generates images of this prompt under that name.
+
+        None if this depends on the base, and ``base_of`` returns none.
 
         Raises:
-            UnknownModel: nothing has that name.
-            ModelBroken: its files are not what was published, as far as ``open_student`` looks; or it has no base.
-            BadRequest: one of the LoRAs does not exist, is none, or is of another base.
+            UnknownModel: no model has that name.
+            ModelBroken: it has no base, or its files are not those that were published, as far as ``open_student``
+                checks.
+            BadRequest: one of the LoRAs does not exist, is not a LoRA, or belongs to another base.
         """
         name = self.own_name(name)
         loras = tuple(sorted((self.own_name(lora), scale) for lora, scale in loras))
@@ -108,9 +111,9 @@ class Catalog:
         """Refuse LoRAs that cannot be merged into this model, without loading anything.
 
         Raises:
-            UnknownModel: nothing has that name.
-            ModelBroken: as far as ``open_student`` looks, the model's or a LoRA's files are not what was published.
-            BadRequest: as in `wanted`.
+            UnknownModel: no model has that name.
+            ModelBroken: the model's or a LoRA's files have changed since publishing, as far as ``open_student`` checks.
+            BadRequest: see `wanted`.
         """
         if not loras:
             return
@@ -122,7 +125,7 @@ class Catalog:
         """The student of that name.
 
         Raises:
-            UnknownModel, ModelBroken: as in `wanted`.
+            UnknownModel, ModelBroken: see `wanted`.
         """
         try:
             check_name(name)
@@ -136,7 +139,7 @@ class Catalog:
             raise broken(name) from error
 
     def _of_listed(self, name: str) -> BaseReference:
-        """A listed base's reference. Raises: ModelBroken."""
+        """A listed base's reference. Raises ModelBroken if the base is missing."""
         try:
             return self.reference(name)
         except FileNotFoundError as error:
@@ -147,7 +150,7 @@ class Catalog:
         return UnknownModel(f"no model is named {shown(name)}; there are: {known}")
 
     def _member(self, folder: StudentFolder, prompt: str, open_student: Open, base_of: BaseOf) -> StudentFolder | None:
-        """The student that a routed one draws this prompt with; None while its base is not in memory."""
+        """The member of a routed student that handles this prompt; None if its base is not in memory."""
         manifest = folder.manifest
         assert manifest.router is not None, "callers ask for it"
         try:
@@ -158,12 +161,12 @@ class Catalog:
             check_member(manifest, member.manifest)
         except (EngineError, Unseen):
             raise
-        except Exception as error:  # whatever foreign files can make a loader raise
+        except Exception as error:  # foreign files can make a loader raise anything
             raise broken(manifest.name) from error
         return member
 
     def _adapters(self, base: BaseReference, loras: Loras, open_student: Open) -> tuple[StudentFolder, ...]:
-        """The folders of these LoRAs, if they are such and for this base."""
+        """The folders of these LoRAs, after checking that they are LoRAs of this base."""
         adapters = []
         for given, _ in loras:
             name = self.own_name(given)

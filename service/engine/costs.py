@@ -1,7 +1,7 @@
-"""What calls of the models cost, by batch size: measured at warm-up, kept current while serving, and what is made of it.
+"""What model calls cost by batch size: measured at warm-up, and updated while serving. Pure.
 
-A bigger batch takes longer, and mostly less than in proportion. How much less depends on the machine, so it is measured;
-from that come the size of the next batch (`CostProfile.best`) and what a request will take (`Costs.predict`). Pure.
+A larger batch takes longer, but mostly less than proportionally. By how much depends on the machine, so it is measured.
+The size of the next batch (`CostProfile.best`) and the predicted time of a request (`Costs.predict`) follow from it.
 """
 
 import math
@@ -17,36 +17,36 @@ from typing import NamedTuple
 from service.engine.observer import Call
 
 RECENT = 64
-"""Calls that estimates are made of. A batch that was not called among them goes by how fast the others are now."""
+"""Number of recent calls that estimates are based on. A batch size without any is scaled as the others are."""
 ENOUGH = 5
-"""Calls of one batch that outweigh its measurement at warm-up: two of them can be outliers without any effect."""
+"""Calls of one batch size that outweigh its measurement at warm-up; with five, two outliers do not move the median."""
 ALIKE = 0.9
-"""Rates of which the lower is at least so much of the higher are the same: calls' times waver by more."""
+"""Rates count as equal if the lower is at least this fraction of the higher: call times vary by more than that."""
 TINY = 1e-9
-"""Seconds of a call during which the clock did not move."""
+"""Seconds assumed for a call during which the clock did not advance."""
 UNKNOWN_SECONDS = 0.1
-"""Of a call of one row, where nothing like it was ever measured."""
+"""Seconds assumed for a call of one row if nothing similar has been measured."""
 
 
 class Part(NamedTuple):
-    """What has a cost of its own: models of the same architecture share it, a student and its base for instance."""
+    """What has a cost of its own. Models of the same architecture share it, such as a student and its base."""
 
     call: Call
     architecture: str
-    """Tells networks of other shapes or precision apart: see `weights.modules.architecture`."""
+    """Distinguishes networks of different shapes or precision: see `weights.modules.architecture`."""
     shape: tuple[int, ...]
-    """Of one row: a picture's latents, or a prompt's tokens."""
+    """Shape of one row: an image's latents, or a prompt's tokens."""
 
 
 class CostProfile:
-    """Seconds of a call by its batch size, for one `Part`.
+    """Seconds of a call by batch size, for one `Part`.
 
-    Reading is safe from any thread; one thread observes.
+    Reading is thread-safe; only one thread may call `observe`.
 
     Args:
-        seconds: as measured, by batch size; 1 is among them. All are above 0.
-        batches: sizes that calls are made in; the measured ones when left out.
-        target: seconds that a call may take; a batch of 1 may always take longer.
+        seconds: measured time by batch size, which must include 1. All are above 0.
+        batches: batch sizes in which calls are made; None for the measured ones.
+        target: longest time that a call should take; a batch of 1 may always take longer.
     """
 
     def __init__(self, seconds: Mapping[int, float], batches: Iterable[int] | None = None, target: float = math.inf):
@@ -57,13 +57,13 @@ class CostProfile:
         if any(not 0 < value < math.inf for value in self.measured.values()):
             raise ValueError(f"seconds of a call must be above 0 and finite, got {self.measured}")
         self.target = target
-        # As if ENOUGH calls had taken what was measured, so that the first ones observed are outvoted if they are odd.
+        # Seeded as if ENOUGH calls had taken the measured time, so that a few odd first observations are outvoted.
         self._recent: deque[tuple[int, float]] = deque([(0, 1.0)] * ENOUGH)
         self._of_batch: dict[int, list[float]] = {0: [1.0] * ENOUGH}
         self._of_all = [1.0] * ENOUGH
-        """The recent calls' ratios, rising: kept in order, since medians are taken after every call."""
+        """Ratios of the recent calls, kept sorted, since medians are taken after every call."""
         self._estimated = self._estimate()
-        """Seconds now by measured batch size, rising. Made by who observes, since others ask on the event loop."""
+        """Current seconds by measured batch size, ascending; precomputed, since readers may be on the event loop."""
 
     @classmethod
     def measure(
@@ -74,15 +74,15 @@ class CostProfile:
         clock: Callable[[], float],
         target: float = math.inf,
     ) -> "CostProfile":
-        """Time calls: for each batch size one that does not count, then the median of ``repeats``.
+        """Time a call: for each batch size, one warm-up call, then the median of ``repeats``.
 
-        A batch that fails, for want of memory say, ends it: no larger one is made from then on.
+        A batch size that fails, for example for lack of memory, ends the measurement: no batch as large will be used.
 
         Args:
-            call: makes one call of that batch size, and returns when it is done.
-            batches: sizes to measure, 1 among them.
+            call: makes one call of that batch size, and returns when it is finished.
+            batches: batch sizes to measure, including 1.
             repeats: at least 1.
-            clock: seconds, rising.
+            clock: monotonic time in seconds.
             target: see `CostProfile`.
         """
         seconds: dict[int, float] = {}
@@ -94,7 +94,7 @@ class CostProfile:
                     begun = clock()
                     call(batch)
                     taken.append(clock() - begun)
-            except RuntimeError:  # torch's for everything that a device cannot do
+            except RuntimeError:  # what torch raises for anything that a device cannot do
                 if not seconds:
                     raise
                 break
@@ -102,25 +102,25 @@ class CostProfile:
         return cls(seconds, list(seconds), target)
 
     def seconds(self, batch: int) -> float:
-        """Of a call of this batch size now; never less than that of a smaller one.
+        """Current seconds of a call of this batch size; never less than for a smaller one.
 
-        Between two measured sizes the line from one to the other is taken; beyond the largest, its time per row.
+        Interpolated linearly between measured sizes; beyond the largest, its time per row applies.
         """
         return _on_the_curve(self._estimated, batch)
 
     def best(self, ready: int, unit: int = 1) -> tuple[int, int]:
-        """How many of the ready rows to take now, and the batch to pad them to: most rows per second within the target.
+        """How many of the ready rows to take now, and the batch size to pad them to.
 
-        Of several that are about as good (`ALIKE`), the one that takes the most rows, since each call has costs of its
-        own around it; and then the one that pads least.
+        Maximizes rows per second within the target. Of several choices that are about equally fast (`ALIKE`), this
+        takes the one with the most rows, since every call has an overhead, and then the one with the least padding.
 
         Args:
-            ready: rows, at least ``unit``.
-            unit: rows of a picture, which stay together (two under guidance). Where pictures differ: the most; whoever
-                fills the batch may then come out below the rows returned here, and asks `fit` for the batch.
+            ready: number of rows, at least ``unit``.
+            unit: rows of one image, which stay together (two with guidance). If images differ, the fewest: the caller
+                may then fill fewer rows than are returned here, and should ask `fit` for the batch size.
 
         Raises:
-            ValueError: fewer rows than a unit, or a unit that no batch holds.
+            ValueError: there are fewer rows than a unit, or no batch holds a unit.
         """
         smallest = self.fit(unit)
         if ready < unit:
@@ -137,10 +137,10 @@ class CostProfile:
         return rows, -negative
 
     def fit(self, rows: int) -> int:
-        """The smallest batch that holds so many rows.
+        """The smallest batch size that holds this many rows.
 
         Raises:
-            ValueError: none does.
+            ValueError: there is none.
         """
         place = bisect_left(self.batches, rows)
         if place == len(self.batches):
@@ -149,12 +149,12 @@ class CostProfile:
 
     @property
     def seconds_per_row(self) -> float:
-        """In the best full batch within the target: what one more row costs a busy server."""
+        """Seconds per row in the best full batch within the target: what one more row costs a busy server."""
         return self._per_row(self._estimated)
 
     @property
     def measured_per_row(self) -> float:
-        """The same as at warm-up, whatever has slowed calls since."""
+        """The same as measured at warm-up, regardless of any slowdown since."""
         return self._per_row(self.measured)
 
     def _per_row(self, points: Mapping[int, float]) -> float:
@@ -162,11 +162,12 @@ class CostProfile:
         return min(seconds / batch for batch, seconds in full if batch == 1 or seconds <= self.target)
 
     def observe(self, batch: int, seconds: float) -> None:
-        """A call of this batch size took so long.
+        """Record how long a call of this batch size took.
 
-        Estimates are medians of the last calls' times over the measured ones: single outliers do nothing, and what stays
-        shows after a few calls. A batch that was called too seldom is taken to be as much faster or slower than at
-        warm-up as the rest is: one that looked slow once is not shunned for ever.
+        Estimates are the measured times multiplied by the median ratio of recent times to measured ones: single
+        outliers have no effect, and a lasting change shows after a few calls. A batch size with too few recent calls is
+        assumed to have become faster or slower by the same factor as the rest, so one that once looked slow is not
+        avoided for ever.
         """
         ratio = max(seconds, TINY) / _on_the_curve(self.measured, batch)
         self._recent.append((batch, ratio))
@@ -179,11 +180,11 @@ class CostProfile:
         self._estimated = self._estimate()
 
     def scaled(self, factor: float) -> "CostProfile":
-        """A profile of its own for something that costs ``factor`` times as much."""
+        """An independent profile of something that costs ``factor`` times as much."""
         return CostProfile({b: s * factor for b, s in self._estimated.items()}, self.batches, self.target)
 
     def among(self, batches: Collection[int]) -> "CostProfile":
-        """What is known now, for calls of those batch sizes alone that are among these, or else of one row."""
+        """A snapshot for calls in only those batch sizes that are among ``batches``, or of one row if none are."""
         if set(self.batches) <= set(batches):
             return self
         some = copy(self)
@@ -200,13 +201,13 @@ class CostProfile:
 
 
 def _middle(rising: Sequence[float]) -> float:
-    """The median of values in order."""
+    """The median of sorted values."""
     half = len(rising) // 2
     return rising[half] if len(rising) % 2 else (rising[half - 1] + rising[half]) / 2
 
 
 def _on_the_curve(points: Mapping[int, float], batch: int) -> float:
-    """Seconds at ``batch``, between or beyond ``points`` (rising, 1 the first)."""
+    """Seconds at ``batch``, interpolated or extrapolated from ``points`` (ascending, starting at 1)."""
     known = points.get(batch)
     if known is not None:
         return known
@@ -220,11 +221,11 @@ def _on_the_curve(points: Mapping[int, float], batch: int) -> float:
 
 
 class Costs:
-    """Profiles by `Part`. Any thread may ask; one observes.
+    """Profiles by `Part`. Thread-safe, except that only one thread may call `observe`.
 
     Args:
-        batches: sizes that calls are made in, 1 among them; those of the backend.
-        target: seconds that a call may take (FEWSTEP_TICK_SECONDS).
+        batches: batch sizes in which calls are made, those of the backend, including 1.
+        target: longest time in seconds that a call should take (FEWSTEP_TICK_SECONDS).
     """
 
     def __init__(self, batches: Sequence[int], target: float) -> None:
@@ -234,9 +235,9 @@ class Costs:
         self._lock = threading.Lock()
 
     def put(self, part: Part, seconds: Mapping[int, float]) -> CostProfile:
-        """Take a measurement (such as ``CostProfile.measure(...).measured``) for what this part costs.
+        """Set what this part costs from a measurement, such as ``CostProfile.measure(...).measured``.
 
-        No batch larger than the largest measured one is made.
+        Batches larger than the largest measured size will not be used.
         """
         batches = [batch for batch in self.batches if batch <= max(seconds)]
         profile = CostProfile(seconds, batches, self.target)
@@ -246,10 +247,10 @@ class Costs:
         return profile
 
     def of(self, part: Part) -> CostProfile:
-        """What this part costs: guessed from the nearest one where it was not measured, and from then on observed.
+        """The cost profile of this part: measured, or guessed from the nearest part and observed from then on.
 
-        The same architecture at another shape costs in proportion to the row's size; of another architecture the most
-        expensive one is taken, since it is worse to promise too much.
+        For the same architecture at another shape, the cost is proportional to the size of a row. For an unknown
+        architecture, the most expensive known one is assumed, since promising too much is worse.
         """
         with self._lock:
             profile = self._measured.get(part) or self._guessed.get(part)
@@ -258,19 +259,22 @@ class Costs:
             return profile
 
     def observe(self, part: Part, batch: int, seconds: float) -> None:
-        """A call of this part took so long; see `CostProfile.observe`."""
+        """Record how long a call of this part took; see `CostProfile.observe`."""
         self.of(part).observe(batch, seconds)
 
     def predict(self, work: Iterable[tuple[Part, int]]) -> float:
-        """Seconds of so many rows of each part, at the throughput of full batches.
+        """Predicted seconds for numbers of rows of each part, at the throughput of full batches.
 
-        A request is (network, pictures times evaluations), (decoder, pictures) and (text encoder, prompts), with the
-        base's network apart where that draws a part of the way.
+        A request is (network, images times evaluations), (decoder, images) and (text encoder, prompts). If the base
+        makes some of the steps, its network is listed separately.
         """
         return sum(rows * self.of(part).seconds_per_row for part, rows in work)
 
     def least(self, work: Iterable[tuple[Part, int]]) -> float:
-        """`predict` as at warm-up. What is refused makes no calls, which could show that a slow time is over."""
+        """`predict` by the measurements of warm-up.
+
+        Refused requests make no calls, so that current costs could stay high long after a slowdown has ended.
+        """
         return sum(rows * self.of(part).measured_per_row for part, rows in work)
 
     def _guess(self, part: Part) -> CostProfile:

@@ -1,4 +1,4 @@
-"""Between the thread that draws and loads that change what all threads compute with."""
+"""Keeps model calls apart from loads that change process-wide torch state."""
 
 import threading
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Open for whoever computes, one at a time, but while somebody has closed it.
+    """A lock that lets computations pass one at a time, and none while it is closed.
 
-    Whoever wants to close it comes next: a thread that makes call after call cannot keep it open for ever.
+    A thread that wants to close it gets the next turn: one that makes call after call cannot keep it open for ever.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Gate:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Compute, once the gate is open."""
+        """Run the block once the gate is open."""
         with self._turn:
             self._inside.acquire()
         try:
@@ -27,6 +27,6 @@ class Gate:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Nobody computes in here."""
+        """Run the block while nothing can pass."""
         with self._turn, self._inside:
             yield

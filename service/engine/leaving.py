@@ -1,8 +1,8 @@
-"""The process's end, while threads are at work that nobody waits for any longer.
+"""Ending the process while threads are still busy with work that nobody waits for.
 
-Code of torch or OpenVINO cannot be interrupted, and a thread that is still in it when Python goes away takes the process
-down with SIGABRT. So Python's own end waits for those threads. A server that has answered everybody need not: it ends
-without that.
+Code inside torch or OpenVINO cannot be interrupted, and a thread that is still in it when the interpreter shuts down
+makes the process abort (SIGABRT). Interpreter shutdown therefore waits for such threads. A server that has answered
+every request need not wait: it exits without an interpreter shutdown.
 """
 
 import atexit
@@ -17,18 +17,18 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 _leaving = threading.Event()
-"""Set where the process ends without Python's own end: then nobody waits."""
+"""Set when the process exits without an interpreter shutdown, in which case nothing is waited for."""
 
 
 def wait_at_the_end(thread: threading.Thread) -> None:
-    """Have Python's own end wait for this thread."""
+    """Make interpreter shutdown wait for this thread."""
     atexit.register(_wait_for, thread)
 
 
 def leave() -> None:
-    """End the process at once, with status 0, if any other thread is left; what is registered for the end is done first.
+    """Exit at once with status 0 if any other thread is left; exit handlers run first.
 
-    For a process whose work is done: what the threads are at is lost, as if the process had been killed.
+    For a process whose work is finished: whatever the threads are doing is lost, as if the process had been killed.
     """
     if threading.active_count() > 1:
         _leaving.set()
@@ -39,22 +39,22 @@ def leave() -> None:
 
 
 class Beside:
-    """A thread that does one thing after another, for as long as somebody holds this.
+    """A thread that runs one task after another, for as long as this object is referenced.
 
-    At Python's own end it finishes what it is at, and begins nothing more.
+    At interpreter shutdown it finishes the current task and starts no other.
 
     Args:
-        name: the thread's.
+        name: name of the thread.
     """
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         thread = threading.Thread(target=_work_off, args=(self._work,), name=name, daemon=True)
         thread.start()
-        weakref.finalize(self, _end, self._work, thread)  # at the process's end too
+        weakref.finalize(self, _end, self._work, thread)  # also at interpreter shutdown
 
     def put(self, work: Callable[[], object]) -> None:
-        """Do this behind all that was put before."""
+        """Run this after everything queued before."""
         self._work.put(work)
 
 
@@ -64,7 +64,7 @@ def _work_off(work: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
             each()
         except Exception:
             log.exception("what was done on the thread %r failed", threading.current_thread().name)
-        del each  # or an idle thread would hold what it belongs to
+        del each  # otherwise the idle thread would keep the task's owner in memory
 
 
 def _end(work: "queue.SimpleQueue[Callable[[], object] | None]", thread: threading.Thread) -> None:

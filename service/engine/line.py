@@ -1,8 +1,9 @@
-"""The line of admitted requests: bounded by the time that they will take, fair between clients. Pure; thread-safe.
+"""The queue of admitted requests: bounded by predicted work, and fair between clients. Pure and thread-safe.
 
-Order is start-time fair queueing (Goyal, Vin & Cheng 1996, section 2): work has a tag on a virtual clock, and the lowest
-tag goes first. A client's work gets tags one after another, as far apart as it takes seconds; a client that was idle starts
-at the virtual time of now, which is how far the line has come. So a single picture is not behind another client's hundred.
+The order is start-time fair queueing (Goyal, Vin & Cheng 1996, section 2). Work has a tag on a virtual clock, and the
+lowest tag goes first. A client's requests get successive tags, spaced by their seconds of work; a client that was idle
+starts at the current virtual time, which is how far the queue has advanced. So one image never waits behind another
+client's hundred.
 """
 
 import math
@@ -11,15 +12,15 @@ import threading
 from service.engine.base import NotReady, Overloaded
 
 Order = tuple[float, int, int]
-"""Compares as the line wants it, lowest first: tag on the virtual clock, number of the request, number of the picture."""
+"""Sort key of work in the queue, lowest first: tag on the virtual clock, number of the request, index of the image."""
 
 
 class Place:
-    """One request's place; made by `Line.join`.
+    """One request's place in the queue; created by `Line.join`.
 
     Attributes:
-        client: whose it is.
-        seconds: of work, as predicted when it joined.
+        client: id of the client.
+        seconds: predicted work when it joined.
     """
 
     def __init__(self, line: "Line", client: str, seconds: float, start: float, number: int) -> None:
@@ -30,11 +31,14 @@ class Place:
 
     @property
     def order(self) -> Order:
-        """Where the request stands, and its first picture."""
+        """Position of the request, which is also that of its first image."""
         return self._start, self._number, 0
 
     def orders(self, pictures: int) -> list[Order]:
-        """Where each of its pictures stands: they share its seconds, so that another client's come in between."""
+        """Positions of its images.
+
+        They divide its seconds evenly, so that other clients' images come in between.
+        """
         share = self.seconds / max(pictures, 1)
         return [(self._start + index * share, self._number, index) for index in range(pictures)]
 
@@ -44,34 +48,37 @@ class Place:
         return self._remaining
 
     def begin(self) -> None:
-        """Its model is there, and it is being drawn: from now on virtual time goes by it."""
+        """Mark the request as started, since its model is loaded: from now on it advances virtual time."""
         self._drawing = True
 
     def progress(self, remaining_seconds: float) -> None:
-        """So much is left: never more than before, since others were admitted on the strength of that."""
+        """Set how much work is left. It never increases, since other requests were admitted on the strength of it."""
         with self._line._lock:
             self._remaining = min(self._remaining, max(0.0, remaining_seconds))
 
     def leave(self) -> None:
-        """Done (after ``progress(0)``), or given up: its client is not charged for what is left. Again: nothing."""
+        """Leave the queue, finished (after ``progress(0)``) or abandoned: remaining work is not charged to the client.
+
+        Calling it again has no effect.
+        """
         self._line._leave(self)
 
     @property
     def _reached(self) -> float:
-        """Its tag, moved on by what was done."""
+        """Its tag, advanced by the work done so far."""
         return self._start + self.seconds - self._remaining
 
 
 class Line:
-    """Who is in, and who may come in.
+    """The queue: who is in it, and who may join.
 
-    A request is admitted while the seconds of work in the line stay within the bound. Over it, a client still gets in that
-    holds less than its fair share (the bound over the number of clients with work), up to the bound for itself and to twice
-    the bound for all: so whoever fills the line first cannot keep the others out. An empty line admits a request of any
-    size, which counts as the bound when others come after it.
+    A request is admitted while the total work stays within the bound. Beyond that, a client that holds less than its
+    fair share (the bound divided by the number of clients with work) may still join, up to the bound for itself and
+    twice the bound in total, so that whoever fills the queue first cannot keep others out. An empty queue admits a
+    request of any size; a client then counts with at most the bound towards that total.
 
     Args:
-        bound_seconds: of work (FEWSTEP_QUEUE_SECONDS).
+        bound_seconds: bound on the work in seconds (FEWSTEP_QUEUE_SECONDS).
     """
 
     def __init__(self, bound_seconds: float) -> None:
@@ -81,23 +88,23 @@ class Line:
         self._lock = threading.Lock()
         self._places: dict[int, Place] = {}
         self._finish: dict[str, float] = {}
-        """Up to which tag each client has been given work; without those whom virtual time has overtaken."""
+        """The tag up to which each client has been given work; clients that virtual time has overtaken are removed."""
         self._virtual = 0.0
         self._number = 0
         self._open = True
 
     def join(self, client: str, seconds: float, deadline_seconds: float | None = None) -> Place:
-        """A place for a request.
+        """Reserve a place for a request.
 
         Args:
-            client: the line is fair between clients.
-            seconds: of work, predicted, at least 0.
-            deadline_seconds: from now; None for no deadline.
+            client: id of the client; the queue is fair between clients.
+            seconds: predicted work, at least 0.
+            deadline_seconds: time until the request's deadline; None for no deadline.
 
         Raises:
-            Overloaded: there is no room, or the request would not be done by its deadline; says when to come again.
-            NotReady: the line is closed.
-            ValueError: these are no seconds.
+            Overloaded: there is no room, or the request would miss its deadline; says when to try again.
+            NotReady: the queue is closed.
+            ValueError: ``seconds`` is negative or not finite.
         """
         if not 0 <= seconds < math.inf:
             raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
@@ -112,7 +119,7 @@ class Line:
 
     @property
     def seconds(self) -> float:
-        """Of work in the line, as predicted."""
+        """Predicted seconds of work in the queue."""
         with self._lock:
             return sum(place.remaining for place in self._places.values())
 
@@ -120,7 +127,7 @@ class Line:
         return len(self._places)
 
     def close(self) -> None:
-        """Let nobody in any more; those who are in stay."""
+        """Refuse all further requests; those in the queue stay."""
         with self._lock:
             self._open = False
 
@@ -133,7 +140,8 @@ class Line:
 
     def _check_room(self, held: dict[str, float], client: str, seconds: float) -> None:
         total = sum(held.values())
-        missing = min(total + seconds - self._bound, total)  # the latter: an empty line has room for any request
+        # Never more than the total, since an empty queue has room for any request.
+        missing = min(total + seconds - self._bound, total)
         if missing <= 0:
             return
         own, share = held.get(client, 0.0), self._bound / len(held.keys() | {client})
@@ -144,7 +152,10 @@ class Line:
             raise _overloaded(f"about {total:.1f} s of work are waiting already", missing)
 
     def _check_deadline(self, held: dict[str, float], client: str, seconds: float, deadline: float | None) -> None:
-        """Clients share the machine evenly, so each other one delays this by no more than this client's own work."""
+        """Refuse a request that would be late.
+
+        Clients share the machine evenly, so each other client delays this request by at most this client's own work.
+        """
         own = held.get(client, 0.0) + seconds
         end = own + sum(min(each, own) for other, each in held.items() if other != client)
         if deadline is not None and end > deadline:
@@ -152,7 +163,7 @@ class Line:
             raise _overloaded(about, min(end - deadline, sum(held.values())))
 
     def _admit(self, client: str, seconds: float) -> Place:
-        # Not those that wait for a model: they stand where they stood, while everybody else goes on.
+        # Not those that still wait for a model: their tags stand still while all others advance.
         drawing = (place._reached for place in self._places.values() if place._drawing)
         reached = min(drawing, default=self._virtual)
         self._virtual = max(self._virtual, reached)
@@ -169,7 +180,7 @@ class Line:
         with self._lock:
             if self._places.pop(place._number, None) is None:
                 return
-            if not self._places:  # nobody is left to be fair to: the clock starts again
+            if not self._places:  # there is nobody left to be fair to, so the clock restarts
                 self._finish.clear()
                 self._virtual = 0.0
                 return

@@ -1,4 +1,4 @@
-"""The engine's thread, tick by tick: one call of a model, for whoever is ready for it, and what follows from its answer."""
+"""The ticks of the engine's thread: one model call each, for everything that is ready for it, and what follows."""
 
 import contextlib
 import logging
@@ -33,18 +33,18 @@ log = logging.getLogger(__name__)
 Work = Prompt | Picture
 
 PROGRAMS: dict[Call, PartName] = {"text": "text_encoder", "network": "network", "decoder": "decoder"}
-"""What makes each call, where a backend has put something in a part's place."""
+"""The part that makes each call, to look up what a backend has replaced it with."""
 FAILED = "the engine failed at this request; the server's log says why"
 
 
 class DrawingLoop:
-    """All admitted requests, and the next call. Everything here is used on one thread, which owns torch and the models.
+    """All admitted requests, and the next call. Used only on one thread, which owns torch and the models.
 
     Args:
-        planner: plans what each request draws.
-        costs: of calls; they are kept current.
-        prompts: conditions that are encoded already.
-        observer: told of every call.
+        planner: plans each request.
+        costs: costs of calls, updated here.
+        prompts: cache of encoded prompts.
+        observer: notified of every call.
     """
 
     def __init__(self, planner: Planner, costs: Costs, prompts: PromptCache, observer: Observer) -> None:
@@ -52,18 +52,18 @@ class DrawingLoop:
         self._previews: WeakKeyDictionary[TextToImage, LinearPreview] = WeakKeyDictionary()
         self._active: list[ActiveRequest] = []
         self._wanting: dict[Prompt, list[ActiveRequest]] = {}
-        """Who waits for a prompt to be encoded."""
+        """Requests that wait for a prompt to be encoded."""
         self.failed = False
-        """Whether a call has failed that nobody else shared; whoever looks into it clears this."""
+        """Whether a call for a single item has failed; the engine's thread clears this when it checks the device."""
         self._last: Call | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether there are any requests."""
         return bool(self._active)
 
     def admit(self, ticket: Ticket, resident: Resident) -> None:
-        """Take a request in, with its model."""
+        """Add a request, together with its model."""
         if ticket.over:
             return
         try:
@@ -71,7 +71,7 @@ class DrawingLoop:
             active = ActiveRequest(ticket, resident, plan, self._costs)
             if ticket.request.previews and not ticket.request.exact_previews:
                 self.preview_of(resident.base)
-        except Exception as error:  # noqa: BLE001 - a bug of ours or of a foreign model; it is logged there
+        except Exception as error:  # noqa: BLE001 - a bug of ours or of a foreign model; `told` logs it
             ticket.end(told(error))
             return
         for prompt in active.prompts:
@@ -95,16 +95,16 @@ class DrawingLoop:
             self._last = works[0].group.part.call
             with torch.inference_mode(), calls.determinism(works[0].group.alone):
                 self._call(works)
-        except Exception as error:  # noqa: BLE001 - a bug of ours, nobody's in particular; it is logged there
+        except Exception as error:  # noqa: BLE001 - a bug of ours, not of any one request; `told` logs it
             self.end(told(error))
 
     def end(self, error: EngineError) -> None:
-        """Give up everybody."""
+        """End every request with this error."""
         for request in self._active:
             request.ticket.end(error)
 
     def clear(self) -> None:
-        """Forget everything, for good."""
+        """Release everything, permanently."""
         self._active, self._wanting = [], {}
         self._prompts.clear()
 
@@ -115,14 +115,14 @@ class DrawingLoop:
             self._wanting = {prompt: waiting for prompt, waiting in left.items() if waiting}
 
     def preview_of(self, base: TextToImage) -> LinearPreview:
-        """The base's cheap previews, fitted when they are first asked for."""
+        """The approximate previews for a base, fitted when they are first needed."""
         if base not in self._previews:
             with torch.inference_mode():
                 self._previews[base] = LinearPreview.fit(base)
         return self._previews[base]
 
     def _ready(self) -> list[Work]:
-        """All prompts and pictures that wait for a call, in the line's order."""
+        """All prompts and images that wait for a call, in queue order."""
         ready: list[tuple[Order, Work]] = []
         wanted: dict[Prompt, Order] = {}
         for request in self._active:
@@ -135,12 +135,12 @@ class DrawingLoop:
         return [work for _, work in sorted(ready, key=itemgetter(0))]
 
     def _profile(self, group: Group) -> CostProfile:
-        """Of the group's calls, in those batch sizes that nobody need wait for."""
+        """Cost profile of the group's calls, in the batch sizes that are compiled already."""
         profile, program = self._costs.of(group.part), _growing(group)
         return profile if program is None else profile.among(program.made)
 
     def _want_larger(self, group: Group, ready: Sequence[Work]) -> None:
-        """Have a program made for the batch that all that is ready would take, where that is missing."""
+        """If everything that is ready would fill a larger batch than is compiled, have that batch size compiled."""
         program, profile = _growing(group), self._costs.of(group.part)
         if program is None or group.alone or profile.among(program.made) is profile:
             return
@@ -150,7 +150,7 @@ class DrawingLoop:
             program.want(profile.fit(most))
 
     def _call(self, works: Sequence[Work]) -> None:
-        """The call that these share, and what follows."""
+        """Make the call that these share, and process the results."""
         ways: dict[Call, tuple[Callable[..., Any], Callable[..., None]]] = {
             "text": (calls.encode, self._encoded),
             "network": (calls.denoise, self._denoised),
@@ -169,7 +169,7 @@ class DrawingLoop:
     def _attempt(
         self, works: Sequence[Work], run: Callable[[Sequence[Work], int], Any]
     ) -> Iterator[tuple[Sequence[Work], Any]]:
-        """The call's answers; where it fails, those of its halves. A single one that fails alone is to blame."""
+        """The results of the call; if it fails, those of its halves. An item that fails alone ends its requests."""
         try:
             answers = self._timed(works, run)
         except Exception as error:  # noqa: BLE001 - as above
@@ -184,19 +184,19 @@ class DrawingLoop:
         else:
             yield works, answers
             return
-        # Out of the except block: the error's traceback holds the failed call's tensors.
+        # Outside the except block, since the error's traceback holds the failed call's tensors.
         if torch.cuda.is_available():
-            with contextlib.suppress(RuntimeError):  # a GPU that is broken for good: the halves will say so
+            with contextlib.suppress(RuntimeError):  # if the GPU is broken for good, the halves will fail as well
                 torch.cuda.empty_cache()
         half = len(works) // 2
         for some in (works[:half], works[half:]):
-            # Without those whose request has failed by now.
+            # Leave out work whose request has failed meanwhile.
             left = [work for work in some if any(not request.ticket.over for request in self._waiting(work))]
             if left:
                 yield from self._attempt(left, run)
 
     def _timed(self, works: Sequence[Work], run: Callable[[Sequence[Work], int], Any]) -> Any:
-        """The call, and what it cost."""
+        """Make the call, and record its cost."""
         group, rows = works[0].group, sum(work.rows for work in works)
         batch = batch_of(works, self._profile(group))
         started = time.perf_counter()
@@ -209,7 +209,7 @@ class DrawingLoop:
         return answers
 
     def _waiting(self, work: Work) -> list[ActiveRequest]:
-        """Whose work it is."""
+        """The requests that wait for this."""
         if isinstance(work, Picture):
             return [work.request]
         return self._wanting.get(work, [])
@@ -243,13 +243,13 @@ class DrawingLoop:
 
 
 def _growing(group: Group) -> Growing | None:
-    """What runs the group's calls, if it is made for more batch sizes while it is drawn with."""
+    """The program that runs the group's calls, if it can be compiled for further batch sizes while in use."""
     program = cast(TextToImage, group.model).programs.get(PROGRAMS[group.part.call])
     return program if isinstance(program, Growing) else None
 
 
 def told(error: Exception) -> EngineError:
-    """What the client is told: an error of ours as it is; the rest is for the log."""
+    """The error for the client: one of the engine's own as it is; any other is logged and replaced."""
     if isinstance(error, EngineError):
         return error
     log.error("drawing failed", exc_info=error)

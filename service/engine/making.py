@@ -1,4 +1,4 @@
-"""From what the store and the disk hold to models in memory: the loading itself, whoever asked for it by whatever name."""
+"""Loads models from the store and the disk into memory, whatever name they were asked for by."""
 
 import logging
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A student, or its base itself, with LoRAs or without, as the store has them now."""
+    """A model to load: a base or a student, with or without LoRAs, as the store has them now."""
 
     key: Key
     base: Key
-    """Whose components it shares; its own where it is a base."""
+    """The base whose components it shares; its own key if it is a base."""
     folder: StudentFolder | None
-    """The student's; None for a base."""
+    """The student's folder; None for a base."""
     adapters: tuple[StudentFolder, ...]
-    """Of the key's LoRAs."""
+    """Folders of the LoRAs in the key."""
     routed: StudentManifest | None = None
-    """Of the routed student that draws with this one."""
+    """Manifest of the routed student that selected this one."""
 
     @property
     def version(self) -> object:
-        """What tells it from others that were published under its name."""
+        """Distinguishes it from other models published under the same name."""
         folders = self.adapters if self.folder is None else (self.folder, *self.adapters)
         return tuple(map(version_of, folders))
 
@@ -41,29 +41,32 @@ class Maker:
     """Loads models.
 
     Args:
-        device: where everything is loaded to.
-        dtype: what its weights are kept in.
-        prepare: turns what was loaded into what draws, given the prepared base of a student.
-        gate: closed while a base is loaded.
+        device: where models are loaded.
+        dtype: precision of their weights.
+        prepare: prepares a loaded model for use, given the prepared base if it is a student.
+        gate: closed while a base is being loaded.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None, gate: Gate) -> None:
         self._device, self._dtype, self._prepare, self._gate = device, dtype, prepare, gate
 
     def base(self, key: Key) -> Resident:
-        """The base of that name and family."""
+        """Load the base of that name and family."""
         assert key.family is not None, "a base has one"
         log.info("loading base %r (%s) to %s as %s", key.name, key.family, self._device, self._dtype)
-        # diffusers' and transformers' from_pretrained change torch's default dtype and the way modules make their parameters
-        # in all threads. It is rare that one comes while pictures are drawn, for a student of a base that no setting lists;
-        # and to do without them would be to know every text encoder's and autoencoder's classes and names.
+        # diffusers' and transformers' from_pretrained change torch's default dtype and the way modules create their
+        # parameters, for all threads. This rarely happens while images are being generated, only for a student of a
+        # base that no setting lists; and doing without from_pretrained would require knowing the classes and names of
+        # all text encoders and autoencoders.
         with self._gate.closed():
             raw = load(key.family, key.name, self._device, self._dtype)
         model = self._prepared(raw, None)
         return Resident(model=model, base=model, raw_base=raw, manifest=None)
 
     def derived(self, wanted: Wanted, base: Resident) -> Resident:
-        """What is wanted beside its base, with the LoRAs merged into a copy. Threads that draw need not wait.
+        """Load a model that shares its base's components, with any LoRAs merged into a copy.
+
+        Other threads can use models meanwhile.
 
         Raises:
             BadRequest: the LoRAs do not fit the student.

@@ -1,4 +1,7 @@
-"""Models in memory under a budget of bytes: what two share is counted once, and the least recently used one goes first."""
+"""Models in memory under a budget of bytes.
+
+Memory that two models share counts once, and the least recently used model is evicted first.
+"""
 
 import logging
 import threading
@@ -19,9 +22,9 @@ from weights.modules import storages
 log = logging.getLogger(__name__)
 
 GPU_SHARE = 0.8
-"""Of a GPU's memory, for models; the rest is for what the calls compute in."""
+"""Share of a GPU's memory for models; the rest is for computation."""
 RAM_SHARE = 0.5
-"""Of the machine's memory, which other programs use too."""
+"""Share of the machine's memory for models, since other programs use it too."""
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 V = TypeVar("V")
@@ -29,11 +32,11 @@ Key = Hashable
 
 
 class TooLarge(ModelBroken):
-    """A model does not fit into the budget, even alone with what must stay."""
+    """A model does not fit into the budget, even alone with the models that must stay."""
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes for models on this device where the settings name none."""
+    """The budget in bytes for models on this device if the settings give none."""
     if device.type == "cuda":
         return int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
     if device.type == "mps":
@@ -51,12 +54,12 @@ class Held(Generic[V]):
     """One entry of a `Shelf`."""
 
     label: str
-    """For people."""
+    """Name for messages."""
     value: V
     models: tuple[TextToImage, ...]
-    """All that it keeps in memory, each once."""
+    """All models that it keeps in memory, each once."""
     needs: Key | None = None
-    """The entry that it shares components with, which does not go before it."""
+    """Key of the entry whose components it shares, which must not be evicted before it."""
     storages: dict[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -65,13 +68,13 @@ class Held(Generic[V]):
 
 
 class Shelf(Generic[V]):
-    """Entries by key, the least recently used first. Any thread may call any method.
+    """Entries by key, in order of last use. Thread-safe.
 
-    What leaves the shelf stays valid for whoever still draws with it, and only then gives its memory back.
+    An evicted entry stays valid for whatever still uses it, and its memory is freed only then.
 
     Args:
         budget: bytes for all entries together.
-        stays: whether a key's entry may never be dropped for another's sake.
+        stays: whether the entry of a key must never be evicted for another.
     """
 
     def __init__(self, budget: int, stays: Callable[[Any], bool]) -> None:
@@ -83,7 +86,7 @@ class Shelf(Generic[V]):
         self._lock = threading.RLock()
 
     def get(self, key: Key, version: Any = None) -> Held[V] | None:
-        """The entry of that version, which is then the last to go; None where there is none."""
+        """The entry of that version, now the most recently used, and what it needs; None if there is none."""
         with self._lock:
             held = self._entries.get(key)
             if held is None or self._versions[key] != version:
@@ -94,7 +97,9 @@ class Shelf(Generic[V]):
             return held
 
     def once(self, key: Key, version: Any, make: Callable[[], Held[V]]) -> Held[V]:
-        """The entry of that version, made and added where there is none: by one thread, for which others that ask wait.
+        """The entry of that version, created and added if there is none.
+
+        One thread creates it, while others that ask for it wait.
 
         Raises:
             TooLarge: see `put`.
@@ -121,10 +126,10 @@ class Shelf(Generic[V]):
         return held
 
     def put(self, key: Key, held: Held[V], version: Any = None) -> None:
-        """Add an entry, in the place of another version of it, and drop others until all are within the budget.
+        """Add an entry, replacing any other version of it, and evict others until all fit into the budget.
 
         Raises:
-            TooLarge: it does not fit beside those that stay; it is not added, and no other one is dropped.
+            TooLarge: it does not fit beside the entries that must stay; it is not added, and no other entry is evicted.
         """
         with self._lock:
             for kept in (self._entries, self._versions):
@@ -134,28 +139,28 @@ class Shelf(Generic[V]):
             self._entries[key], self._versions[key] = held, version
 
     def make_room(self, key: Key, needed: int, label: str, keep: Collection[Key] = ()) -> None:
-        """Drop entries until ``needed`` bytes fit in the place of what lies under the key.
+        """Evict entries until ``needed`` bytes fit in place of the entry of this key.
 
         Args:
-            key: of what is about to be added.
-            needed: bytes.
-            label: of the same.
-            keep: keys that must not be dropped for it.
+            key: key of the entry that is about to be added.
+            needed: its size in bytes.
+            label: its name for messages.
+            keep: keys that must not be evicted for it.
 
         Raises:
-            TooLarge: they do not fit beside those that stay; nothing is dropped then.
+            TooLarge: it does not fit beside the entries that must stay; nothing is evicted then.
         """
         with self._lock:
             others = OrderedDict((k, held) for k, held in self._entries.items() if k != key)
             self._drop(self._victims(others, needed, set(keep), label))
 
     def bytes_by_label(self) -> dict[str, int]:
-        """Memory of every entry; what it shares with the one that it needs is counted there alone."""
+        """Memory of each entry; what it shares with the entry that it needs counts only there."""
         with self._lock:
             return {self._entries[key].label: size for key, size in _sizes(self._entries).items()}
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop all entries."""
         with self._lock:
             self._entries.clear()
             self._versions.clear()
@@ -163,7 +168,7 @@ class Shelf(Generic[V]):
     def _victims(
         self, entries: Mapping[Key, Held[V]], needed: int, keep: Collection[Key | None], label: str
     ) -> list[Key]:
-        """Which of the entries must go, so that the others and ``needed`` bytes more are within the budget."""
+        """Choose the entries to evict so that the others and ``needed`` more bytes fit into the budget."""
         left, victims = dict(entries), []
         while (used := sum(_sizes(left).values())) + needed > self.budget:
             bases = {held.needs for held in left.values()}
@@ -184,10 +189,10 @@ class Shelf(Generic[V]):
 
 
 def _sizes(entries: Mapping[Key, Held[Any]]) -> dict[Key, int]:
-    """Bytes of each, in order, but bases first: what others share with them is theirs."""
+    """Bytes of each entry, in order but with bases first: what others share with a base is attributed to the base."""
     counted: set[int] = set()
     sizes = {}
-    for key, held in sorted(entries.items(), key=lambda item: item[1].needs is not None):  # stable
+    for key, held in sorted(entries.items(), key=lambda item: item[1].needs is not None):  # the sort is stable
         own = held.storages.keys() - counted
         new = [model for model in held.models if id(model) not in counted]
         counted |= own | {id(model) for model in new}
@@ -196,7 +201,7 @@ def _sizes(entries: Mapping[Key, Held[Any]]) -> dict[Key, int]:
 
 
 def _text(size: int) -> str:
-    """Bytes for people: ``"1.2 GB"``."""
+    """A size for messages, such as ``"1.2 GB"``."""
     for unit, name in ((10**9, "GB"), (10**6, "MB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"

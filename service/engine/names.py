@@ -1,4 +1,4 @@
-"""What is known of models by name: what they say of themselves, and whether the settings name such as there are."""
+"""Facts about models by name, and checks that the settings name only existing models."""
 
 from service.engine.base import ModelBroken, ModelInfo
 from service.engine.plan import MAX_BASE_STEPS
@@ -12,7 +12,7 @@ def check_names(settings: Settings, store: Store) -> None:
     """Refuse settings that name models which do not exist.
 
     Raises:
-        BadSettings: FEWSTEP_DEFAULT_MODEL, FEWSTEP_PINNED or FEWSTEP_ALIASES does; or an alias hides a model.
+        BadSettings: FEWSTEP_DEFAULT_MODEL, FEWSTEP_PINNED or FEWSTEP_ALIASES names one, or an alias hides a model.
     """
     known = [*settings.bases, *store.names()]
     listed = ", ".join(known)
@@ -31,7 +31,7 @@ def check_names(settings: Settings, store: Store) -> None:
 
 
 def base_info(name: str, base: TextToImage) -> ModelInfo:
-    """Of a base that is served under this name."""
+    """The facts about a base that is served under this name."""
     return ModelInfo(
         id=name,
         kind="base",
@@ -47,7 +47,7 @@ def base_info(name: str, base: TextToImage) -> ModelInfo:
 
 
 def student_info(manifest: StudentManifest, size: int | None) -> ModelInfo:
-    """Of a student that draws this many pixels a side, where that is known."""
+    """The facts about a student whose images have this side length in pixels, if known."""
     return ModelInfo(
         id=manifest.name,
         kind="student",
@@ -68,10 +68,10 @@ def student_info(manifest: StudentManifest, size: int | None) -> ModelInfo:
 
 
 def broken(name: str) -> ModelBroken:
-    """The error for a model whose files cannot be loaded; raise it from the cause, which is for the log alone."""
+    """The error for a model whose files cannot be loaded. Raise it from the cause, which is only logged."""
     return ModelBroken(f"model {name!r} cannot be loaded; the server's log says why")
 
 
 def shown(name: str) -> str:
-    """A name that a client gave, for a message."""
+    """A name given by a client, shortened for messages."""
     return repr(name if len(name) <= 80 else name[:77] + "...")

@@ -1,4 +1,4 @@
-"""What an engine tells about itself as it works, for whoever counts: metrics, a benchmark, a test."""
+"""What an engine reports about its work, for metrics, benchmarks and tests."""
 
 from typing import Literal, Protocol
 
@@ -7,13 +7,13 @@ Outcome = Literal["done", "cancelled", "timed_out", "refused", "failed"]
 
 
 class Observer(Protocol):
-    """Called on the engine's thread or the event loop's: quick, and safe from either."""
+    """Called on the engine's thread or the event loop's, so it must be quick and thread-safe."""
 
     def called(self, call: Call, model: str, rows: int, batch: int, seconds: float) -> None:
-        """One call of a model: ``rows`` that somebody waits for, padded to ``batch``."""
+        """One model call was made: ``rows`` that requests wait for, padded to ``batch``."""
 
     def ended(self, outcome: Outcome, pictures: int, waited: float, seconds: float) -> None:
-        """One request is over: seconds until its first call, and in all."""
+        """One request has ended, with its seconds until the first call and in total."""
 
 
 class Silence:

@@ -1,4 +1,4 @@
-"""A model's parts as costs know them."""
+"""The parts of a model, as cost estimates distinguish them."""
 
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -12,14 +12,14 @@ from weights.modules import architecture
 
 @dataclass(frozen=True)
 class Parts:
-    """What a drawing's calls are made to."""
+    """The parts that an image's calls are made to."""
 
     network: Part
     decoder: Part
     text: Part
 
     def work(self, plan: Plan, request: DrawRequest) -> list[tuple[Part, int]]:
-        """About how many rows of each part a request takes, for `Costs.predict`."""
+        """Approximately how many rows of each part a request takes, for `Costs.predict`."""
         pictures = len(request.seeds)
         shown = min(request.previews, plan.steps) if request.exact_previews else 0
         return [
@@ -30,7 +30,7 @@ class Parts:
 
 
 UNKNOWN = Parts(network=Part("network", "", ()), decoder=Part("decoder", "", ()), text=Part("text", "", ()))
-"""Of a model that is not in memory: costs take the dearest that they know."""
+"""For a model that is not in memory: `Costs` assumes the most expensive parts that it knows."""
 _known: WeakKeyDictionary[TextToImage, Parts] = WeakKeyDictionary()
 
 
@@ -38,7 +38,8 @@ def parts_of(model: TextToImage) -> Parts:
     """The parts of a model in memory."""
     if model not in _known:
         shape = model.latent_shape()
-        # Text encoder and decoder come and go together: what else a base is made of tells them from another's.
+        # Text encoder and decoder belong together: the architecture of everything but the network distinguishes both
+        # from those of another base.
         rest = " ".join(architecture(each) for each in model.components().values() if each is not model.network)
         _known[model] = Parts(
             network=Part("network", architecture(model.network), shape),

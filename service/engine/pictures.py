@@ -1,7 +1,7 @@
-"""Pictures that are being drawn, and the requests they belong to: where each is on its way, and what it waits for.
+"""Images in progress, and the requests that they belong to: how far each one is, and what it waits for.
 
-A picture waits for its request's prompts, then for a network at each of its steps, then for the decoder; where an exact
-preview is due, also for the decoder in between. All of this is the engine's thread's, but for `Ticket`.
+An image waits for its request's prompts, then for a network at each step, then for the decoder; if exact previews are
+due, also for the decoder in between. Everything but `Ticket` is used only on the engine's thread.
 """
 
 from collections.abc import Callable
@@ -28,48 +28,48 @@ from weights.diffusion.schedules import Schedule
 from weights.trajectory import Leg, Trajectory, TrajectoryStep, base_trajectory, student_trajectory
 
 WAYS = 256
-"""Trajectories that are kept: a client may ask for any guidance scale."""
+"""Most trajectories that are cached, since clients may ask for any guidance scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Painted:
-    """What there is to see, before anybody has made an image of it."""
+    """Decoded pixels that have not been made into an image yet."""
 
     pixels: NDArray[uint8]
     """``(H, W, 3)``."""
     size: int
-    """Of the image's side; the pixels may be fewer."""
+    """Side length of the image; the pixels may be fewer."""
     tell: Callable[..., Preview | Drawn]
-    """Wants the ``image``."""
+    """Creates the result, given the ``image``."""
 
     @property
     def whole(self) -> bool:
-        """Whether the pixels are the image, and need no scaling, which is for another thread than the event loop's."""
+        """Whether the pixels need no scaling, which would have to be done off the event loop."""
         return self.pixels.shape[1] == self.size
 
 
 @dataclass(eq=False, kw_only=True)
 class Ticket:
-    """One admitted request, between the event loop and the engine's thread."""
+    """One admitted request, shared by the event loop and the engine's thread."""
 
     request: DrawRequest
     model: str
-    """The request's, or the default."""
+    """The request's model, or the default."""
     place: Place
     send: Callable[[Painted | EngineError], None]
-    """To whoever waits for the request; from any thread."""
+    """Sends a result to whoever waits for the request; thread-safe."""
     began: float | None = None
-    """When its first call was made, by ``time.perf_counter``."""
+    """When its first call was made, by ``time.perf_counter``; None before."""
     left: int = field(init=False)
-    """Pictures that are not done."""
+    """Images that are not finished."""
     over: bool = False
-    """Nothing is to be done any more: all pictures are drawn, it has failed, or nobody waits for it."""
+    """There is nothing left to do: all images are finished, the request has failed, or nobody waits for it."""
 
     def __post_init__(self) -> None:
         self.left = len(self.request.seeds)
 
     def end(self, error: EngineError) -> None:
-        """It cannot be done, or shall not; from any thread. Its place is somebody else's at once."""
+        """End the request with an error, and free its place in the queue at once. Thread-safe."""
         if not self.over:
             self.over = True
             self.place.leave()
@@ -77,13 +77,13 @@ class Ticket:
 
 
 class ActiveRequest:
-    """A request whose model is in memory, and its pictures that are not done.
+    """A request whose model is in memory, and its unfinished images.
 
     Args:
-        ticket: what was asked for, and who waits.
+        ticket: the request, and who waits for it.
         resident: the model.
-        plan: how it draws.
-        costs: for what is left to do.
+        plan: how to generate the images.
+        costs: predicts the remaining work.
     """
 
     def __init__(self, ticket: Ticket, resident: Resident, plan: Plan, costs: Costs) -> None:
@@ -104,7 +104,7 @@ class ActiveRequest:
         self.pictures = [Picture(self, index, order) for index, order in enumerate(orders)]
 
     def told(self, step: TrajectoryStep) -> tuple[Prompt, ...]:
-        """The prompts of a step's rows: the picture's own alone, the unconditional alone, or that and then its own."""
+        """The prompts of a step's rows: the image's own, the unconditional one, or both, unconditional first."""
         if step.tells_guidance or step.guidance_scale == 1:
             return (self.cond,)
         if step.unprompted:
@@ -113,19 +113,19 @@ class ActiveRequest:
 
     @property
     def missing(self) -> list[Prompt]:
-        """Prompts that it waits for."""
+        """The prompts that it waits for."""
         return [prompt for prompt in self.prompts if prompt not in self.texts]
 
     def progressed(self) -> None:
-        """Tell the line how much there is left to do."""
+        """Update the queue with the remaining work."""
         self.ticket.place.progress(sum(self.seconds_left[picture.step] for picture in self.pictures))
 
     def done(self, picture: "Picture", pixels: NDArray[uint8], now: float) -> None:
-        """A picture is decoded; the last one ends the request."""
+        """Send an image that has been decoded; the last one ends the request."""
         assert self.ticket.began is not None, "nothing is decoded before the first call"
         self.pictures.remove(picture)
         self.ticket.left -= 1
-        self.progressed()  # before anybody who hears of the picture can leave the line
+        self.progressed()  # before a client that receives the image can leave the queue
         manifest = self.resident.manifest
         job = manifest.job if manifest is not None else None
         steps = self.trajectory.steps
@@ -148,10 +148,10 @@ class ActiveRequest:
         self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
         if not self.pictures:
             self.ticket.over = True
-            self.ticket.place.leave()  # however long its answer takes to be read
+            self.ticket.place.leave()  # however long the client takes to read the response
 
     def show(self, picture: "Picture", pixels: NDArray[uint8]) -> None:
-        """A preview of the picture after its last step."""
+        """Send a preview of the image after its latest step."""
         tell = partial(
             Preview,
             index=picture.index,
@@ -162,7 +162,7 @@ class ActiveRequest:
         self.ticket.send(Painted(pixels=pixels, size=self.resident.base.size, tell=tell))
 
     def _seconds_left(self, costs: Costs) -> list[float]:
-        """Predicted for a picture, by the steps it has behind it; the last one is to be decoded."""
+        """Predicted seconds left for an image, by the number of steps it has made, including the final decoding."""
         decoding = costs.predict([(self.decoder.part, 1)])
         left = [decoding]
         for number, step in reversed(list(enumerate(self.trajectory.steps, 1))):
@@ -173,24 +173,24 @@ class ActiveRequest:
 
 
 class Picture:
-    """One picture on its way: a `service.engine.scheduler.Work`, once its request's prompts are encoded."""
+    """One image in progress: a `service.engine.scheduler.Work`, once its request's prompts are encoded."""
 
     def __init__(self, request: ActiveRequest, index: int, order: Order) -> None:
         self.request, self.index, self.order = request, index, order
         shape, device = request.resident.base.latent_shape(), request.resident.base.device
         self.noise = ImageNoise([request.ticket.request.seeds[index]], shape, device)
         self.x = request.trajectory.first_state(self.noise()[0])
-        """Its state ``(C, h, w)``; the clean latents after the last step."""
+        """State ``(C, h, w)``; after the last step, the clean latents."""
         for _ in range(request.trajectory.skipped_draws):
             self.noise()
         self.step = 0
-        """How many steps it has behind it."""
+        """Number of steps made."""
         self.shown: Tensor | None = None
-        """An x_0 ``(C, h, w)`` that waits for the decoder."""
+        """An x_0 ``(C, h, w)`` that waits for the decoder, to be shown as a preview."""
 
     @property
     def next_step(self) -> TrajectoryStep:
-        """The step it waits for; an error where it waits for the decoder."""
+        """The step it waits for; an error if all steps are made."""
         return self.request.trajectory.steps[self.step]
 
     @property
@@ -200,7 +200,7 @@ class Picture:
 
     @property
     def latents(self) -> Tensor:
-        """What it waits for the decoder with, ``(C, h, w)``."""
+        """The latents ``(C, h, w)`` that wait for the decoder."""
         return self.x if self.shown is None else self.shown
 
     @property
@@ -210,7 +210,7 @@ class Picture:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The network of its next step, as a denoiser."""
+        """The denoiser of its next step."""
         request = self.request
         own = self.next_step.leg == "student" or request.plan.schedule is None
         return (request.resident.model if own else request.resident.base).denoiser
@@ -221,7 +221,7 @@ class Picture:
         return 1 if self.decodes else self.next_step.evaluations
 
     def conditions(self) -> list[Cond]:
-        """Of the next step's rows, see `ActiveRequest.told`."""
+        """The conditions of the next step's rows; see `ActiveRequest.told`."""
         step = self.next_step
         conds = [self.request.texts[prompt] for prompt in self.request.told(step)]
         if step.tells_guidance:
@@ -230,11 +230,11 @@ class Picture:
         return conds
 
     def advance(self, x: Tensor, x0: Tensor) -> bool:
-        """One step further; whether a preview that is not exact is due.
+        """Move on by one step; return whether an approximate preview is due.
 
         Args:
             x: the new state ``(C, h, w)``.
-            x0: what the network saw, ``(C, h, w)``.
+            x0: the network's prediction, ``(C, h, w)``.
         """
         self.x = x
         self.step += 1
@@ -246,7 +246,7 @@ class Picture:
 
 
 def shown_steps(steps: int, previews: int) -> frozenset[int]:
-    """After which of the steps (from 1) to show a picture: evenly spread, at most all but the last."""
+    """The steps (from 1) after which to show a preview: evenly spread, and at most all but the last."""
     count = min(previews, steps - 1)
     return frozenset(number * steps // (count + 1) for number in range(1, count + 1))
 
@@ -275,9 +275,9 @@ def _way(
     diversity: Diversity | None,
     base_tells_guidance: bool,
 ) -> Trajectory:
-    """The trajectory for these, kept: writing one down takes as long as some calls of a small network do.
+    """The trajectory for these values, cached: computing one takes as long as some calls of a small network.
 
-    ``schedule`` is a student's as JSON, which can be compared; None for a base, which has ``steps`` alone.
+    ``schedule`` is a student's, as JSON, which is hashable; None for a base, which only needs ``steps``.
     """
     if schedule is None:
         return base_trajectory(diffusion, steps, guidance_scale, tells_guidance=tells_guidance)
@@ -292,12 +292,12 @@ def _way(
 
 
 def _groups(resident: Resident, plan: Plan, alone: bool) -> tuple[dict[Leg, Group], Group, Group]:
-    """The calls of each leg's network, of the decoder and of the text encoder."""
+    """The groups of each leg's network, of the decoder and of the text encoder."""
     own = Group(parts_of(resident.model).network, resident.model, alone, resident.member or plan.model)
     parts = parts_of(resident.base)
     name = resident.manifest.base.id if resident.manifest is not None else plan.model
     base, decoder, text = (
         Group(part, resident.base, alone, name) for part in (parts.network, parts.decoder, parts.text)
     )
-    # Where a base draws by itself it can have been given LoRAs, and is then not the one whose decoder it shares.
+    # A base that generates by itself may have LoRAs, and then differs from the base whose decoder it shares.
     return {"base": own if plan.schedule is None else base, "student": own}, decoder, text

@@ -1,4 +1,4 @@
-"""From a request and a model to what will be drawn: every value filled in, every wrong one refused. Pure."""
+"""Turns a request and a model into a plan: all values filled in, and wrong ones refused. Pure."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,27 @@ from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_scales
 
 MAX_BASE_STEPS = 100
 HOPELESS = 2.0
-"""Times its limit that a request may be predicted to take, and still be tried."""
+"""A request that is predicted to take more than this many times its limit is not even tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a request is drawn."""
+    """How a request is carried out."""
 
     model: str
     steps: int
     guidance_scale: float
     schedule: StepSchedule | None
-    """A student's; None: the base itself draws."""
+    """Schedule of a student; None if the base itself generates the images."""
     diversity: Diversity | None
     evaluations: int
-    """Network evaluations per picture."""
+    """Network evaluations per image."""
     embeds_guidance: bool = False
-    """Whether the student is told its guidance scale, and needs no unconditional prompt for it."""
+    """Whether the student takes the guidance scale as an input, and so needs no unconditional prompt."""
 
     @property
     def needs_uncond(self) -> bool:
-        """Whether the unconditional (or negative) prompt is of any use."""
+        """Whether the unconditional (or negative) prompt has any effect."""
         guided = self.guidance_scale != 1 and not self.embeds_guidance
         leg = [] if self.diversity is None else base_leg_scales(self.diversity)
         return guided or any(scale != 1 for scale in leg)
@@ -38,7 +38,7 @@ def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
     """The plan for a base model.
 
     Raises:
-        BadRequest: too many steps, or diversity, which a base has of its own.
+        BadRequest: there are too many steps, or diversity is requested, which only students have.
     """
     if request.diversity is not None:
         raise BadRequest(
@@ -64,7 +64,7 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
     """The plan for a student.
 
     Raises:
-        BadRequest: the student has no schedule for these steps, or diversity would leave it none.
+        BadRequest: the student has no schedule for these steps, or diversity would leave it none of them.
     """
     steps = request.steps if request.steps is not None else max(manifest.schedules)
     schedule = manifest.schedules.get(steps)
@@ -99,12 +99,13 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
 
 
 def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | None:
-    """The student's calibration, with the request's own values in their place.
+    """The student's calibration, overridden by the values in the request.
 
-    A request for a leg of one step leaves the calibration's step without the prompt out: there is no room for it.
+    If the request asks for a single base step, there is no room for a calibrated step without the prompt: it is left
+    out.
 
     Raises:
-        BadRequest: the request's values do not go together.
+        BadRequest: the request's values contradict each other.
     """
     if request.diversity is None:
         return None
@@ -128,7 +129,7 @@ def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | N
 
 
 def check_size(request: DrawRequest, model: str, size: int | None) -> None:
-    """Refuse another size than the model's, which is None where it is not known before the model is loaded.
+    """Refuse a size other than the model's, which is None if it is unknown until the model is loaded.
 
     Raises:
         BadRequest: the request names another size.
@@ -140,16 +141,16 @@ def check_size(request: DrawRequest, model: str, size: int | None) -> None:
 
 
 def check_time(seconds: float, limit: float) -> None:
-    """Refuse what cannot be drawn in time even by itself.
+    """Refuse a request that cannot be finished in time even by itself.
 
-    Predictions are wrong at times, so that whoever would be somewhat late gets a chance where nobody else waits.
+    Predictions may be wrong, so a request that would be only somewhat late is tried if no other request waits.
 
     Args:
-        seconds: of the request's own work, as predicted.
-        limit: within which it has to be done.
+        seconds: predicted time of the request's own work.
+        limit: time within which it has to be finished.
 
     Raises:
-        BadRequest: it would take more than `HOPELESS` times as long.
+        BadRequest: it would take more than `HOPELESS` times its limit.
     """
     if seconds > HOPELESS * limit:
         message = (

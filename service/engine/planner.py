@@ -1,4 +1,4 @@
-"""Which model draws a request, and how: what the settings, the store and the models in memory say together."""
+"""Decides which model serves a request, and how, from the settings, the store and the models in memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,27 +13,27 @@ from weights.contracts import StudentManifest
 
 
 class Planner:
-    """Plans requests; any thread may ask.
+    """Plans requests. Thread-safe.
 
     Args:
-        settings: bases, and the default model where it is set.
+        settings: bases, and the default model if set.
         residency: the models.
-        bundled: names of the bundled students, of which the first whose base is served is the default otherwise.
+        bundled: names of the bundled students; by default, the first whose base is served is the default model.
     """
 
     def __init__(self, settings: Settings, residency: Residency, bundled: list[str]) -> None:
         self._settings, self._residency, self._bundled = settings, residency, bundled
 
     def default_model(self) -> str:
-        """The model of requests that name none."""
+        """The model for requests that name none."""
         *_, name = self._defaults()
         return name
 
     def plan(self, request: DrawRequest) -> tuple[str, str, Plan]:
-        """Model, its base, and the plan, from the disk's manifest alone: refuses a wrong request before it waits.
+        """The request's model, its base, and the plan, from manifests alone, so that a wrong request is refused early.
 
         Raises:
-            EngineError: there is no such model, or it cannot draw this.
+            EngineError: there is no such model, or it cannot serve this request.
         """
         name = request.model if request.model is not None else self.default_model()
         info = self._residency.info(name)
@@ -44,20 +44,20 @@ class Planner:
         return name, info.id, _plan(request, name, info, info.size)
 
     def at_hand(self, request: DrawRequest) -> bool:
-        """Whether `plan` takes no time: it would neither ask the disk nor load anything."""
+        """Whether `plan` returns at once, without reading the disk or loading anything."""
         names = [request.model] if request.model is not None else self._defaults()
         return all(map(self._residency.at_hand, chain(names, (lora for lora, _ in request.loras))))
 
     def find(self, request: DrawRequest, model: str) -> Found:
-        """The request's model, if it is in memory; quickly, and without a look at the disk.
+        """The request's model, if it is in memory. Quick, and does not touch the disk.
 
         Raises:
-            EngineError: there is no such model any more.
+            EngineError: the model no longer exists.
         """
         return self._residency.find(model, request.prompt, request.loras)
 
     def load(self, request: DrawRequest, model: str) -> Resident:
-        """The request's model, loaded if need be.
+        """The request's model, loaded if necessary.
 
         Raises:
             EngineError: it cannot be loaded.
@@ -65,23 +65,23 @@ class Planner:
         return self._residency.get(model, request.prompt, request.loras)
 
     def plan_with(self, request: DrawRequest, model: str, resident: Resident) -> Plan:
-        """The plan again: the student may have been published anew since the request came.
+        """Plan again, with the loaded model: the student may have been republished since the request arrived.
 
         Raises:
-            EngineError: the model cannot draw this any more.
+            EngineError: the model can no longer serve this request.
         """
         info = resident.manifest if resident.manifest is not None else self._residency.info(model)
         name = info.name if isinstance(info, StudentManifest) else model
         return _plan(request, name, info, resident.model.size)
 
     def _defaults(self) -> Iterator[str]:
-        """What could be the default model, one after the other as it is looked at; the last one is."""
+        """Candidates for the default model, in the order in which they are examined; the last one yielded is it."""
         if self._settings.default_model is not None:
             yield self._settings.default_model
             return
         for name in self._bundled:
             yield name
-            with contextlib.suppress(EngineError):  # one that cannot be read is nobody's default
+            with contextlib.suppress(EngineError):  # one that cannot be read is no default
                 info = self._residency.info(name)
                 if isinstance(info, StudentManifest) and self._residency.base_name(info) in self._settings.bases:
                     return
@@ -89,6 +89,6 @@ class Planner:
 
 
 def _plan(request: DrawRequest, name: str, info: ModelInfo | StudentManifest, size: int | None) -> Plan:
-    """The plan for a model of that name, and of that size if it is known. Raises: BadRequest."""
+    """The plan for a model of that name, and of that size if known. Raises BadRequest."""
     check_size(request, name, size)
     return plan_student(request, info) if isinstance(info, StudentManifest) else plan_base(request, info)

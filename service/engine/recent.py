@@ -1,7 +1,7 @@
-"""What the store says of students, remembered: so that a request for one that is in use does not wait for the disk.
+"""A cache of what the store says about students, so that a request for one in use does not wait for the disk.
 
-A disk takes part of a millisecond to say that nothing has changed, and one that is reached over a network may not answer at
-all. So the event loop and the engine's thread read what was seen last, however old, and a thread of its own looks again.
+A disk takes part of a millisecond to say that nothing has changed, and a network disk may not respond at all. So the
+event loop and the engine's thread use the last known answer, however old, and a thread of its own refreshes it.
 """
 
 import logging
@@ -15,35 +15,38 @@ from weights.store import Store, StoreError, StudentFolder
 log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 0.5
-"""How old an answer may be where nobody looks again. Where somebody does, and the store answers, a student that is published
-anew takes its place within this time."""
+"""Maximum age of an answer while the refreshing thread is not running.
+
+While it runs and the store responds, a republished student takes the old one's place within this time.
+"""
 AGAIN_SECONDS = 0.1
-"""Between two looks at what is in use."""
+"""Seconds between two refreshes."""
 IN_USE_SECONDS = 60.0
-"""After which a student that nobody asks for is forgotten."""
+"""Seconds after which a student that is not asked for is forgotten."""
 
 
 class Unseen(LookupError):
-    """Nothing is known of a student without asking the store."""
+    """Nothing is known about a student without asking the store."""
 
 
 @dataclass(kw_only=True)
 class _Seen:
     folder: StudentFolder
     at: float
-    """When the look began."""
+    """When the look-up began."""
     used: float
 
 
 class Recent:
-    """The students asked for lately. Any thread may ask.
+    """The students asked for recently. Thread-safe.
 
-    What is known is as good as the thread that looks again can make it: while that waits for the disk, nobody else asks it
-    about what is in use. Before it has begun, and after it has ended, what is no longer fresh comes from the store itself.
+    Known answers are as current as the refreshing thread can keep them: while it waits for the disk, nobody else asks
+    the store about students in use. Before the thread starts and after it stops, answers that are no longer fresh come
+    from the store.
 
     Args:
         store: the students.
-        clock: seconds, rising.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
@@ -51,24 +54,24 @@ class Recent:
         self._seen: dict[str, _Seen] = {}
         self._lock = threading.Lock()
         self._some = threading.Event()
-        """Whether anything is in use."""
+        """Set while any student is in use."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="recent students", daemon=True)
 
     def start(self) -> None:
-        """Begin to look again."""
+        """Start refreshing."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and do not wait for the disk."""
+        """Stop refreshing, without waiting for the disk."""
         self._over.set()
         self._some.set()
 
     def find(self, name: str) -> StudentFolder:
-        """As `Store.find`, from memory if it `knows`.
+        """Like `Store.find`, but from memory if the student is known (see `knows`).
 
         Raises:
-            StoreError: as `Store.find`, which is asked otherwise.
+            StoreError: see `Store.find`, which is called otherwise.
         """
         try:
             return self.last(name)
@@ -76,10 +79,10 @@ class Recent:
             return self._look(name, used=self._clock())
 
     def last(self, name: str) -> StudentFolder:
-        """As `find`, from memory alone.
+        """Like `find`, but from memory only.
 
         Raises:
-            Unseen: nothing is known of it that may be used.
+            Unseen: nothing is known that may be used.
         """
         now = self._clock()
         seen = self._known(name, now)
@@ -93,10 +96,10 @@ class Recent:
         return self._known(name, self._clock()) is not None
 
     def open(self, name: str) -> StudentFolder:
-        """As `Store.open`, and what it says is remembered.
+        """Call `Store.open`, and remember its answer.
 
         Raises:
-            StoreError: as `Store.open`.
+            StoreError: see `Store.open`.
         """
         at = self._clock()
         folder = self._store.open(name)
@@ -104,7 +107,7 @@ class Recent:
         return folder
 
     def look_again(self) -> None:
-        """At everything in use; what nobody has asked for in a while, or what is there no more, is forgotten."""
+        """Refresh all students in use; forget those that have not been asked for in a while, or no longer exist."""
         now = self._clock()
         for name, seen in list(self._seen.items()):
             if now - seen.used > IN_USE_SECONDS:
@@ -113,7 +116,7 @@ class Recent:
             try:
                 self._look(name, used=seen.used)
             except (StoreError, OSError):
-                self._forget(name)  # whoever asks next is told why
+                self._forget(name)  # whoever asks next gets the error
 
     def _known(self, name: str, now: float) -> _Seen | None:
         seen = self._seen.get(name)
@@ -130,7 +133,7 @@ class Recent:
     def _remember(self, name: str, folder: StudentFolder, at: float, used: float) -> None:
         with self._lock:
             before = self._seen.get(name)
-            if before is None or before.at <= at:  # a look that took long must not hide a later one
+            if before is None or before.at <= at:  # an older look-up that took long must not hide a newer one
                 used = used if before is None else max(used, before.used)
                 self._seen[name] = _Seen(folder=folder, at=at, used=used)
             self._some.set()

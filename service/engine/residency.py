@@ -1,7 +1,7 @@
-"""What can be drawn with, by name, and what of it is in memory. A student shares its base's text encoder and autoencoder.
+"""Which models are available by name, and which of them are in memory.
 
-Any thread may ask and load, and two that ask for the same model load it once. A model that was handed out stays valid for
-whoever holds it, also when it leaves memory or another one is published under its name.
+A student shares its base's text encoder and autoencoder. Thread-safe; two threads that ask for the same model load it
+once. A returned model stays valid for its holder, even if it is evicted or another one is published under its name.
 """
 
 import contextlib
@@ -30,29 +30,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What `Residency.find` has found."""
+    """The result of `Residency.find`."""
 
     wants: Hashable
     """Equal for requests that wait for the same model."""
     resident: Resident | None
-    """None: the model is to be loaded first."""
+    """None if the model has to be loaded first."""
 
 
 class Residency:
     """Bases and students by name, loaded when they are first asked for.
 
     Args:
-        store: the students; it is asked again and again, so that a new student needs no restart.
+        store: the students; it is read again and again, so that a new student needs no restart.
         bases: bases that always stay in memory.
         family: their family.
-        device: where everything is loaded to.
-        dtype: what its weights are kept in.
-        budget: bytes for all models; the least recently used one goes, but for the bases and what is pinned.
-        pinned: students that are loaded with the bases, and stay as they do.
-        aliases: other names, each for a base or a student.
-        prepare: turns what was loaded into what draws, given the prepared base of a student.
-        gate: closed while a base is loaded.
-        recent: what is known of the store without asking it; None asks it each time.
+        device: where models are loaded.
+        dtype: precision of their weights.
+        budget: bytes for all models; the least recently used one is evicted, except for bases and pinned students.
+        pinned: students that are loaded with the bases, and stay in memory like them.
+        aliases: the base or student that each alias stands for.
+        prepare: prepares a loaded model for use, given the prepared base if it is a student.
+        gate: closed while a base is being loaded.
+        recent: a cache of the store; None to read the store every time.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Residency:
         self._catalog = Catalog(store, self._listed, self._aliases)
         self._pinned = set(map(self._catalog.own_name, pinned))
         self._kept = frozenset[str]()
-        """The students that these draw with, as the store last had them."""
+        """The students that the pinned models stand for, as the store last reported them."""
         self._shelf: Shelf[Resident] = Shelf(budget, self._stays)
 
     def load_bases(self) -> None:
-        """Load what always stays: the bases, and the pinned students; one of these that is broken is logged.
+        """Load what always stays: the bases, and the pinned students. A pinned student that is broken is logged.
 
         Raises:
-            TooLarge: they are more than the budget.
+            TooLarge: they exceed the budget.
         """
         for name, family in self._listed.items():
             self._base(Key(name, family))
@@ -102,22 +102,22 @@ class Residency:
                 log.exception("pinned model %r cannot be loaded; the others can be asked for", name)
 
     def pin(self, name: str) -> None:
-        """Let this student stay from now on, once it is loaded."""
+        """Keep this student in memory from now on, once it is loaded."""
         self._pinned.add(self._catalog.own_name(name))
         self._look_at_pinned()
 
     def get(self, name: str, prompt: str, loras: Loras = ()) -> Resident:
-        """The model that draws this prompt under that name, loaded if need be.
+        """The model that generates images of this prompt under that name, loaded if necessary.
 
         Args:
             name: a base, a student, or an alias.
-            prompt: what a routed student picks one of its students by.
+            prompt: by which a routed student selects one of its members.
             loras: LoRA students of the same base to merge into a copy of the model.
 
         Raises:
-            UnknownModel: nothing has that name.
+            UnknownModel: no model has that name.
             ModelBroken: its files, or its base's, cannot be loaded; or (`TooLarge`) it does not fit into memory.
-            BadRequest: one of the LoRAs does not exist, is none, or is of another base.
+            BadRequest: one of the LoRAs does not exist, is not a LoRA, or belongs to another base.
         """
         wanted = self._catalog.wanted(name, prompt, loras, self._open_student, self._base_of)
         assert wanted is not None, "its base is loaded now"
@@ -127,23 +127,23 @@ class Residency:
             held = self._shelf.once(wanted.key, wanted.version, lambda: self._make(wanted))
         except EngineError:
             raise
-        except Exception as error:  # whatever foreign files can make a loader raise
+        except Exception as error:  # foreign files can make a loader raise anything
             raise broken(wanted.key.name) from error
         return _told(held.value, wanted)
 
     def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:
-        """The model that `get` would give if it is in memory; nothing is read from the disk. What is found stays valid.
+        """The model that `get` would return, if it is in memory. If there is a cache of the store, no disk is read.
 
         Raises:
-            UnknownModel, ModelBroken, BadRequest: as `get`, as far as manifests tell.
+            UnknownModel, ModelBroken, BadRequest: see `get`, as far as manifests tell.
         """
         known = self._find_student if self._recent is None else self._recent.last
         try:
             wanted = self._catalog.wanted(name, prompt, loras, known, self._base_in_memory)
         except Unseen:
             wanted = None
-        # What has not been seen may be in memory all the same: then it takes no time to load. And which student a routed one
-        # draws this prompt with cannot be told before its base is there.
+        # A model that the cache does not know may still be in memory; loading it then takes no time. And which member
+        # of a routed student serves this prompt is unknown until its base is in memory.
         if wanted is None:
             return Found(wants=(name, loras, prompt), resident=None)
         held = self._shelf.get(wanted.key, wanted.version)
@@ -154,10 +154,10 @@ class Residency:
         self._catalog.check_loras(name, loras, self._find_student)
 
     def info(self, name: str) -> ModelInfo | StudentManifest:
-        """What is known of a model without loading it: a base's facts, or a student's manifest.
+        """What is known about a model without loading it: a base's facts, or a student's manifest.
 
         Raises:
-            UnknownModel: nothing has that name.
+            UnknownModel: no model has that name.
             ModelBroken: the student's manifest cannot be read.
         """
         name = self._catalog.own_name(name)
@@ -165,12 +165,12 @@ class Residency:
             return self._base_info(name)
         manifest = self._catalog.folder(name, self._find_student).manifest
         for member in manifest.router.students if manifest.router is not None else []:
-            with contextlib.suppress(StoreError):  # only whoever draws with it needs it; now `find` knows it
+            with contextlib.suppress(StoreError):  # only generating needs it; from now on the cache knows it
                 self._find_student(member)
         return manifest
 
     def at_hand(self, name: str) -> bool:
-        """Whether `info` would tell of this model without asking the disk, nor loading anything."""
+        """Whether `info` would answer for this model without reading the disk or loading anything."""
         name = self._catalog.own_name(name)
         if name in self._listed:
             return self._shelf.get(Key(name, self._listed[name]), ()) is not None
@@ -183,7 +183,7 @@ class Residency:
         return router is None or all(map(self._recent.knows, router.students))
 
     def infos(self) -> list[ModelInfo]:
-        """Everything that can be drawn with: the bases, then the students, then the aliases of either."""
+        """All available models: the bases, then the students, then the aliases of either."""
         taken = self._listed.keys() | self._aliases.keys()
         students = [manifest for manifest in self._store.list() if manifest.name not in taken]
         infos = [self._base_info(name) for name in self._listed] + [
@@ -194,24 +194,23 @@ class Residency:
         return infos + [replace(info, id=alias, alias_of=info.id) for alias, info in aliases]
 
     def size_of(self, base: BaseReference, family: str) -> int | None:
-        """Pixels of a side that this base draws; None while it is not in memory."""
+        """Side length in pixels of this base's images; None while it is not in memory."""
         held = self._shelf.get(self._catalog.base_key(base, family), ())
         return held.value.base.size if held else None
 
     def base_name(self, student: StudentManifest) -> str:
-        """What its base is listed as here, or was called at training."""
+        """The name under which its base is listed here, or else the base's name at training."""
         return self._catalog.base_key(student.base, student.family).name
 
     def bytes_by_model(self) -> dict[str, int]:
-        """Memory of every model: the bases, then the others, the least recently used first.
+        """Memory of every model: the bases, then the others, least recently used first.
 
-        What a student shares with its base is counted with the base alone. A model with LoRAs is named
-        ``MODEL+LORA:SCALE``.
+        What a student shares with its base counts for the base only. A model with LoRAs is named ``MODEL+LORA:SCALE``.
         """
         return self._shelf.bytes_by_label()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all models."""
         self._shelf.clear()
 
     def _stays(self, key: Key) -> bool:
@@ -220,11 +219,14 @@ class Residency:
         return not key.loras and key.name in self._kept
 
     def _look_at_pinned(self) -> None:
-        """Not when it is asked what stays: others wait for the shelf then, and the store may take its time."""
+        """Update the students to keep.
+
+        Not done in `_stays`, which is called while the shelf is locked: the store may be slow.
+        """
         self._kept = frozenset(member for name in self._pinned for member in self._members(name))
 
     def _members(self, name: str) -> list[str]:
-        """The students that draw under this name: itself, or a routed one's."""
+        """The students that a name stands for: itself, or the members of a routed student."""
         try:
             router = self._store.manifest(name).router
         except StoreError:
@@ -235,7 +237,7 @@ class Residency:
         return self._shelf.once(key, (), lambda: _held(key, self._maker.base(key))).value
 
     def _base_of(self, folder: StudentFolder) -> Resident:
-        """A student's base, loaded if need be, once it is known to be the right one."""
+        """A student's base, loaded if necessary after checking that it is the right one."""
         key = self._catalog.base_key(folder.manifest.base, folder.manifest.family)
         check_base(folder, self._catalog.reference(key.name).sha256)
         return self._base(key)
@@ -259,7 +261,7 @@ class Residency:
 
 
 def _told(resident: Resident, wanted: Wanted) -> Resident:
-    """As it was asked for: under its own name, or a routed student's."""
+    """The model as it was asked for: under its own name, or as a member of a routed student."""
     return resident if wanted.routed is None else replace(resident, manifest=wanted.routed, member=wanted.key.name)
 
 

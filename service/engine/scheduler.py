@@ -1,13 +1,13 @@
-"""Which call of the models comes next, and for which pictures. Pure: it knows neither torch nor time.
+"""Chooses the next model call, and the images that share it. Pure: it knows neither torch nor time.
 
-Everything that is ready stands in the line's order. The first one's call is made, and whoever is ready for the same call
-rides along, in the same order, as far as the batch reaches. So nobody who is first ever waits for company, and no company
-costs the first more than a larger batch does.
+Everything that is ready is in queue order. The first item gets its call, and others that are ready for the same call
+join it, in the same order, as far as the batch size allows. So the first item never waits for company, and company
+costs it no more than a larger batch does.
 
-The two ends of a picture's way come before its middle. Until a prompt is encoded its pictures can ride along with nobody:
-in strict order, requests would be drawn one after another. And a picture that needs its decoder alone is done by one call,
-for which it would else wait while everybody before it takes all of their steps. But networks get every other call where
-there is one to be made, so that nobody's wait is more than doubled by those who come later.
+Text encoding and decoding take precedence over networks. Until a prompt is encoded, its images cannot share any call:
+in strict order, requests would be served one after another. And an image that only needs its decoder is finished by one
+call, which would otherwise wait until everything before it has made all its steps. But networks get at least every
+other call if one is ready, so that later requests at most double anyone's wait.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,58 +20,58 @@ from service.engine.observer import Call
 
 @dataclass(frozen=True)
 class Group:
-    """What has to agree for two pictures to share a call."""
+    """What two images must have in common to share a call."""
 
     part: Part
-    """Which part of a model, and the shape of a row."""
+    """The part of the model, and the shape of a row."""
     model: Hashable
-    """Whose part: the model itself, by identity."""
+    """The model that the part belongs to, by identity."""
     alone: bool
-    """Nobody shares these calls, which have one row each: the pictures are deterministic."""
+    """These calls are not shared, and have one row each: the images are deterministic."""
     name: str = field(compare=False)
-    """The model's, for people."""
+    """Name of the model for messages and metrics."""
 
 
 class Work(Protocol):
-    """A picture, or a prompt, that is ready for its next call."""
+    """An image or a prompt that is ready for its next call."""
 
     @property
     def group(self) -> Group:
-        """The call."""
+        """The group of the call."""
 
     @property
     def rows(self) -> int:
-        """Of the call: two for a guided step, else one."""
+        """Rows in the call: two for a guided step, else one."""
 
 
 class Profile(Protocol):
-    """What is known of a call's cost: `service.engine.costs.CostProfile`."""
+    """The cost of a call: see `service.engine.costs.CostProfile`."""
 
     batches: list[int]
 
     def best(self, ready: int, unit: int = 1) -> tuple[int, int]:
-        """Rows to take of the ready ones, and the batch to pad them to."""
+        """How many of the ready rows to take, and the batch size to pad them to."""
 
     def fit(self, rows: int) -> int:
-        """The smallest batch that holds so many rows."""
+        """The smallest batch size that holds this many rows."""
 
 
 W = TypeVar("W", bound=Work)
 
 
 def choose(ready: Sequence[W], profile: Callable[[Group], Profile], after: Call | None = None) -> list[W]:
-    """Who takes part in the next call.
+    """Choose the items for the next call.
 
     Args:
-        ready: in the line's order, at least one.
-        profile: of a group's calls.
-        after: what the call before was for.
+        ready: items in queue order, at least one.
+        profile: gives the cost profile of a group.
+        after: kind of the previous call.
 
     Returns:
-        The first of those that are ready for a network, or of the others, and more of its group. They fit into the largest
-        batch together, but for a single one that does not fit alone: see `batch_of`.
+        The first item that is ready for a network, or the first of the others, and more items of its group. Together
+        they fit into the largest batch, except for a single item that does not fit alone: see `batch_of`.
     """
-    grouped = [(work, work.group) for work in ready]  # asked once: thousands may wait
+    grouped = [(work, work.group) for work in ready]  # computed once: thousands may be waiting
     middle = next((each for each in grouped if each[1].part.call == "network"), None)
     end = next((each for each in grouped if each[1].part.call != "network"), None)
     chosen_first = end if end is not None and (middle is None or after in (None, "network")) else middle
@@ -83,7 +83,7 @@ def choose(ready: Sequence[W], profile: Callable[[Group], Profile], after: Call 
     alike = [work for work, theirs in grouped if theirs == group and work.rows <= own.batches[-1]]
     if len(alike) == 1:
         return alike
-    # Rows are taken by twos where everybody brings two; where some bring one, they fill what is left.
+    # Rows are counted in pairs if every item has two; if some have one, these fill what is left.
     most, _ = own.best(sum(work.rows for work in alike), min(work.rows for work in alike))
     chosen, taken = [first], first.rows
     for work in alike[1:]:
@@ -94,6 +94,9 @@ def choose(ready: Sequence[W], profile: Callable[[Group], Profile], after: Call 
 
 
 def batch_of(works: Sequence[Work], profile: Profile) -> int:
-    """The batch that these take, or several of its size: deterministic ones go row by row, as does what fits into none."""
+    """The batch size for these items.
+
+    Deterministic items are computed row by row, as are items that do not fit into any batch.
+    """
     rows = sum(work.rows for work in works)
     return 1 if works[0].group.alone or rows > profile.batches[-1] else profile.fit(rows)

@@ -1,4 +1,4 @@
-"""What an engine's settings ask of this machine: models that are there, a device, a precision."""
+"""Checks the engine's settings against this machine: existing models, a device, a precision."""
 
 import os
 from typing import Any, cast
@@ -16,10 +16,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_models(settings: Settings, store: Store) -> None:
-    """Make sure that the models which the settings name are there.
+    """Make sure that the models which the settings name exist.
 
     Raises:
-        BadSettings: the family, a base, or another model is not.
+        BadSettings: the family, a base, or another model does not exist.
     """
     if settings.family not in families():
         known_families = ", ".join(families())
@@ -34,7 +34,7 @@ def check_models(settings: Settings, store: Store) -> None:
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The device, where there is one.
+    """The device to use.
 
     Raises:
         BadSettings: this machine has no such device.
@@ -52,10 +52,10 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
-    """The precision, which on a CPU is never float16.
+    """The precision of the weights, which on a CPU is never float16.
 
     Raises:
-        BadSettings: float16 was asked for, and the device is the CPU.
+        BadSettings: float16 was requested for the CPU.
     """
     if settings.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.float16
@@ -65,9 +65,9 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def set_up(device: torch.device) -> None:
-    """What torch has to be told before it computes anything on this device."""
+    """Configure torch before anything is computed on this device."""
     if device.type == "cuda":
-        # Without it cuBLAS is not deterministic when it is asked to be.
+        # Without this, cuBLAS is not deterministic even when asked to be.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # cuDNN rounds float32 to ten bits by default; who asks for float32 wants the pictures that a CPU draws.
+        # By default cuDNN rounds float32 to ten mantissa bits; float32 should give the same images as on a CPU.
         cast(Any, torch.backends.cudnn).conv.fp32_precision = "ieee"

@@ -1,5 +1,7 @@
-"""The engine that batches by step: one thread owns torch and the models and makes one call after another, each for whatever
-pictures are ready for it (see `loop`). Here is what the event loop sees of it: requests come in, pictures come out.
+"""The engine that batches by step.
+
+One thread owns torch and the models, and makes one call after another, each for all images that are ready for it (see
+`loop`). This module is the event loop's side: it admits requests and delivers images.
 """
 
 import asyncio
@@ -47,23 +49,23 @@ from weights.bundled import STUDENTS
 from weights.store import Store
 
 LOOKS = 4
-"""Requests whose model is looked for at the same time, where it is not in use."""
+"""Most requests at a time that look up a model which is not in use."""
 LISTS, LIST_SECONDS = 2, 10.0
-"""Lists of all models that are made at the same time, and how long each may take: about a millisecond a student is usual."""
+"""Most lists of all models that are made at a time, and seconds that each may take; 1 ms per student is usual."""
 STOPPING = "the server is still loading its models, or stopping"
 
 
 class StepEngine:
-    """`service.engine.base.Engine` on one device. Build it with `from_settings`, which checks what it is given.
+    """`service.engine.base.Engine` on one device. Create it with `from_settings`, which checks the settings.
 
     Args:
         settings: bases, device, precision, limits.
-        store: where students are.
-        bundled: folder of the bundled students, the first of which is the default model where its base is served.
-        backend: what runs the models.
-        costs: of calls, kept current here.
-        line: who may come in.
-        observer: told of every call and of every request's end.
+        store: the students.
+        bundled: folder of the bundled students; by default, the first whose base is served is the default model.
+        backend: runs the models.
+        costs: costs of calls, updated here.
+        line: the request queue.
+        observer: notified of every call and of every request's end.
     """
 
     def __init__(
@@ -102,17 +104,17 @@ class StepEngine:
         loop = DrawingLoop(self._planner, costs, prompts, self._observer)
         self._thread = EngineThread(settings, device, self._residency, self._planner, line, loop, costs, gate)
         self._tickets: dict[Ticket, asyncio.TimerHandle] = {}
-        """Requests that somebody waits for, each with what ends it at its deadline."""
+        """Requests that a client waits for, each with the timer that ends it at its deadline."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = True
 
     @classmethod
     def from_settings(cls, settings: Settings, observer: Observer | None = None) -> "StepEngine":
-        """The engine over the settings' store and the bundled students.
+        """Create the engine for the settings' store and the bundled students.
 
         Raises:
-            BadSettings: a base, the family, the default model or the device is not to be had.
+            BadSettings: a base, the family, a named model, the device or the backend is not available.
         """
         store = Store(settings.store, STUDENTS)
         check_models(settings, store)
@@ -204,7 +206,7 @@ class StepEngine:
             self._observer.ended(outcome, len(request.seeds), began - arrived, now - arrived)
 
     async def _admit(self, request: DrawRequest, answers: "asyncio.Queue[Painted | EngineError]") -> Ticket:
-        """A place in the line, and what is asked for on its way to the engine's thread."""
+        """Reserve a place in the queue, and send the request to the engine's thread."""
         self._check_ready()
         limit = min(self._settings.request_timeout, math.inf if request.seconds is None else request.seconds)
         loop = asyncio.get_running_loop()
@@ -217,7 +219,7 @@ class StepEngine:
         place = self._line.join(request.client, self._costs.predict(work), deadline - loop.time())
 
         def send(answer: Painted | EngineError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                 loop.call_soon_threadsafe(answers.put_nowait, answer)
 
         ticket = Ticket(request=request, model=model, place=place, send=send)
@@ -228,18 +230,19 @@ class StepEngine:
         return ticket
 
     async def _plan(self, request: DrawRequest, limit: float) -> tuple[str, str, Plan]:
-        """The request's model, its base, and the plan, within so many seconds."""
-        if self._planner.at_hand(request):  # mostly: to tell a thread takes longer than to plan
+        """The request's model, its base, and the plan; raises TimedOut after ``limit`` seconds."""
+        # The usual case: handing it to a thread takes longer than planning.
+        if self._planner.at_hand(request):
             return self._planner.plan(request)
         try:
             planned = await self._aside.within(limit, self._planner.plan, request)
         except TimeoutError:
             raise TimedOut(f"the store of models has not answered within the request's {limit:g} s") from None
-        self._check_ready()  # no longer, where a drain began in the meantime
+        self._check_ready()  # a drain may have begun in the meantime
         return planned
 
     def _release(self, ticket: Ticket) -> None:
-        """Nobody waits any more; the thread drops what is not done before its next call."""
+        """Forget a request that nobody waits for; the engine's thread drops what is left of it before its next call."""
         ticket.over = True
         ticket.place.leave()
         self._tickets.pop(ticket).cancel()
@@ -254,7 +257,7 @@ class StepEngine:
 
 
 def _image(painted: Painted) -> Preview | Drawn:
-    """With its image, scaled up where it was painted small."""
+    """Create the image, scaled up if its pixels are fewer, and the result that contains it."""
     image = Image.fromarray(painted.pixels)
     return painted.tell(image=image if painted.whole else image.resize((painted.size, painted.size)))
 

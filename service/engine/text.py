@@ -1,7 +1,7 @@
-"""Prompts as the networks take them: encoded once, and kept as long as there is room.
+"""Prompts as input of the networks: encoded once, and cached as long as there is room.
 
-A deterministic request's prompts are encoded alone, and kept apart from those that shared a call: the last bits of an
-embedding can depend on its company, and a deterministic picture's must not.
+A deterministic request's prompts are encoded alone, and cached separately from those that shared a call: the last bits
+of an embedding can depend on the rest of its batch, and a deterministic image's must not.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from weights.families import TextToImage
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that somebody waits for: a `service.engine.scheduler.Work`. Equal ones are encoded once."""
+    """A prompt that requests wait for: a `service.engine.scheduler.Work`. Equal prompts are encoded once."""
 
     base: TextToImage
     group: Group
@@ -30,23 +30,23 @@ class Prompt:
 
 
 def encode(prompts: Sequence[Prompt], batch: int) -> list[Cond]:
-    """The prompts' conditions of one row each, all by one call.
+    """Encode the prompts in one call, and return a condition of one row for each.
 
     Args:
-        prompts: of one group.
-        batch: at least as many; the call is padded to it.
+        prompts: prompts of one group.
+        batch: at least as many; the call is padded to this size.
     """
     texts = [prompt.text for prompt in prompts]
     cond = prompts[0].base.encode_prompts(texts + texts[-1:] * (batch - len(texts)))
-    # Copies, so that one that is kept does not keep the others' memory.
+    # Copies, so that keeping one does not keep the memory of all.
     return [{name: rows[place : place + 1].clone() for name, rows in cond.items()} for place in range(len(texts))]
 
 
 class PromptCache:
-    """The conditions of the prompts used last; used on the engine's thread alone.
+    """The most recently used prompts' conditions. Used only on the engine's thread.
 
     Args:
-        capacity: bytes; with 0 nothing is kept.
+        capacity: bytes; 0 caches nothing.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -55,7 +55,7 @@ class PromptCache:
         self._bytes = 0
 
     def get(self, prompt: Prompt) -> Cond | None:
-        """The prompt's condition, if it is here."""
+        """The prompt's condition, if it is cached."""
         key = _key(prompt)
         cond = self._kept.get(key)
         if cond is not None:
@@ -63,7 +63,7 @@ class PromptCache:
         return cond
 
     def put(self, prompt: Prompt, cond: Cond) -> None:
-        """Keep a condition; those that were used longest ago make room for it."""
+        """Cache a condition; the least recently used ones make room for it."""
         key = _key(prompt)
         self._bytes += _size(cond) - _size(self._kept.pop(key, {}))
         self._kept[key] = cond
@@ -72,13 +72,16 @@ class PromptCache:
             self._bytes -= _size(oldest)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all conditions."""
         self._kept.clear()
         self._bytes = 0
 
 
 def _key(prompt: Prompt) -> tuple[Any, ...]:
-    """Weak, so that a base can leave memory; equal for no other base, not even one at the same address later."""
+    """The cache key of a prompt.
+
+    The reference is weak, so that a base can leave memory; it never equals that of a later base at the same address.
+    """
     return weakref.ref(prompt.base), prompt.text, prompt.group.alone
 
 

@@ -1,4 +1,4 @@
-"""The engine's thread: it loads what always stays, draws a first picture, and then makes call after call until its end."""
+"""The engine's thread: loads the models that always stay, warms up, then makes one call after another until stopped."""
 
 import logging
 import queue
@@ -25,21 +25,21 @@ from weights.contracts import StudentManifest
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
-"""At most, for a model that is being loaded when the engine stops."""
+"""How long a model that is being loaded may delay the engine's stop."""
 
 
 class EngineThread:
-    """Owns the drawing loop.
+    """Runs the drawing loop.
 
     Args:
-        settings: which bases there are.
-        device: where it draws.
+        settings: names the bases.
+        device: where the models run.
         residency: the models.
-        planner: says which model draws the first picture.
-        line: closed where nothing can be drawn.
-        loop: the calls.
-        costs: of them; measured before the engine is ready.
-        gate: that of the residency; nothing is computed while it is closed.
+        planner: names the default model.
+        line: the request queue, closed when the engine cannot work.
+        loop: makes the calls.
+        costs: costs of calls, measured before the engine is ready.
+        gate: the residency's gate; nothing is computed while it is closed.
     """
 
     def __init__(
@@ -57,27 +57,30 @@ class EngineThread:
         self._residency, self._planner, self._line, self._loop = residency, planner, line, loop
         self._gate = gate
         self._inbox: queue.SimpleQueue[Ticket | Wait | None] = queue.SimpleQueue()
-        """What to take in; None is the end."""
+        """Requests and finished loads to take in; None ends the thread."""
         self._loader = Loader(planner, self._inbox.put)
         self._admission = Admission(planner, loop, self._loader.put)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.warm = False
-        """Whether a first picture was drawn."""
+        """Whether the models are loaded and warmed up."""
         self.failure: str | None = None
-        """Why none ever will be, or none more."""
+        """Why the engine could not start, or cannot go on."""
         self.parts: dict[str, Parts] = {}
-        """Of the bases that always stay, once they are loaded."""
+        """Parts of the bases that always stay in memory, once they are loaded."""
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def put(self, ticket: Ticket) -> None:
-        """Take a request in before the next call."""
+        """Take in a request before the next call."""
         self._inbox.put(ticket)
 
     def stop(self) -> None:
-        """End after the call that is being made, and wait for that; for a model that is being loaded, not for ever."""
+        """Stop after the current call, and wait for it.
+
+        A model that is being loaded is waited for only for a limited time.
+        """
         self._inbox.put(None)
         self._loader.stop(STOP_SECONDS)
         if self._thread.ident is not None:
@@ -108,11 +111,11 @@ class EngineThread:
         self._loop.clear()
 
     def _check_device(self) -> None:
-        """After a call that failed: where nothing at all can be computed any more, no request is to blame."""
+        """After a failed call, raise if the device can compute nothing at all any more: then no request is to blame."""
         torch.ones(1, device=self._device).sum().item()
 
     def _give_up(self, why: str) -> None:
-        """Let nobody in, and answer everybody who waits or still comes, until the end."""
+        """Admit no more requests, and end all that wait or still come, until the engine is stopped."""
         self.failure = why
         self._line.close()
         broken = EngineError("the engine is broken, and has to be started again")
@@ -122,7 +125,7 @@ class EngineThread:
                 ticket.end(broken)
 
     def _take_in(self) -> bool:
-        """All requests that have come, at least one where there is nothing else to do; False at the end."""
+        """Take in everything that has arrived, waiting if there is nothing else to do; False if the thread must end."""
         while True:
             try:
                 come = self._inbox.get(block=not self._loop.busy)
@@ -135,7 +138,7 @@ class EngineThread:
                     self._admission.back(come)
                 else:
                     self._admission.take(come)
-            del come  # or an idle thread would hold a model that has left memory
+            del come  # otherwise the idle thread would keep a model that has left memory
 
     def _prepare(self) -> None:
         set_up(self._device)
@@ -160,7 +163,7 @@ class EngineThread:
             warm(base, [student.model for student in students if student.base is base], self._costs)
 
     def _warm_up(self, model: str) -> None:
-        """Draw one picture in as few steps as the model can, before anybody can ask for one."""
+        """Generate one image in as few steps as the model allows, before any request can arrive."""
         info = self._residency.info(model)
         steps = min(info.schedules) if isinstance(info, StudentManifest) else 1
         answers: list[Painted | EngineError] = []

@@ -1,6 +1,6 @@
-"""Warm-up: every batch size of every part of a model is called before anybody waits for one, and timed.
+"""Warm-up: calls every part of a model in every batch size before a request waits for it, and measures the time.
 
-What a first call has to do (compile, allocate, look for the fastest kernels) is done by then, and costs are known.
+This gets the work of first calls done (compilation, allocation, choosing kernels), and makes costs known.
 """
 
 import time
@@ -16,25 +16,25 @@ from weights.denoiser import GUIDANCE, Cond, cond_repeat
 from weights.families import TextToImage
 
 Call = Callable[[int], Tensor | Mapping[str, Tensor]]
-"""Of a batch size."""
+"""Makes one call of a given batch size."""
 PROMPT = "red apple"
 REPEATS = 3
 TIME = 0.5
 
 
 def measured_sizes(batches: Sequence[int]) -> list[int]:
-    """Of a backend's batches those worth timing: the powers of two, and the largest; costs in between lie in between."""
+    """The backend's batch sizes that are worth measuring: powers of two and the largest. The rest is interpolated."""
     return [batch for batch in batches if batch & (batch - 1) == 0 or batch == batches[-1]]
 
 
 @torch.inference_mode()
 def warm(base: TextToImage, students: Sequence[TextToImage], costs: Costs) -> None:
-    """Call the base's parts and the students' networks in all sizes, and take down what they cost.
+    """Call the base's parts and the students' networks in all measured sizes, and record what they cost.
 
     Args:
-        base: in memory.
-        students: of this base, in memory.
-        costs: where it is noted; students of the base's architecture share its costs, the last one's.
+        base: a base in memory.
+        students: students of this base in memory.
+        costs: receives the measurements; students of the base's architecture share its entry, and the last one counts.
     """
     parts, cond = parts_of(base), base.encode_prompts([PROMPT])
     latents = torch.zeros(1, *base.latent_shape(), device=base.device)
@@ -57,17 +57,17 @@ def warm(base: TextToImage, students: Sequence[TextToImage], costs: Costs) -> No
     calls += [(parts_of(model).network, denoise(model)) for model in (base, *students)]
     for part, call in calls:
         costs.put(part, CostProfile.measure(_finished(call), sizes, REPEATS, time.perf_counter).measured)
-        # A compiled part has another program for a deterministic picture, which is drawn alone.
+        # A compiled part has a separate program for deterministic images, which are computed alone.
         with determinism(True):
             _finished(call)(1)
 
 
 def _finished(call: Call) -> Callable[[int], None]:
-    """The call, with the wait until the device is done with it."""
+    """The call, followed by waiting until the device has finished it."""
 
     def whole(batch: int) -> None:
         answer = call(batch)
         for tensor in [answer] if isinstance(answer, Tensor) else answer.values():
-            bool(tensor.isfinite().all())  # reads a result, as the engine does behind each call
+            bool(tensor.isfinite().all())  # reads a result, as the engine does after each call
 
     return whole

@@ -1,4 +1,4 @@
-"""Backends: what runs a model's parts. The engine knows only the interface, in base.py."""
+"""Backends, which run a model's parts. The engine knows only their interface, in base.py."""
 
 import importlib
 import importlib.util
@@ -14,15 +14,15 @@ __all__ = ["Backend", "make_backend"]
 
 
 def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend that the settings ask for, or the fastest that this machine has.
+    """The backend that the settings ask for, or the fastest one available on this machine.
 
     Args:
-        settings: the server's.
-        device: where models are loaded to.
-        dtype: what their weights are kept in.
+        settings: settings of the server.
+        device: where models are loaded.
+        dtype: precision of their weights.
 
     Raises:
-        BadSettings: what they ask for cannot be had here; the message says what can.
+        BadSettings: what the settings ask for is not available; the message says what is.
     """
     hindrance = _no_openvino(settings, device)
     if settings.backend == "openvino" and hindrance is not None:
@@ -50,7 +50,7 @@ def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -
 
 
 def _no_openvino(settings: Settings, device: torch.device) -> str | None:
-    """Why OpenVINO cannot draw here; None where it can."""
+    """Why OpenVINO cannot be used here; None if it can."""
     if device.type != "cpu":
         return f"draws on the CPU alone, and FEWSTEP_DEVICE is {device}"
     family = families().get(settings.family)
@@ -59,7 +59,7 @@ def _no_openvino(settings: Settings, device: torch.device) -> str | None:
     try:
         silent = importlib.import_module("service.engine.backends.silent_openvino")
         silent.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
-    except (ImportError, OSError, RuntimeError) as error:  # not there, or not for this system or processor
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or not for this system or processor
         return f"cannot be used here ({error}): pip install openvino"
     return None
 

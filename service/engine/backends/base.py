@@ -1,4 +1,4 @@
-"""A backend turns a loaded model into one that runs faster: the same `TextToImage`, with other parts inside."""
+"""The backend interface: a backend turns a loaded model into a faster `TextToImage`, with other parts inside."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,36 +10,36 @@ from weights.families import TextToImage
 
 
 class Backend(Protocol):
-    """Built once, from the settings; prepares one model at a time, on any thread, while others are drawn with."""
+    """Created once from the settings. Prepares one model at a time, on any thread, while other models are in use."""
 
     name: str
     batches: Sequence[int]
-    """Batch sizes that it is made for, rising from 1; a batch of another size is padded to the next by the caller."""
+    """Batch sizes that it is built for, ascending from 1. The caller pads any other batch to the next size."""
 
     def prepare(self, model: TextToImage, base: TextToImage | None = None) -> TextToImage:
-        """The model, ready to draw in any of the batches.
+        """Return the model, ready to generate in any of the batch sizes.
 
         Args:
             model: as its family loaded it.
-            base: the prepared base of a student, whose text encoder and decoder it shares.
+            base: the prepared base of a student, whose text encoder and decoder the student shares.
         """
 
 
 class Growing(nn.Module, ABC):
-    """A program that is made for a single row at first, and for larger batches while it is drawn with."""
+    """A part that is compiled for a single row at first, and for larger batches while it is in use."""
 
     @property
     @abstractmethod
     def made(self) -> Sequence[int]:
-        """Batch sizes that it is made for, rising; calls of another one wait until it is."""
+        """Batch sizes it is compiled for, ascending. A call with any other size blocks until that size is compiled."""
 
     @abstractmethod
     def want(self, batch: int) -> None:
-        """Have it made for this batch size as well, on another thread than the caller's. Again: nothing."""
+        """Have this batch size compiled on another thread. Calling it again has no effect."""
 
 
 def doubling(most: int) -> tuple[int, ...]:
-    """Batch sizes 1, 2, 4 and so on, and ``most`` last: few enough to make something for each, and little is padded."""
+    """Batch sizes 1, 2, 4 and so on, ending with ``most``: few enough to compile each, and with little padding."""
     sizes = [1]
     while sizes[-1] * 2 < most:
         sizes.append(sizes[-1] * 2)

@@ -1,8 +1,8 @@
-"""Converted and compiled programs on disk, so that a server that starts again need not make them again.
+"""Converted and compiled programs on disk, so that a restarted server need not build them again.
 
-Everything lies in a folder of the content's own key, is written beside its place and renamed into it, and carries its
-sha256: what was cut off, altered or half written is made anew, never used. The whole folder may go at any time, and no disk
-has to take anything: what cannot be kept is made again.
+An entry is a folder whose name is a key of its content. It is written elsewhere, renamed into place, and carries sha256
+digests: an entry that is truncated, altered or half written is built again and never used. The whole cache may be
+deleted at any time, and no write has to succeed: what cannot be stored is built again.
 """
 
 import contextlib
@@ -22,24 +22,23 @@ log = logging.getLogger(__name__)
 
 DIGESTS = "digests.json"
 ASIDE = ".aside-"
-"""Begins the names of folders that are being written or deleted."""
+"""Prefix of the names of folders that are being written or deleted."""
 ABANDONED = 3600.0
-"""Seconds after which such a folder is what a process left that was killed."""
+"""Age in seconds at which such a folder counts as left behind by a killed process."""
 
 
 class Cache:
-    """Folders of files, by key. Several processes may use one at a time.
+    """A cache of folders of files, by key. Several processes may use one cache at the same time.
 
     Args:
-        folder: made where it does not exist. Where nothing can be written there, a folder takes its place that lasts as
-            long as this process.
-        limit: bytes for all of them; the one that was used longest ago goes. None: no limit.
+        folder: created if missing. If it is not writable, a temporary folder replaces it for the life of this process.
+        limit: total size in bytes, enforced by deleting the least recently used entries; None for no limit.
     """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder, self.limit = folder, limit
         self._told = False
-        """Whether the log says already that nothing can be written."""
+        """Whether a failure to write has been logged already."""
         try:
             self._make_folder()
             tempfile.TemporaryFile(dir=folder).close()
@@ -48,12 +47,12 @@ class Cache:
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
             log.warning("FEWSTEP_CACHE: nothing will outlast this process: %s", error)
         for left in self.folder.glob(f"{ASIDE}*"):
-            with contextlib.suppress(OSError):  # another process may delete it as well
+            with contextlib.suppress(OSError):  # another process may be deleting it too
                 if left.stat().st_mtime < time.time() - ABANDONED:
                     shutil.rmtree(left)
 
     def get(self, key: str) -> Path | None:
-        """The folder of that key, all of whose files are as they were written; None where there is none."""
+        """The folder of this key, whose files have all been verified; None if there is none."""
         folder = self.folder / key
         try:
             digests = json.loads((folder / DIGESTS).read_text())
@@ -65,15 +64,15 @@ class Cache:
         except (OSError, ValueError, AttributeError) as error:
             log.warning("%s is broken and will be made again: %s", folder, error)
             return None
-        with contextlib.suppress(OSError):  # a disk that cannot be written, or somebody has just removed it
-            os.utime(folder)  # used now
+        with contextlib.suppress(OSError):  # a read-only disk, or the folder has just been removed
+            os.utime(folder)  # mark as used now
         return folder
 
     def put(self, key: str, write: Callable[[Path], None]) -> Path:
-        """The folder of that key, with what ``write`` writes into it; nothing stays of it where that fails.
+        """Create the folder of this key with what ``write`` writes into it. If that fails, nothing is left behind.
 
         Raises:
-            OSError: the disk does not take it. Besides, whatever ``write`` raises.
+            OSError: the disk does not accept it. Anything that ``write`` raises is passed on too.
         """
         target = self.folder / key
         self._make_folder()
@@ -84,7 +83,7 @@ class Cache:
             (staged / DIGESTS).write_text(json.dumps(digests))
             try:
                 os.replace(staged, target)
-            except OSError:  # something is there already: another process's, as good as ours, or something broken
+            except OSError:  # something is there: another process's equally good entry, or a broken one
                 if self.get(key) is None:
                     self._remove(target)
                     os.replace(staged, target)
@@ -95,18 +94,21 @@ class Cache:
         return target
 
     def cannot_keep(self, what: object, error: Exception) -> None:
-        """Log that it could not be written; the first time, until something can be again: each model would say the same."""
+        """Log that something could not be stored.
+
+        Only the first failure is a warning until a write succeeds again: every model would repeat it.
+        """
         log.log(logging.DEBUG if self._told else logging.WARNING, "%s is not kept in FEWSTEP_CACHE: %s", what, error)
         self._told = True
 
     def _make_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies here is run
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is stored here gets executed
 
     def _make_room(self, kept: Path) -> None:
-        """Delete what was used longest ago, but for ``kept``. Who has such files open goes on reading them."""
+        """Delete the least recently used entries except ``kept``. Files that are open elsewhere stay readable."""
         if self.limit is None:
             return
-        with contextlib.suppress(OSError):  # another process clears up as well
+        with contextlib.suppress(OSError):  # another process may be clearing up too
             folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(ASIDE)]
             used = sorted(
                 (path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path) for path in folders
@@ -119,7 +121,7 @@ class Cache:
                     total -= size
 
     def get_file(self, path: Path) -> bytes | None:
-        """What `put_file` wrote; None where there is nothing, or something else."""
+        """What `put_file` wrote; None if the file is missing or damaged."""
         try:
             content = path.read_bytes()
         except OSError:
@@ -131,7 +133,7 @@ class Cache:
         return body
 
     def put_file(self, path: Path, body: bytes) -> None:
-        """Write a file, in the place of an older one. A disk that takes no more is no error: the file is only missing."""
+        """Write a file, replacing an older one. A disk that rejects it is not an error: the file is just missing."""
         staged = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             staged.write_bytes(hashlib.sha256(body).digest() + body)
@@ -144,7 +146,7 @@ class Cache:
             self._told = False
 
     def _remove(self, path: Path) -> None:
-        """Out of the way at once, however long it takes to delete."""
+        """Move it out of the way at once, however long deleting it takes."""
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.folder))
         os.replace(path, aside / path.name)
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""From a part of a model to programs that OpenVINO runs, one for each shape; both are kept on disk.
+"""Converts parts of models to OpenVINO and compiles a program for each input shape. Both are cached on disk.
 
-A part is converted once, for all shapes. A program is compiled for one: static shapes took half the time of dynamic ones on
-two cores of an AMD EPYC (Zen 4, 2026-11-24; the bundled UNet, one row). A compiled program holds its weights packed as its
-own kernels want them, so each shape's takes memory of its own; on disk all share the converted part's weights.
+A part is converted once, for all shapes, but compiled for each: static shapes took half the time of dynamic ones on two
+cores of an AMD EPYC (Zen 4, 2026-11-24; the bundled UNet, one row). A compiled program keeps its own copy of the
+weights, packed for its kernels, so every shape takes more memory. On disk, all share the converted part's weights.
 """
 
 import copy
@@ -37,37 +37,37 @@ DEVICE = "CPU"
 MODEL = "model.xml"
 WEIGHTS = "model.bin"
 OPERATION_BYTES, MODEL_BYTES = 13_000, 6_000
-"""Of each operation: in a compiled program, for each of its streams, and in the converted model. See `Compiler.bytes_of`."""
+"""Bytes per operation: in a compiled program, for each stream, and in the converted model. See `Compiler.bytes_of`."""
 SPARE = 1.15
-"""Times as much is counted: how much the allocator keeps differs from run to run."""
+"""Safety factor of memory estimates: how much the allocator retains differs from run to run."""
 TRACED_ROWS, CHECKED_ROWS = 2, 3
-"""A conversion that took a number of rows for a constant shows at another number."""
+"""Batch sizes for tracing and for checking: different, so that a number of rows taken as constant is detected."""
 TOLERANCE: dict[Precision, float] = {"f32": 1e-3, "bf16": 0.1}
-"""Largest root mean square error of a conversion, relative to the answers; about 1e-6 and 0.01 are usual."""
+"""Largest accepted error of a conversion: root mean square, relative to the outputs; 1e-6 and 0.01 are usual."""
 
 
 class WrongConversion(ValueError):
-    """A converted part answers otherwise than the module it was made from."""
+    """A converted part computes something other than the module it was made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A part as OpenVINO knows it, for all shapes. It outlasts its folder, whose weights stay mapped."""
+    """A part in OpenVINO's format, for all shapes. It outlasts its folder, whose weights stay mapped."""
 
     folder: Path | None
-    """Where it is kept; None: nowhere, and its weights are those of the module that it was made from."""
+    """Where it is cached; None if it is not, and its weights are those of the original module."""
     model: Any
     numbers: int
-    """Of its weights."""
+    """Number of weights."""
 
 
 class Compiler:
-    """Converts parts and compiles programs of them; safe from any thread.
+    """Converts parts and compiles programs of them. Thread-safe.
 
     Args:
-        cache: where both are kept.
-        precision: what programs compute in; ``auto`` is bf16 where the processor has it.
-        threads: that one call uses; every core when None.
+        cache: stores both.
+        precision: what programs compute in; ``auto`` is bf16 if the processor supports it.
+        threads: number of threads of one call; None for one per core.
     """
 
     def __init__(self, cache: Cache, precision: Precision | Literal["auto"], threads: int | None) -> None:
@@ -80,12 +80,12 @@ class Compiler:
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            # Left to itself, a system wakes both of two streams on one core, where they wait for each other. Fewer threads
-            # than cores stay free to go where nothing else runs: two servers would pin the same ones.
+            # Without pinning, the system wakes both of two streams on one core, where they wait for each other. Fewer
+            # threads than cores stay unpinned, free to move to an idle core: two servers would pin the same ones.
             "ENABLE_CPU_PINNING": threads is None,
             "CACHE_MODE": "OPTIMIZE_SIZE",  # exported programs refer to the weights' file
-            # A pass that makes kernels of several operations; it crashes the process on the bundled UNet in f32 (2026.4.1,
-            # Zen 4), and without it programs took no longer.
+            # Disables a pass that fuses operations into kernels. It crashes the process on the bundled UNet in f32
+            # (2026.4.1, Zen 4), and programs are no slower without it.
             "SNIPPETS_MODE": "DISABLE",
         }
         self._beside = Beside("compiling")
@@ -94,10 +94,10 @@ class Compiler:
             self._properties["INFERENCE_NUM_THREADS"] = threads
 
     def streams(self, rows: int) -> int:
-        """Parts of a batch that are computed at the same time, by as many threads fewer each.
+        """Into how many parts a batch is split, to be computed concurrently with proportionally fewer threads each.
 
-        Threads that share one small layer wait for each other after each; those with parts of their own do not. Parts of one
-        row gained nothing.
+        Threads that share one small layer have to synchronise after it; threads that have parts of their own do not.
+        Parts of a single row gained nothing.
         """
         streams = 1
         while 2 * streams <= min(self._threads, rows // 2) and rows % (2 * streams) == 0:
@@ -105,7 +105,7 @@ class Compiler:
         return streams
 
     def converted(self, part: Part) -> Converted:
-        """The converted part, from the cache or made now; where the disk does not take it, in memory alone.
+        """The converted part, from the cache or converted now; kept in memory only if the disk does not accept it.
 
         Raises:
             WrongConversion: it does not compute what the part's module computes.
@@ -131,17 +131,17 @@ class Compiler:
 
         try:
             folder = self._cache.put(key, write)
-            return replace(kept[0], folder=folder)  # read while it was written: by now it may be deleted
+            return replace(kept[0], folder=folder)  # read while it was being written: it may be deleted by now
         except WrongConversion:
             raise
-        except (OSError, RuntimeError) as error:  # the latter is what OpenVINO says of a full disk
+        except (OSError, RuntimeError) as error:  # OpenVINO raises RuntimeError if the disk is full
             here = Converted(folder=None, model=model, numbers=_numbers(model))
-            self._check(module, checked, here)  # fails as well where the disk is not to blame
+            self._check(module, checked, here)  # fails too, if the disk was not to blame
             self._cache.cannot_keep(f"a converted {name}", error)
             return here
 
     def compile(self, part: Converted, shapes: Shapes, streams: int = 1) -> Any:
-        """A part's program for inputs of these shapes, so many at the same time, from the cache or compiled now."""
+        """A part's program for inputs of these shapes, with this many streams, from the cache or compiled now."""
         properties = self._properties | (
             {"NUM_STREAMS": streams, "PERFORMANCE_HINT": "THROUGHPUT"} if streams > 1 else {}
         )
@@ -163,22 +163,22 @@ class Compiler:
         return program
 
     def bytes_of(self, part: Converted, row: Shapes, batches: Sequence[int]) -> int:
-        """Memory of a part's programs for all these batch sizes: no less than was measured, and up to twice as much.
+        """Memory of a part's programs for all these batch sizes: at least what was measured, and at most twice that.
 
-        Nothing is shared between batch sizes: each program packs the weights anew, and has code and descriptions of its own
-        for every operation, and those once more for each further stream. Of the bundled models on two cores of an AMD EPYC
-        (Zen 4, OpenVINO 2026.4, 2026-11-28), anonymous memory in MiB at 1, 2, 4 and 8 rows, the last two in two streams:
+        Batch sizes share nothing: each program packs the weights again, and has code and metadata of its own for every
+        operation, and for every further stream. For the bundled models on two cores of an AMD EPYC (Zen 4, OpenVINO
+        2026.4, 2026-11-28), this is the anonymous memory in MiB at 1, 2, 4 and 8 rows, the last two with two streams:
 
-            network, 10.7 M numbers: 39 + 38 + 51 + 52 in bf16, 57 + 58 + 69 + 71 in f32; the model itself 9
-            decoder, 0.5 M numbers: 3 + 4 + 6 + 10 in bf16
-            text encoder, 22.6 M numbers: 23 + 25 + 28 + 28 in bf16, since its table of words is read from the disk
+            network, 10.7 M weights: 39 + 38 + 51 + 52 in bf16, 57 + 58 + 69 + 71 in f32; the model itself 9
+            decoder, 0.5 M weights: 3 + 4 + 6 + 10 in bf16
+            text encoder, 22.6 M weights: 23 + 25 + 28 + 28 in bf16, since its embedding table is read from the disk
 
-        Weights that are mapped from the cache's files are the system's to take back, and are not counted.
+        Weights mapped from the cache's files can be reclaimed by the system and are not counted.
 
         Args:
             part: the converted part.
-            row: shapes of its inputs at a batch of one row.
-            batches: sizes to compile for.
+            row: shapes of its inputs at a batch size of 1.
+            batches: batch sizes to compile for.
         """
         width = 2 if self.precision == "bf16" else 4
         model = part.model.clone()
@@ -193,7 +193,7 @@ class Compiler:
         return int(SPARE * whole)
 
     def later(self, work: Callable[[], object]) -> None:
-        """Do this on a thread that is there to compile beside the drawing, after all that it has to do already."""
+        """Run this on the thread that compiles in the background, after everything queued before."""
         self._beside.put(work)
 
     def _read(self, folder: Path) -> Converted:
@@ -210,7 +210,7 @@ class Compiler:
         answer = infer([program.create_infer_request()], [inputs])
         with torch.inference_mode():
             expected = module(*inputs)
-        size = expected.square().mean().sqrt().clamp(min=1e-6)  # an untrained network may answer with nothing but zeros
+        size = expected.square().mean().sqrt().clamp(min=1e-6)  # an untrained network may output nothing but zeros
         error = float((answer - expected).square().mean().sqrt() / size)
         if not error <= TOLERANCE[self.precision]:
             raise WrongConversion(
@@ -220,9 +220,10 @@ class Compiler:
 
 
 def infer(requests: Sequence[Any], chunks: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """What a program answers to chunks of rows, each by its own request and all at the same time; in memory of its own."""
+    """The outputs for chunks of rows, each computed by its own request and all concurrently, in memory of their own."""
     given = [[plain(each).detach().contiguous().numpy() for each in inputs] for inputs in chunks]
-    if len(requests) == 1:  # set as tensors: what `infer` looks for in arrays takes a tenth of a millisecond
+    # Set as tensors: the checks that `infer` makes on arrays take a tenth of a millisecond.
+    if len(requests) == 1:
         for index, array in enumerate(given[0]):
             requests[0].set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
         requests[0].infer()
@@ -231,18 +232,19 @@ def infer(requests: Sequence[Any], chunks: Sequence[tuple[Tensor, ...]]) -> Tens
         for request, inputs in zip(requests, given, strict=True):
             request.start_async(inputs, share_inputs=True)
     finally:
-        for request in requests:  # all of them, whatever one of them raised: none may be running when it is used again
+        # All of them, whatever one of them raised: none may be running when it is used again.
+        for request in requests:
             request.wait()
     return torch.cat([torch.from_numpy(request.get_output_tensor(0).data) for request in requests])
 
 
 def _numbers(model: Any) -> int:
-    """Of a converted model's weights."""
+    """Number of weights of a converted model."""
     return sum(math.prod(op.get_output_shape(0)) for op in model.get_ops() if op.get_type_name() == "Constant")
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -251,18 +253,18 @@ def _inputs(part: Part, rows: int) -> tuple[Tensor, ...]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """As programs take it: float32, or whole numbers."""
+    """The tensor as programs take it: float32 or integers."""
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _in_float32(module: nn.Module) -> nn.Module:
-    """The module, or a copy in float32: programs take and give float32, whatever their own precision is."""
+    """The module, or a float32 copy of it: programs take and return float32, whatever precision they compute in."""
     kept = {each.dtype for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()}
     return module if kept <= {torch.float32} else copy.deepcopy(module).float()
 
 
 def _key(part: Part) -> str:
-    """Of all that decides what a part converts to: weights, configuration, and the code that reads them."""
+    """A hash of everything that determines the conversion: weights, configuration and the code that uses them."""
     digest = hashlib.sha256()
     versions = {name: version(name) for name in ("openvino", "torch", "diffusers", "transformers")}
     facts = [versions, inspect.getsource(type(part.module)), part.config]

@@ -1,4 +1,4 @@
-"""From a torch module to an OpenVINO model, leaving nothing behind in torch."""
+"""Converts a torch module to an OpenVINO model without leaving anything behind in torch."""
 
 import contextlib
 import threading
@@ -12,21 +12,22 @@ from torch import Tensor, nn
 from service.engine.backends.silent_openvino import FrontEndManager, TorchScriptPythonDecoder
 
 _turn = threading.Lock()
-"""What torch registers traces in is the whole process's: one conversion at a time has its own."""
+"""torch's trace registry belongs to the whole process, so only one conversion at a time may replace it."""
 
 
 def convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The module as an OpenVINO model of any shapes: `openvino.convert_model`, without its second trace and its messages.
+    """Convert the module to an OpenVINO model of any shapes.
 
-    The model's weights are the module's own memory, which it keeps.
+    This is `openvino.convert_model` without its second trace and its messages. The model's weights are the module's own
+    memory, which it keeps alive.
     """
-    # Not inference mode, whatever the caller is in: tensors made there cannot be traced.
+    # Not in inference mode, whatever the caller uses: tensors created there cannot be traced.
     with _registry_of_its_own(), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        # The libraries check shapes with Python's own ifs, whose outcome here is the same for every number of rows.
+        # The libraries check shapes with Python ifs, whose outcome here is the same for every number of rows.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # OpenVINO's usual way in; what torch.export gives it converts as well, but for fixed shapes and in twice the time.
+        # OpenVINO's usual input. It also converts torch.export's programs, but for fixed shapes and in twice the time.
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace", DeprecationWarning)
-        # The tracer looks at every attribute of a module, old names of transformers among them.
+        # The tracer reads every attribute of a module, including deprecated ones of transformers.
         warnings.filterwarnings("ignore", r"`is_gradient_checkpointing`", FutureWarning)
         decoder = TorchScriptPythonDecoder(
             module, example_input=tuple(each.clone() for each in inputs), trace_kwargs={"check_trace": False}
@@ -37,15 +38,15 @@ def convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 @contextlib.contextmanager
 def _registry_of_its_own() -> Iterator[None]:
-    """torch registers every traced module's classes and graphs for as long as the process lives; here, until it is used up.
+    """Trace into a temporary registry: torch's own keeps a traced module's classes and graphs until the process ends.
 
-    A trace of the bundled UNet would stay with 23 MB. What another thread traces meanwhile may be registered here too: it
-    holds what it was registered in, and stays valid.
+    For the bundled UNet that would be 23 MB. Whatever another thread traces meanwhile may be registered here as well;
+    it holds a reference to its registry, and stays valid.
     """
     state, recursive = cast(Any, torch.jit)._state, cast(Any, torch.jit)._recursive
     with _turn:
         before = state._python_cu, recursive._python_cu, recursive.concrete_type_store
-        # torch's C++ looks it up under this name each time.
+        # torch's C++ code looks it up under this name each time.
         state._python_cu = recursive._python_cu = cast(Any, torch._C).CompilationUnit()
         recursive.concrete_type_store = recursive.ConcreteTypeStore()
         try:

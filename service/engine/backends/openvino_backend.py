@@ -1,4 +1,4 @@
-"""The backend of machines without a GPU: OpenVINO runs a model's parts, in bfloat16 where the processor has it."""
+"""The backend for machines without a GPU: OpenVINO runs a model's parts, in bfloat16 if the processor supports it."""
 
 import logging
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 
 
 class OpenVinoBackend:
-    """Programs of fixed shapes, one for each batch size: compiled for a single row when a model is prepared, for the other
-    sizes when they are first called, or wanted.
+    """Runs parts as programs of fixed shapes, one for each batch size.
 
-    torch is left with the little in between. One thread does that as fast as several, and takes no core from OpenVINO's.
+    The program for a single row is compiled when a model is prepared, the others when they are first called or wanted.
+    torch does the little that is left, in one thread: several are no faster, and would take cores from OpenVINO.
 
     Args:
-        batches: sizes to draw in, rising from 1.
-        cache: for what was converted and compiled.
-        precision: what programs compute in; ``auto`` is bf16 where the processor has it.
-        threads: that one call uses; every core when None.
+        batches: batch sizes, ascending from 1.
+        cache: stores converted and compiled parts.
+        precision: what programs compute in; ``auto`` is bf16 if the processor supports it.
+        threads: number of threads of one call; None for one per core.
     """
 
     name = "openvino"
@@ -40,7 +40,7 @@ class OpenVinoBackend:
         torch.set_num_threads(1)
 
     def prepare(self, model: TextToImage, base: TextToImage | None = None) -> TextToImage:
-        """See `Backend.prepare`. A part that OpenVINO cannot run stays with torch, and the log says so."""
+        """See `Backend.prepare`. A part that OpenVINO cannot run is left to torch, which is logged."""
         wanted = model.part_names if base is None else ("network",)
         parts = {name: part for name, part in model.parts().items() if name in wanted}
         made = {name: program for name, part in parts.items() if (program := self._program(name, part)) is not None}
@@ -49,7 +49,7 @@ class OpenVinoBackend:
         programs: dict[PartName, nn.Module] = {} if base is None else dict(base.programs)
         programs.pop("network", None)
         programs.update(made)
-        # A base's network stays: students with adapters are made from it.
+        # A base keeps its network: students with adapters are made from it.
         prepared = model.with_programs(programs, keep_network=base is None or "network" not in made)
         prepared.extra_bytes = sum(program.most_bytes for program in made.values())
         return prepared
@@ -59,7 +59,7 @@ class OpenVinoBackend:
             program = Program(self._compiler, part, self.batches)
             program(*part.example(1))
         except Exception:
-            torch.set_num_threads(self._threads)  # it has work now
+            torch.set_num_threads(self._threads)  # torch has work to do now
             log.exception("OpenVINO cannot run the model's %s; torch does", name)
             return None
         return program

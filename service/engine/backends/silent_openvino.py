@@ -1,8 +1,8 @@
-"""OpenVINO without its telemetry; the only place that imports it.
+"""Imports OpenVINO without its telemetry; no other module may import it.
 
-Importing `openvino` sends an event to its makers, by way of a public analytics service, and leaves an identifier in the home
-folder; so do conversions. A server that draws pictures tells nobody. Where the telemetry's package is not installed,
-`openvino` takes a stub of its own: so it is made to look as if it were not.
+Importing `openvino` and converting a model each send an event to a public analytics service, and leave an identifier in
+the home folder. An image server should do neither. Without the telemetry package, `openvino` uses a stub, so this
+module makes the package appear not to be installed.
 """
 
 import sys

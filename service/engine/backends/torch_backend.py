@@ -1,4 +1,4 @@
-"""The backend of GPUs, and of machines without OpenVINO: torch runs a model's parts, as fast as it can."""
+"""The backend for GPUs, and for machines without OpenVINO: torch runs a model's parts as fast as it can."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -13,19 +13,22 @@ from weights.families.base import PartName
 Attention = Literal["sdpa", "xformers"]
 
 PROGRAMS = 256
-"""Of one kind of part, at most: torch keeps those of all models together, so that a student runs its base's. Each batch size
-needs its own, each size of picture and each architecture; beyond torch's usual 8 whatever came late would run uncompiled."""
+"""Most compiled programs per kind of part.
+
+torch keeps those of all models together, so that a student reuses its base's. Each batch size, image size and
+architecture needs its own; beyond torch's default of 8, later ones would run uncompiled.
+"""
 
 
 class TorchBackend:
-    """Models as they are, with what makes torch faster on the device switched on.
+    """Models as they are, with torch's optimizations for the device switched on.
 
     Args:
-        device: where the models lie.
-        max_batch: the largest batch.
+        device: where the models are.
+        max_batch: largest batch size.
         attention: torch's own, or xformers' kernels, which are for GPUs.
-        compiled: compile the parts, each for a few batch sizes: minutes when each is first drawn in, and faster calls.
-        threads: of the CPU; torch's choice when None.
+        compiled: compile the parts for a few batch sizes each: minutes at each part's first calls, then faster calls.
+        threads: number of CPU threads; None for torch's choice.
     """
 
     name = "torch"
@@ -40,7 +43,7 @@ class TorchBackend:
         threads: int | None = None,
     ) -> None:
         self._device, self._attention, self._compiled = device, attention, compiled
-        # Uncompiled, every size is as good as another, and nothing need be padded.
+        # Uncompiled, all sizes are equally good, and nothing needs padding.
         self.batches: Sequence[int] = doubling(max_batch) if compiled else range(1, max_batch + 1)
         if threads is not None:
             torch.set_num_threads(threads)
@@ -50,7 +53,7 @@ class TorchBackend:
         parts = model.parts()
         if not parts:
             return model
-        # Measured: the decoder gains a third on a CPU as well, the network there nothing.
+        # Measured: on a CPU the decoder gains a third as well, the network nothing.
         if base is None:
             _channels_last(parts["decoder"].module)
         if self._device.type == "cuda":
@@ -70,12 +73,12 @@ def _channels_last(module: nn.Module) -> None:
 
 
 class Compiled(nn.Module):
-    """A part, compiled by torch for each number of rows that it is given; on a GPU it is replayed as a CUDA graph."""
+    """A part that torch compiles for each number of rows that it is given; on a GPU it is replayed as a CUDA graph."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         super().__init__()
         self._replayed = device.type == "cuda"
-        self._run = cast(Any, torch.compile)(  # its overloads do not know recompile_limit
+        self._run = cast(Any, torch.compile)(  # its overloads lack recompile_limit
             module,
             mode="reduce-overhead" if self._replayed else None,
             dynamic=False,
@@ -86,5 +89,5 @@ class Compiled(nn.Module):
         if not self._replayed:
             return cast(Tensor, self._run(*inputs))
         torch.compiler.cudagraph_mark_step_begin()
-        # A copy: a graph's answer lies where its next answer will.
+        # A copy, since the graph's next output overwrites this one.
         return cast(Tensor, self._run(*inputs)).clone()
