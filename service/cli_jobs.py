@@ -1,4 +1,4 @@
-"""``fewstep jobs ...``: the life of a job on a running server, and what the other commands share with it."""
+"""``fewstep jobs ...``: managing jobs on a running server, and helpers that the other commands share."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SERVER = "http://127.0.0.1:8000"
 JOBS = "/v1/distillation/jobs"
 CHECK_SECONDS = 20.0
-"""That the check of one of many jobs may take, on a busy server."""
+"""Seconds that checking one job of a batch may take on a busy server."""
 
 jobs_app = typer.Typer(help="Distillation jobs of a running server.", no_args_is_help=True)
 Server = Annotated[str, typer.Option("--server", help="Address of a running server.")]
@@ -26,13 +26,13 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, distill-
 
 
 def fail(message: object, status: int = 1) -> NoReturn:
-    """End with a message on standard error."""
+    """Print a message to standard error and exit."""
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     raise typer.Exit(status)
 
 
 def settings(**overrides: Any) -> "Settings":
-    """The settings of the environment; bad ones end the command."""
+    """The settings from the environment; exits the command if they are invalid."""
     from service.settings import BadSettings, read_settings
 
     try:
@@ -43,7 +43,7 @@ def settings(**overrides: Any) -> "Settings":
 
 @contextmanager
 def client_of(server: str) -> Iterator["Client"]:
-    """A client for the block, with FEWSTEP_API_KEY where that is set; the server's refusal ends the command."""
+    """A client for the block, with the key in FEWSTEP_API_KEY if set; a refusal by the server exits the command."""
     from service.client import Client, ServerError
 
     key = settings().api_key
@@ -55,7 +55,7 @@ def client_of(server: str) -> Iterator["Client"]:
 
 
 def show_table(columns: list[str], rows: list[list[Any]]) -> None:
-    """A plain table, wide enough for scripts where the output is no terminal."""
+    """Print a plain table; its lines are wide enough for scripts if the output is not a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -67,12 +67,12 @@ def show_table(columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def read_spec(source: str) -> dict[str, Any]:
-    """A job spec, or a batch, from a TOML or JSON file or the recipe of that name.
+    """Read a job spec, or a batch, from a TOML or JSON file or from the recipe of that name.
 
     Raises:
         ValueError: there is no such file, or it cannot be parsed.
     """
-    package = find_spec("distillers")  # looked for, not imported
+    package = find_spec("distillers")  # located, not imported
     folders = list(package.submodule_search_locations or []) if package else []
     recipes = {path.stem: path for folder in folders for path in sorted(Path(folder, "recipes").glob("*.toml"))}
     path = Path(source) if Path(source).is_file() else recipes.get(source)
@@ -90,7 +90,7 @@ def read_spec(source: str) -> dict[str, Any]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Ends the command where the block cannot write the file."""
+    """Exit the command if the block cannot write the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -102,7 +102,7 @@ def writing(path: Path) -> Iterator[None]:
 def list_jobs(
     server: Server = SERVER, limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20
 ) -> None:
-    """The newest jobs."""
+    """List the newest jobs."""
     with client_of(server) as client:
         jobs = client.request("GET", JOBS, limit=limit)["data"]
     rows = [[job["id"], job["status"], job["student"], job["method"], _done(job["progress"])] for job in jobs]
@@ -119,7 +119,7 @@ def _print(value: Any) -> None:
 
 @jobs_app.command()
 def show(job_id: JobId, server: Server = SERVER) -> None:
-    """One job, as JSON."""
+    """Show one job as JSON."""
     with client_of(server) as client:
         _print(client.request("GET", f"{JOBS}/{job_id}"))
 
@@ -131,7 +131,7 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's events until it ends.")] = False,
     server: Server = SERVER,
 ) -> None:
-    """Queue a job (or a batch); prints its id."""
+    """Queue a job (or a batch of jobs) and print its id."""
     try:
         body = read_spec(spec)
     except ValueError as error:
@@ -139,7 +139,7 @@ def submit(
     if student is not None:
         body["student"] = student
     with client_of(server) as client:
-        batch = body.get("jobs")  # each is checked by a process, one after the other
+        batch = body.get("jobs")  # the server checks its jobs one after another, each in a process
         answer = client.request(
             "POST", JOBS, body, patience=CHECK_SECONDS * len(batch) if isinstance(batch, list) else 0
         )
@@ -152,7 +152,7 @@ def submit(
 
 
 def _follow(client: "Client", job_id: str) -> bool:
-    """Print a job's events until it ends; whether it ended well."""
+    """Print a job's events until it ends; return whether it succeeded."""
     for kind, event in client.follow(job_id):
         if kind == "job":
             error = event["error"] or {}
@@ -164,7 +164,7 @@ def _follow(client: "Client", job_id: str) -> bool:
 
 @jobs_app.command()
 def follow(job_id: JobId, server: Server = SERVER) -> None:
-    """A job's events until it ends; the exit status is 0 when it ended well."""
+    """Show a job's events until it ends; the exit status is 0 if it succeeded."""
     with client_of(server) as client:
         if not _follow(client, job_id):
             raise typer.Exit(1)
@@ -172,13 +172,13 @@ def follow(job_id: JobId, server: Server = SERVER) -> None:
 
 @jobs_app.command()
 def cancel(job_id: JobId, server: Server = SERVER) -> None:
-    """Cancel a job; a running one saves a checkpoint first."""
+    """Cancel a job; a running job saves a checkpoint first."""
     _change(server, job_id, "cancel")
 
 
 @jobs_app.command()
 def resume(job_id: JobId, server: Server = SERVER) -> None:
-    """Let a failed or cancelled job go on from its checkpoint."""
+    """Queue a failed or cancelled job again; it continues from its last checkpoint."""
     _change(server, job_id, "resume")
 
 
@@ -190,5 +190,5 @@ def _change(server: str, job_id: str, verb: str) -> None:
 
 
 def step_counts(steps: list[int]) -> str:
-    """Step counts for a table; a model without a list draws in any number."""
+    """Step counts for a table; a model with an empty list supports any number."""
     return ", ".join(map(str, steps)) or "any"

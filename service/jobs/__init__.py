@@ -1,1 +1,1 @@
-"""Distillation jobs: the table, the supervisor that works on it, and the executors that run attempts."""
+"""Distillation jobs: the job table, the supervisor that works on it, and the executors that run attempts."""

@@ -1,9 +1,9 @@
-"""What a job is, and what the rest of the service may ask of jobs: nothing here knows of SQL, processes or HTTP.
+"""What a job is, and the interface of the job service. Nothing here depends on SQL, processes or HTTP.
 
-A job is one `weights.contracts.DistillJob` that somebody submitted. It is ``queued`` until a supervisor claims it,
-``running`` while an attempt at it runs, and then ``succeeded``, ``failed`` or ``cancelled``. A failed or cancelled job
-can be queued again and goes on from its checkpoint. Each claim raises ``attempt``, which is the fencing token: whoever
-writes about an attempt names its number, and a number that is no longer the row's is refused.
+A job is one submitted `weights.contracts.DistillJob`. It is ``queued`` until a supervisor claims it, ``running`` while
+an attempt at it runs, and then ``succeeded``, ``failed`` or ``cancelled``. A failed or cancelled job can be queued
+again and continues from its checkpoint. Each claim increments ``attempt``, which is the fencing token: every update of
+an attempt names its number, and is refused if that is no longer the row's.
 """
 
 import os
@@ -22,7 +22,7 @@ RESUMABLE: frozenset[Status] = frozenset({"failed", "cancelled"})
 
 @dataclass(frozen=True, kw_only=True)
 class JobError:
-    """Why a job failed: a sentence, a stable code, and the last lines its process wrote to standard error."""
+    """Why a job failed: a sentence, a stable code, and the last lines that its process wrote to standard error."""
 
     message: str
     code: Literal["job_failed", "job_killed", "job_lost", "launch_failed"]
@@ -31,7 +31,7 @@ class JobError:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a job is, as its last progress event said."""
+    """How far a job is, according to its last progress event."""
 
     step: int
     iterations: int
@@ -62,13 +62,13 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will happen to the job any more unless somebody resumes it."""
+        """Whether the job has ended; only resuming can change it then."""
         return self.status in ENDED
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobEvent:
-    """One line of a job's events file. ``number`` counts the file's lines from 1."""
+    """One line of a job's events file. ``number`` is the line number, from 1."""
 
     number: int
     event: dict[str, Any]
@@ -82,11 +82,11 @@ class JobNotFound(LookupError):
 
 
 class JobConflict(RuntimeError):
-    """The job's state, or a name that is taken, does not allow what was asked."""
+    """The request conflicts with the job's state, or with a name that is taken."""
 
 
 class JobsUnavailable(RuntimeError):
-    """The job table, or the jobs' folder, cannot be used; the message is one line that names it and the fix."""
+    """The job table or the jobs' folder cannot be used; the message is one line that names it and the fix."""
 
 
 class InvalidSpec(ValueError):
@@ -94,7 +94,7 @@ class InvalidSpec(ValueError):
 
     Attributes:
         param: dotted path of the field, such as ``train.batch_size`` or, in a batch, ``jobs.1.train.batch_size``.
-        code: a stable word for the kind of error.
+        code: a stable identifier of the kind of error.
     """
 
     def __init__(self, message: str, param: str | None, code: str = "invalid_value") -> None:
@@ -104,52 +104,52 @@ class InvalidSpec(ValueError):
 
 
 class CheckFailed(RuntimeError):
-    """The distillers could not be asked whether a spec is right: that is our fault, not the spec's."""
+    """The spec could not be checked by the distillers: the server's fault, not the spec's."""
 
 
 class Jobs(Protocol):
-    """All that routes and the app need of the job service. Whatever needs the table may raise `JobsUnavailable`."""
+    """The job service, as routes and app use it. Any method that needs the table may raise `JobsUnavailable`."""
 
     async def start(self) -> None:
-        """Open the table and, where this process works on jobs, start its supervisor."""
+        """Open the table and, if this process runs jobs, start its supervisor."""
 
     async def stop(self) -> None:
-        """Stop the supervisor: a running attempt saves a checkpoint and its job goes back to the queue."""
+        """Stop the supervisor: running attempts save a checkpoint, and their jobs return to the queue."""
 
     async def create(self, specs: Sequence[Any], *, batch: bool = False) -> list[Job]:
-        """Validate and queue specs (decoded JSON), all or none, in their order.
+        """Validate specs (decoded JSON) and queue them in order, all or none.
 
         Args:
             specs: the job specs.
-            batch: name fields as ``jobs.<index>.<field>`` in errors.
+            batch: refer to fields as ``jobs.<index>.<field>`` in errors.
 
         Raises:
-            InvalidSpec: a spec is wrong, or its student's name is taken.
-            JobConflict: another job that has not ended makes a student of the same name.
+            InvalidSpec: a spec is invalid, or its student's name is taken.
+            JobConflict: a job that has not ended is making a student of the same name.
         """
 
     async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
-        """Up to ``limit`` jobs, newest first, from behind job ``after``; and whether there are more."""
+        """Up to ``limit`` jobs, newest first, following job ``after``; and whether there are more."""
 
     async def get(self, job_id: str) -> Job:
-        """The job. Raises: JobNotFound."""
+        """The job. Raises JobNotFound."""
 
     async def events(self, job_id: str, after: int, limit: int) -> tuple[Sequence[JobEvent], bool]:
-        """Up to ``limit`` events behind line ``after``, oldest first; and whether there are more."""
+        """Up to ``limit`` events after line ``after``, oldest first; and whether there are more."""
 
     def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent | Job | None]:
-        """Events from behind line ``after`` as they come, None when it was quiet for a while, the ended job last."""
+        """Yield events after line ``after`` as they occur, None after a silence, and finally the ended job."""
 
     async def cancel(self, job_id: str) -> Job:
-        """Cancel a queued job at once, ask a running one to stop. Raises: JobNotFound, JobConflict (it has ended)."""
+        """Cancel a queued job at once, or ask a running one to stop. Raises JobNotFound, or JobConflict if it ended."""
 
     async def resume(self, job_id: str) -> Job:
-        """Queue a failed or cancelled job again. Raises: JobNotFound, JobConflict."""
+        """Queue a failed or cancelled job again. Raises JobNotFound or JobConflict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings:
-    """What the job service needs to know. The server's settings and the command line both build one of these."""
+    """Settings of the job service."""
 
     url: str
     folder: Path
@@ -158,7 +158,7 @@ class JobSettings:
     work: bool = True
     devices: tuple[str, ...] = ("auto",)
     reserved: Collection[str] = ()
-    """Names that are no students' to take: of bases, and those that the settings give to other models."""
+    """Names that no student may take: those of bases, and aliases."""
     lease_seconds: float = 30.0
     poll_seconds: float = 1.0
     grace_seconds: float = 60.0
@@ -176,12 +176,12 @@ class JobSettings:
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
-    """The devices to run one job each on: ``auto`` is every NVIDIA GPU, or the CPU where there is none.
+    """The devices that each run one job: ``auto`` is every NVIDIA GPU, or the CPU if there is none.
 
-    Where CUDA_VISIBLE_DEVICES is set, the GPUs are those that it lists, numbered from 0.
+    If CUDA_VISIBLE_DEVICES is set, the GPUs are those it lists, numbered from 0.
 
     Raises:
-        ValueError: something else than ``auto`` alone, ``cpu`` and ``cuda:N``.
+        ValueError: something other than just ``auto``, or ``cpu`` and ``cuda:N``.
     """
     if tuple(wanted) != ("auto",):
         for device in wanted:
@@ -199,16 +199,19 @@ def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def visible_gpus() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES lists; None where it is not set."""
+    """The entries of CUDA_VISIBLE_DEVICES; None if it is not set."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return None if listed is None else [each.strip() for each in listed.split(",") if each.strip()]
 
 
 def device_environment(device: str) -> dict[str, str]:
-    """The variables that show a process only this device (``cpu``, ``cuda:N``: the N-th that this process sees).
+    """Environment variables that make only this device visible to a process.
+
+    Args:
+        device: ``cpu``, or ``cuda:N`` for the N-th GPU that this process sees.
 
     Raises:
-        ValueError: another kind of device, or a GPU that CUDA_VISIBLE_DEVICES hides.
+        ValueError: it is another kind of device, or a GPU that CUDA_VISIBLE_DEVICES hides.
     """
     kind, _, number = device.partition(":")
     if device == "cpu":

@@ -1,7 +1,7 @@
-"""Reading the events file that a running job appends to, one JSON object a line.
+"""Reads the events file that a running job appends to, one JSON object per line.
 
-The file's line numbers are the events' numbers. A line that is no valid event (the job was killed while writing it)
-keeps its number and is passed over, and a last line without its newline is not read yet.
+Line numbers serve as event numbers. A line that is not a valid event (the job was killed while writing it) keeps its
+number and is skipped; a last line without a newline is not read yet.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ EVENTS_FILE = "events.jsonl"
 
 
 class EventReader:
-    """Reads what was appended to an events file since the last look, across resumes of the job.
+    """Reads what has been appended to an events file since the last call, also when the job is resumed.
 
     Args:
-        folder: the job's folder; the file need not be there yet.
+        folder: the job's folder; the file need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +30,7 @@ class EventReader:
         self._number = 0
 
     def new(self) -> Iterator[JobEvent]:
-        """The events that were not returned before."""
+        """Yield the events that have not been returned before."""
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
@@ -50,7 +50,7 @@ class EventReader:
 
 
 def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], bool]:
-    """Up to ``limit`` events behind line ``after``, oldest first; and whether there are more."""
+    """Up to ``limit`` events after line ``after``, oldest first; and whether there are more."""
     found: list[JobEvent] = []
     for event in EventReader(folder).new():
         if event.number <= after:
@@ -63,16 +63,16 @@ def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], b
 
 @dataclass
 class Account:
-    """What a job has said of itself, as far as its events were read."""
+    """What a job has reported about itself in the events read so far."""
 
     progress: Progress | None = None
     finished: dict[str, Any] | None = None
-    """The event by which it ended well."""
+    """The event that reports success."""
     failed: str | None = None
-    """Why it failed, in its own words."""
+    """Why the job failed, in its own words."""
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take down one more event."""
+        """Record one more event."""
         match event["kind"]:
             case "started":
                 self.progress = Progress(step=event["resumed_from"], iterations=event["iterations"])
@@ -81,7 +81,7 @@ class Account:
                 self.progress = Progress(**values)
             case "finished":
                 self.finished = event
-                if self.progress is not None:  # which is reported at every so many steps only
+                if self.progress is not None:  # progress is reported only every so many steps
                     self.progress = replace(self.progress, step=event["step"], seconds_left=0.0)
             case "failed":
                 self.failed = event["message"]

@@ -1,4 +1,4 @@
-"""Where an attempt at a job runs. The local executor makes it a process group of its own on this machine."""
+"""Where an attempt at a job runs. The local executor runs it as a process group on this machine."""
 
 import asyncio
 import contextlib
@@ -18,30 +18,30 @@ JOB_VARIABLE = "DISTILLATION_JOB_ID"
 
 
 class Attempt(Protocol):
-    """An attempt that was launched."""
+    """An attempt that has been launched."""
 
     async def wait(self) -> int:
-        """Its exit status; minus the signal's number where a signal ended it."""
+        """Its exit status; the negative signal number if a signal ended it."""
 
     async def stop(self, grace: float) -> int:
-        """Ask it to save and exit, end it by force after ``grace`` seconds; its exit status."""
+        """Ask it to save and exit, kill it after ``grace`` seconds, and return its exit status."""
 
     def stderr_tail(self) -> str:
         """The last lines it wrote to standard error."""
 
 
 class Executor(Protocol):
-    """Launches attempts, and ends what a dead supervisor left running."""
+    """Launches attempts, and ends those that a dead supervisor left running."""
 
     async def launch(self, job: Job, folder: Path, device: str) -> Attempt:
-        """Start the job's attempt in ``folder``, going on from a checkpoint there. Raises: OSError."""
+        """Start the job's attempt in ``folder``, continuing from a checkpoint there. Raises OSError."""
 
     async def end_orphans(self, job_id: str, grace: float) -> None:
-        """Return when no process of this job runs any more that this executor can reach."""
+        """Return when no process of this job that this executor can reach is running any more."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a power cut, finds the old content or the new, never a part."""
+    """Write a file so that readers, or a power failure, leave either the old content or the new, never a part of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.write(content)
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def tail(path: Path, size: int = STDERR_TAIL_BYTES) -> str:
-    """The last whole lines of a text file, at most ``size`` bytes; '' where there is none."""
+    """The last whole lines of a text file, at most ``size`` bytes; '' if the file does not exist."""
     try:
         with path.open("rb") as file:
             length = file.seek(0, os.SEEK_END)
@@ -67,7 +67,7 @@ def tail(path: Path, size: int = STDERR_TAIL_BYTES) -> str:
 def _signal_group(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(
         ProcessLookupError, PermissionError
-    ):  # PermissionError: macOS, where only zombies are left
+    ):  # PermissionError: on macOS, if only zombies are left
         os.killpg(group, number)
 
 
@@ -79,13 +79,13 @@ class LocalAttempt:
     stderr: Path
 
     async def wait(self) -> int:
-        """The leader's exit status; children it left behind are ended then."""
+        """The leader's exit status; children that it leaves behind are killed then."""
         status = await self.process.wait()
         _signal_group(self.process.pid, signal.SIGKILL)
         return status
 
     async def stop(self, grace: float) -> int:
-        """SIGTERM to the leader alone (it saves, and its children belong to it), then SIGKILL to the whole group."""
+        """Send SIGTERM to the leader alone (it saves, and its children belong to it), then SIGKILL to the group."""
         if self.process.returncode is None:
             self.process.terminate()
             try:
@@ -100,7 +100,7 @@ class LocalAttempt:
 
 
 class LocalExecutor:
-    """Runs ``COMMAND job.json --folder FOLDER --store ROOT --resume`` as a process group of its own.
+    """Runs ``COMMAND job.json --folder FOLDER --store ROOT --resume`` as a process group.
 
     Args:
         command: the program that runs one job.
@@ -112,7 +112,7 @@ class LocalExecutor:
         self._store = store
 
     async def launch(self, job: Job, folder: Path, device: str) -> LocalAttempt:
-        """Start the attempt. Raises: OSError."""
+        """Start the attempt. Raises OSError."""
         environment = os.environ | device_environment(device) | {JOB_VARIABLE: job.id, "PYTHONUNBUFFERED": "1"}
         stderr = folder / f"attempt-{job.attempt}.stderr"
         spec = folder / SPEC_FILE
@@ -135,5 +135,5 @@ class LocalExecutor:
         return LocalAttempt(process, stderr)
 
     async def end_orphans(self, job_id: str, grace: float) -> None:
-        """Find the job's processes by a variable in their environment, which outlives any record of a process id."""
+        """Find the job's processes by a variable in their environment, which outlives any record of process ids."""
         await asyncio.to_thread(end_marked, JOB_VARIABLE, job_id, grace)

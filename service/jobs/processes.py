@@ -1,4 +1,4 @@
-"""Processes of this machine, told apart without records that could be lost: by owner names and by their environment."""
+"""Identifies processes on this machine without records that could be lost: by owner names, and by their environment."""
 
 import contextlib
 import os
@@ -9,13 +9,14 @@ import socket
 import psutil  # type: ignore[import-untyped]
 
 CLOCK_STEP = 120.0
-"""Seconds by which a process's time of birth may differ and it still be the same: it is told by the clock, which is set at
-times. Where the process's number was given away within them, its lease still expires.
+"""Tolerance in seconds when comparing creation times of a process, which shift when the system clock is set.
+
+If a process id is reused within this time, the job's lease still expires.
 """
 
 
 def host_name() -> str:
-    """This machine's name, with its process namespace where there are such, so that process ids can be compared."""
+    """This machine's name and, if it has any, its process namespace, so that process ids are comparable."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -24,13 +25,13 @@ def host_name() -> str:
 
 
 def new_owner() -> str:
-    """A name for this supervisor that tells others on this machine whether its process is still alive."""
+    """A name for this supervisor by which others on this machine can tell whether its process is still alive."""
     process = psutil.Process()
     return f"{host_name()}|{process.pid}|{process.create_time()!r}|{secrets.token_hex(4)}"
 
 
 def is_dead(owner: str) -> bool:
-    """Whether the owner's process is known to have ended: False for one on another machine, where nobody can tell."""
+    """Whether the owner's process is known to have ended. False for another machine's, where this is unknown."""
     host, pid, created, _ = owner.split("|")
     if host != host_name():
         return False
@@ -46,15 +47,15 @@ def _marked(variable: str, value: str) -> list[psutil.Process]:
         try:
             if process.pid != os.getpid() and process.environ().get(variable) == value:
                 found.append(process)
-        except (psutil.Error, OSError):  # gone, a zombie, or another user's
+        except (psutil.Error, OSError):  # it has ended, is a zombie, or belongs to another user
             continue
     return found
 
 
 def end_marked(variable: str, value: str, grace: float) -> None:
-    """End every process whose environment has this variable so: SIGTERM, and SIGKILL after ``grace`` seconds.
+    """End every process whose environment has this variable and value: SIGTERM, then SIGKILL after ``grace`` seconds.
 
-    Children inherit the variable, so that those which left the process group are found too.
+    Children inherit the variable, so those that have left the process group are found too.
     """
     processes = _marked(variable, value)
     number = signal.SIGTERM

@@ -1,4 +1,4 @@
-"""The job service that the app uses: the table, and in a server that also works on jobs, the supervisor."""
+"""The job service that the app uses: the job table and, in a server that also runs jobs, the supervisor."""
 
 import asyncio
 import tempfile
@@ -16,21 +16,21 @@ from weights.contracts import DistillJob
 from weights.store import Store
 
 CHECKS_AT_ONCE = 2
-"""Processes that check specs, over all requests; one request has one at a time."""
+"""Most processes that check specs, over all requests; a single request has one at a time."""
 QUIET_SECONDS = 15.0
-"""After this long without an event, a follower hears that the job is still there."""
+"""Seconds without an event after which a follower is notified that the job still exists."""
 
 
 def make_supervisor(settings: JobSettings, table: JobTable) -> Supervisor:
-    """The supervisor that runs jobs as processes on this machine."""
+    """Create the supervisor that runs jobs as processes on this machine."""
     return Supervisor(table, LocalExecutor(settings.command, settings.store), settings)
 
 
 def prepare(settings: JobSettings, table: JobTable, works: bool) -> None:
-    """Make the table where there is none and, for a process that works on jobs, their folder.
+    """Create the table if it does not exist and, for a process that runs jobs, their folder.
 
     Raises:
-        JobsUnavailable: one of them cannot be used.
+        JobsUnavailable: the table or the folder cannot be used.
     """
     if works:
         try:
@@ -45,7 +45,7 @@ def prepare(settings: JobSettings, table: JobTable, works: bool) -> None:
 
 
 class TableJobs:
-    """`service.jobs.base.Jobs` over a SQL table.
+    """`service.jobs.base.Jobs` with a SQL table.
 
     Args:
         settings: the job service's settings.
@@ -58,7 +58,9 @@ class TableJobs:
         self._supervisor = make_supervisor(settings, self._table) if settings.work else None
 
     def open(self) -> None:
-        """Make table and folder where there are none: `start` does so too, but says less clearly what is wrong.
+        """Create the table and the folder if they do not exist.
+
+        `start` does so too, but calling this first lets a command report a problem without a traceback.
 
         Raises:
             JobsUnavailable: see `prepare`.
@@ -66,7 +68,7 @@ class TableJobs:
         prepare(self._settings, self._table, works=self._supervisor is not None)
 
     async def start(self) -> None:
-        """Make the table where there is none, and start the supervisor."""
+        """Create the table if it does not exist, and start the supervisor."""
         await asyncio.to_thread(self.open)
         if self._supervisor:
             self._supervisor.start()
@@ -87,7 +89,7 @@ class TableJobs:
         return added
 
     def _check_names(self, specs: Sequence[DistillJob], batch: bool) -> None:
-        """Refuse a name that is published already, and a start that is not: better now than when its turn comes."""
+        """Refuse a student name that is taken, or a start that does not exist, before the job's turn comes."""
         students = Store(self._settings.store, STUDENTS).names()
         seen = taken_names(self._settings, students)
         for index, spec in enumerate(specs):
@@ -122,7 +124,8 @@ class TableJobs:
         reader = EventReader(self._settings.folder / job.id)
         quiet = 0.0
         while True:
-            job = await self.get(job_id)  # before reading: an ended job writes no more
+            # Read the job before its events, since an ended job writes no more.
+            job = await self.get(job_id)
             events = await asyncio.to_thread(lambda: [item for item in reader.new() if item.number > after])
             for item in events:
                 yield item
@@ -149,7 +152,10 @@ class TableJobs:
         return job
 
     def _check_resume(self, job_id: str) -> None:
-        """Refuse when a name was taken meanwhile; by the job itself is fine: it was killed before it could say so."""
+        """Refuse if the student's name has been taken meanwhile.
+
+        The job itself may have taken it: it was killed after publishing, before it could report success.
+        """
         spec = self._table.get(job_id).spec
         store = Store(self._settings.store, STUDENTS)
         students = store.names()
@@ -171,5 +177,5 @@ class TableJobs:
 
 
 def taken_names(settings: JobSettings, students: Sequence[str]) -> set[str]:
-    """Every name that a new student cannot have: bases, aliases, and ``students``, the store's and the bundled ones."""
+    """Every name that a new student must not take: bases, aliases, and ``students``, those of the store and bundled."""
     return {*settings.reserved, *bundled_bases(), *students}

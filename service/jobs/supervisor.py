@@ -1,10 +1,10 @@
-"""The supervisor: an asyncio task that claims jobs from the table and sees each attempt to its end.
+"""The supervisor: an asyncio task that claims jobs from the table and follows each attempt to its end.
 
-It holds a lease on every job it runs and renews it with each heartbeat. Whoever finds a lease expired (or its owner
-dead, on the same machine) takes the job over, ends what is left of its processes, and queues it again; it then goes on
-from its checkpoint. A supervisor that can no longer renew its lease ends its own attempt first, so that two attempts
-at one job do not write at the same time. Where it could not write how an attempt ended, it finds that job's lease expired
-like anybody else.
+It holds a lease on every job that it runs, and renews it with each heartbeat. A supervisor that finds a lease expired,
+or its owner dead on the same machine, takes the job over, ends what is left of its processes and queues it again; the
+job then continues from its checkpoint. A supervisor that cannot renew its lease ends its own attempt first, so that two
+attempts at one job never write at the same time. If it could not record how an attempt ended, that job's lease expires
+like any other.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Supervisor:
     Args:
         table: the job table.
         executor: launches attempts.
-        settings: devices, lease, heartbeat and grace.
+        settings: devices, lease, heartbeat and grace period.
     """
 
     def __init__(self, table: JobTable, executor: Executor, settings: JobSettings) -> None:
@@ -40,14 +40,14 @@ class Supervisor:
         self._devices = find_devices(settings.devices)
         self._tasks: list[asyncio.Task[None]] = []
         self._followed: set[str] = set()
-        """Jobs whose attempts run here: a lease that was renewed late is no reason to end them."""
+        """Jobs whose attempts run here: a lease that is merely renewed late is no reason to end them."""
         self._stopping = asyncio.Event()
         self._news = asyncio.Event()
         self._complaint = ""
-        """What the log says already of the table, which is asked every second."""
+        """The last problem of the table that was logged, since it is polled every second."""
 
     def start(self) -> None:
-        """Begin to work, in the running event loop."""
+        """Start working, in the running event loop."""
         self._stopping.clear()
         self._tasks = [asyncio.create_task(self._work(device), name=f"jobs on {device}") for device in self._devices]
         self._tasks.append(asyncio.create_task(self._watch(), name="lost jobs"))
@@ -58,16 +58,16 @@ class Supervisor:
         self._news.set()
         ended = await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        for error in ended:  # after every device's attempt has ended, not instead
+        for error in ended:  # only after the attempts on all devices have ended
             if isinstance(error, BaseException):
                 raise error
 
     def wake(self) -> None:
-        """Look at the table now: something was queued or cancelled."""
+        """Look at the table now, since a job was queued or cancelled."""
         self._news.set()
 
     async def _pause(self) -> None:
-        """Wait for news, but not longer than a poll."""
+        """Wait for news, for at most one polling interval."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), self._settings.poll_seconds)
         if not self._stopping.is_set():
@@ -79,7 +79,7 @@ class Supervisor:
             log.error("%s. Trying again until it can be.", error)
 
     async def _work(self, device: str) -> None:
-        """Claim and run jobs for one device until told to stop; a broken database is waited out."""
+        """Claim and run jobs on one device until told to stop; an unusable database is waited out."""
         place = f"{host_name().partition('/')[0]}/{device}"
         while not self._stopping.is_set():
             try:
@@ -90,12 +90,12 @@ class Supervisor:
                     continue
             except JobsUnavailable as error:
                 self._complain(error)
-            except Exception:  # whatever it was, this device's queue goes on; the job's lease expires
+            except Exception:  # whatever it is, this device must go on; the job's lease expires
                 log.exception("The job table cannot be used, or a job not be followed; trying again.")
             await self._pause()
 
     async def _watch(self) -> None:
-        """Look for jobs whose supervisor is gone until told to stop."""
+        """Look for jobs whose supervisor has died, until told to stop."""
         while not self._stopping.is_set():
             try:
                 await self.reclaim()
@@ -107,7 +107,7 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), self._settings.poll_seconds)
 
     async def reclaim(self) -> None:
-        """Queue again every running job whose lease has expired or whose owner is dead; its processes end first."""
+        """Take over running jobs whose lease has expired or whose owner is dead: requeue them, or record their end."""
         for job in await asyncio.to_thread(self._table.running):
             if job.owner is None or job.lease_until is None or job.id in self._followed:
                 continue
@@ -118,7 +118,7 @@ class Supervisor:
         grace = self._settings.grace_seconds
         lease = self._settings.lease_seconds + grace
         job = await asyncio.to_thread(self._table.take_over, lost, self._owner, lease)
-        if job is None:  # somebody else was faster, or its owner is alive after all
+        if job is None:  # another supervisor was faster, or the owner is alive after all
             return
         log.warning("Job %s lost its supervisor %s.", job.id, lost.owner)
         await self._executor.end_orphans(job.id, grace)
@@ -138,7 +138,7 @@ class Supervisor:
         self.wake()
 
     def _ended_well(self, job: Job) -> Account | None:
-        """What the job has said of itself, if its last event is that it has finished."""
+        """What the job has reported about itself, if its last event is that it has finished."""
         events = [item.event for item in EventReader(self.folder(job)).new()]
         if not events or events[-1]["kind"] != "finished":
             return None
@@ -151,14 +151,14 @@ class Supervisor:
         return tail(self.folder(job) / f"attempt-{job.attempt}.stderr")
 
     def folder(self, job: Job) -> Path:
-        """The job's folder: spec, events, checkpoints and samples."""
+        """The job's folder, with its spec, events, checkpoints and samples."""
         return self._settings.folder / job.id
 
     async def _run(self, job: Job, device: str) -> None:
-        """One attempt, from its launch to the row that says how it ended."""
+        """Run one attempt, from its launch to recording how it ended."""
         log.info("Job %s (student %s) starts attempt %d on %s.", job.id, job.spec.student, job.attempt, device)
         reader = EventReader(self.folder(job))
-        await asyncio.to_thread(lambda: list(reader.new()))  # what earlier attempts wrote
+        await asyncio.to_thread(lambda: list(reader.new()))  # skip what earlier attempts wrote
         try:
             attempt = await self._executor.launch(job, self.folder(job), device)
         except (OSError, ValueError) as error:
@@ -179,9 +179,10 @@ class Supervisor:
     async def _follow(
         self, job: Job, attempt: Attempt, reader: EventReader, account: Account
     ) -> tuple[Job, int | None]:
-        """Renew the lease until the attempt ends or has to; its status (None: it is no longer ours).
+        """Renew the lease until the attempt ends or has to end, and record its events in the account.
 
-        What the attempt says of itself goes to its account.
+        Returns:
+            The job, and the attempt's exit status; None if the job is no longer ours.
         """
         waiter = asyncio.create_task(attempt.wait())
         renewed = time.monotonic()
@@ -216,11 +217,12 @@ class Supervisor:
         pause.cancel()
 
     async def _end(self, job: Job, attempt: Attempt, reader: EventReader, account: Account) -> tuple[Job, int | None]:
-        """Stop the attempt with grace, under a lease that lasts as long."""
+        """Stop the attempt with a grace period, under a lease that lasts as long."""
         lease = self._settings.lease_seconds + self._settings.grace_seconds
         try:
             current = await asyncio.to_thread(self._table.heartbeat, job, lease, None)
-        except JobsUnavailable as error:  # the lease that it has lasts for a while: a checkpoint is worth the try
+        # The current lease lasts for a while, so a checkpoint is worth trying.
+        except JobsUnavailable as error:
             log.error("The lease on job %s could not be renewed: %s", job.id, error)
             current = job
         status = await attempt.stop(self._settings.grace_seconds if current else 0)
@@ -228,7 +230,7 @@ class Supervisor:
         return job, status if current else None
 
     async def _settle(self, job: Job, attempt: Attempt, status: int | None, account: Account) -> None:
-        """Write how the attempt ended."""
+        """Record how the attempt ended."""
         if status is None:
             return
         if status == 0:
@@ -255,7 +257,7 @@ def _result_of(job: Job, account: Account) -> dict[str, object]:
 
 
 def _error(status: int, told: str | None, stderr: str) -> JobError:
-    """Why an attempt failed: by what it told in its events, or else by how its process ended."""
+    """Why an attempt failed: the reason in its events, or else how its process ended."""
     if told is not None:
         return JobError(message=told, code="job_failed", stderr=stderr)
     if status < 0:
@@ -266,7 +268,7 @@ def _error(status: int, told: str | None, stderr: str) -> JobError:
 
 
 async def work_forever(supervisor: Supervisor, stop: asyncio.Event) -> None:
-    """Run the supervisor until ``stop`` is set: all that a worker process does."""
+    """Run the supervisor until ``stop`` is set: everything that a worker process does."""
     log.info("Worker %d looks for jobs.", os.getpid())
     supervisor.start()
     await stop.wait()

@@ -1,9 +1,9 @@
-"""The job table: the only truth about jobs (SQLAlchemy core; SQLite by default, PostgreSQL by URL).
+"""The job table: the only source of truth about jobs (SQLAlchemy Core; SQLite by default, PostgreSQL by URL).
 
 Every change of a job's state is ONE statement whose WHERE clause names the state it starts from, so that two
-supervisors, or a supervisor and a request, cannot both win. Two partial unique indices hold the rules that span rows:
-one running job a device, and one job that has not ended for a student's name. Clocks of several machines must agree
-to well within a lease.
+supervisors, or a supervisor and a request, cannot both win. Two partial unique indexes enforce the rules that span
+rows: one running job per device, and one job that has not ended per student name. The clocks of several machines must
+agree to well within a lease.
 """
 
 import re
@@ -28,7 +28,7 @@ FIXES = {
     "SQLITE_FULL": "free space on its disk",
     "SQLITE_BUSY": "see which process holds it",
 }
-"""What to do about a SQLite file, by the beginning of its errors' names."""
+"""What to do about a SQLite file, by the prefix of the error's name."""
 ID_PATTERN = re.compile(r"distill-[0-9a-f]{24}")
 
 metadata = sa.MetaData()
@@ -77,23 +77,23 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute("PRAGMA busy_timeout=30000")
     cursor.execute("PRAGMA journal_mode=WAL")  # readers and the writer do not block each other
-    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power cut
+    cursor.execute("PRAGMA synchronous=FULL")  # an accepted job survives a power failure
     cursor.close()
 
 
 class JobTable:
-    """The table behind one database URL. Its calls block: an event loop runs them in a thread.
+    """The job table of one database. Its methods block, so an event loop must call them in a thread.
 
-    Each raises `JobsUnavailable` where the database cannot be used.
+    Every method raises `JobsUnavailable` if the database cannot be used.
 
     Args:
         url: SQLAlchemy URL, such as ``sqlite:///work/jobs.db`` or ``postgresql+psycopg://...``.
         clock: seconds since the epoch.
 
     Raises:
-        ValueError: the URL is none, or its driver is not installed, or it names SQLite in memory, which no other
-            process could see.
-        JobsUnavailable: the folder of SQLite's file cannot be made.
+        ValueError: the URL is invalid, its driver is not installed, or it names an in-memory SQLite database, which
+            other processes could not see.
+        JobsUnavailable: the folder of the SQLite file cannot be created.
     """
 
     def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
@@ -117,23 +117,23 @@ class JobTable:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
 
     def create_tables(self) -> None:
-        """Make what is missing; several processes may do so at once."""
+        """Create what is missing; several processes may do so at once."""
         with self._telling():
             for attempt in range(3):
                 try:
                     metadata.create_all(self._engine)
                     return
                 except (sa.exc.OperationalError, sa.exc.ProgrammingError, IntegrityError):
-                    if attempt == 2:  # not the race of two first starts
+                    if attempt == 2:  # not just two processes starting for the first time at once
                         raise
                     time.sleep(0.2)
 
     def close(self) -> None:
-        """Give every connection back."""
+        """Close all connections."""
         self._engine.dispose()
 
     def add(self, specs: Sequence[DistillJob]) -> list[Job]:
-        """Queue the specs in one transaction. Raises: JobConflict, and then none is queued."""
+        """Queue the specs in one transaction. Raises JobConflict, in which case none is queued."""
         added = []
         with self._begin() as connection:
             for spec in specs:
@@ -151,7 +151,7 @@ class JobTable:
         return added
 
     def get(self, job_id: str) -> Job:
-        """The job. Raises: JobNotFound."""
+        """The job. Raises JobNotFound."""
         if not ID_PATTERN.fullmatch(job_id):
             raise JobNotFound(job_id)
         with self._begin() as connection:
@@ -170,17 +170,17 @@ class JobTable:
         return [_as_job(row) for row in rows[:limit]], len(rows) > limit
 
     def running(self) -> list[Job]:
-        """Every job that some supervisor holds."""
+        """Every job that a supervisor holds."""
         with self._begin() as connection:
             return [_as_job(row) for row in connection.execute(jobs.select().where(_running)).all()]
 
     def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
         with self._begin() as connection:
             row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
-            return None if row is None else _as_job(row)  # a row that cannot be read stays as it was
+            return None if row is None else _as_job(row)  # if the row cannot be read, the update is rolled back
 
     def claim(self, owner: str, device: str, lease: float) -> Job | None:
-        """Take the oldest queued job for ``device``; None when there is none, or the device is taken."""
+        """Claim the oldest queued job for ``device``; None if there is none, or the device is running a job already."""
         oldest = (
             sa.select(jobs.c.number).where(_queued).order_by(jobs.c.number).limit(1).with_for_update(skip_locked=True)
         )
@@ -199,14 +199,14 @@ class JobTable:
             return None
 
     def heartbeat(self, job: Job, lease: float, progress: Progress | None) -> Job | None:
-        """Renew the lease of this attempt and note its progress; None when the attempt is no longer the job's."""
+        """Renew this attempt's lease and record its progress; None if it is no longer the job's current attempt."""
         values: dict[str, Any] = {"lease_until": self._clock() + lease}
         if progress is not None:
             values["progress"] = asdict(progress)
         return self._update(self._held(job), values)
 
     def take_over(self, job: Job, owner: str, lease: float) -> Job | None:
-        """Take a running job from its dead owner: the attempt number rises, so that the old owner is fenced off."""
+        """Take a running job over from its dead owner; the incremented attempt number fences the old owner off."""
         values = {
             "owner": owner,
             "attempt": jobs.c.attempt + 1,
@@ -216,7 +216,7 @@ class JobTable:
         return self._update([*self._held(job), jobs.c.lease_until == job.lease_until], values)
 
     def requeue(self, job: Job) -> Job | None:
-        """Give this attempt's job back to the queue, to go on from its checkpoint."""
+        """Return this attempt's job to the queue, to continue from its checkpoint."""
         return self._update(self._held(job), {"status": "queued", **_NOT_HELD})
 
     def finish(
@@ -228,7 +228,7 @@ class JobTable:
         result: dict[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> Job | None:
-        """Write how this attempt ended, and how far it came if that is given; None when it is no longer the job's."""
+        """Record how this attempt ended and, if given, its progress; None if it is no longer the current attempt."""
         values: dict[str, Any] = {
             "status": status,
             "finished_at": self._clock(),
@@ -241,7 +241,7 @@ class JobTable:
         return self._update(self._held(job), values)
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a queued job, or mark a running one to be stopped. Raises: JobNotFound, JobConflict."""
+        """Cancel a queued job, or mark a running one to be stopped. Raises JobNotFound or JobConflict."""
         this = jobs.c.id == self.get(job_id).id
         done = self._update(
             [this, _queued], {"status": "cancelled", "finished_at": self._clock(), "cancel_requested": True}
@@ -251,7 +251,7 @@ class JobTable:
         return done
 
     def resume(self, job_id: str) -> Job:
-        """Queue a failed or cancelled job again. Raises: JobNotFound, JobConflict."""
+        """Queue a failed or cancelled job again. Raises JobNotFound or JobConflict."""
         job = self.get(job_id)
         where = [jobs.c.id == job_id, jobs.c.status.in_(["failed", "cancelled"])]
         values = {"status": "queued", "finished_at": None, "error": None, "losses": 0, "cancel_requested": False}
@@ -267,13 +267,13 @@ class JobTable:
 
     @contextmanager
     def _begin(self) -> Iterator[sa.Connection]:
-        """A transaction."""
+        """Run the block in a transaction."""
         with self._telling(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """Raises: JobsUnavailable, in place of what a database says besides that a row breaks a rule."""
+        """Replace any database error except a violated constraint by `JobsUnavailable`."""
         try:
             yield
         except IntegrityError:

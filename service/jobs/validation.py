@@ -1,7 +1,7 @@
-"""Is a job spec right? The common part is a contract; the method's own Config is known only to the distillers.
+"""Validates job specs. The common part is a contract; a method's own configuration is known only to the distillers.
 
-The service never imports the distillers, so it asks them in a process: ``COMMAND check -`` reads a spec from standard
-input and answers ``{"ok": true, "job": {...}}`` or ``{"ok": false, "errors": [{"param", "message"}, ...]}``.
+The service never imports the distillers, so it asks a process: ``COMMAND check -`` reads a spec from standard input and
+answers ``{"ok": true, "job": {...}}`` or ``{"ok": false, "errors": [{"param", "message"}, ...]}``.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_pa
 
 
 def parse_spec(raw: Any, prefix: str = "") -> DistillJob:
-    """The common part of a spec. Raises: InvalidSpec, naming the first wrong field."""
+    """Parse the common part of a spec. Raises InvalidSpec, which describes every invalid field."""
     if not isinstance(raw, dict):
         where = prefix.rstrip(".") or None
         raise InvalidSpec(f"{where or 'the body'} must be a JSON object, got {type(raw).__name__}", where)
@@ -31,14 +31,14 @@ def parse_spec(raw: Any, prefix: str = "") -> DistillJob:
 
 
 def _sentence(problem: Any) -> str:
-    """The problem, with the value that caused it where that is short."""
+    """Describe the problem, with the value that caused it if that is short."""
     message = problem["msg"].removeprefix("Value error, ")
     given = repr(problem["input"])
     return message if problem["type"] in {"missing", "value_error"} or len(given) > 80 else f"{message}, got {given}"
 
 
 def _refusal(problems: Sequence[tuple[str, str]], prefix: str, code: str = "invalid_value") -> InvalidSpec:
-    """One error that names every wrong field; its ``param`` is the first one's."""
+    """One error that describes every invalid field; its ``param`` is the first of them."""
     names = [f"{prefix}{param}".rstrip(".") for param, _ in problems]
     sentences = [f"{name}: {message}" if name else message for name, (_, message) in zip(names, problems, strict=True)]
     return InvalidSpec("; ".join(dict.fromkeys(sentences)), names[0] or None, code)
@@ -50,12 +50,12 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
     Args:
         command: the program that runs jobs, such as ``python -m distillers``.
         job: the parsed spec.
-        prefix: put before a wrong field's name.
+        prefix: put before the name of an invalid field.
         patience: seconds to wait for the answer.
 
     Raises:
         InvalidSpec: the distillers refuse the spec.
-        CheckFailed: they gave no answer that can be read.
+        CheckFailed: they gave no readable answer.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -94,19 +94,20 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
 async def check_specs(
     command: Sequence[str], specs: Sequence[Any], gate: asyncio.Semaphore, *, batch: bool = False, patience: float
 ) -> list[DistillJob]:
-    """Every spec, parsed and checked, one after the other: however many, they hold one place of the gate at most.
+    """Parse and check the specs, one after another.
 
-    The gate lets in whoever came first, so that behind each check of a batch a spec of somebody else has its turn.
+    A request holds at most one slot of the gate, however many specs it has. The gate is first come, first served, so
+    that after each check of a batch another request's spec gets its turn.
 
     Args:
         command: the program that runs jobs.
         specs: decoded JSON.
-        gate: bounds the processes at work, over all requests.
-        batch: name fields as ``jobs.<index>.<field>``.
+        gate: limits the number of check processes over all requests.
+        batch: refer to fields as ``jobs.<index>.<field>`` in errors.
         patience: seconds to wait for each answer.
 
     Raises:
-        InvalidSpec: for the first wrong one.
+        InvalidSpec: for the first invalid spec.
         CheckFailed: see `check_spec`.
     """
     prefixes = [f"jobs.{index}." if batch else "" for index in range(len(specs))]
