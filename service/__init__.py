@@ -1,1 +1,1 @@
-"""The server: draws over REST with base models and their students, and starts distillation jobs as processes."""
+"""The server: generates images over REST with base models and students, and runs distillation jobs as processes."""

@@ -1,4 +1,4 @@
-"""Who may do what: a key's scope for each part of the API, checked before a request's body is read."""
+"""Authorization: each part of the API needs a key with a certain scope, which is checked before the body is read."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,28 +12,28 @@ from service.keys import SCOPES, KeyRing
 from service.rates import RateLimited, Rates
 
 OPEN = ("/health", "/v1/images/files", "/docs", "/redoc", "/openapi.json")
-"""Open to everybody: a picture's url cannot be guessed and expires, and the documentation tells what the source does."""
+"""Paths open to everyone: an image URL cannot be guessed and expires, and the documentation holds no secrets."""
 NEEDED: dict[str, keys.Scope] = {"/v1/images": "generate", "/v1/models": "generate", "/v1/distillation": "jobs"}
-"""By path and all below it; what stands nowhere, such as /metrics and whatever is new, needs ``admin``."""
+"""Scope by path prefix. Any path not listed, such as /metrics or a new route, needs ``admin``."""
 DELETED = "/v1/models"
-"""Below it everybody's models are, so that a DELETE needs ``admin``."""
+"""Prefix below which DELETE needs ``admin``, since models are shared by all clients."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who a request comes from."""
+    """Who sent a request."""
 
     id: str
-    """The key's id."""
+    """The id of the key."""
     scopes: tuple[keys.Scope, ...]
 
 
 ANONYMOUS = Caller(id="anonymous", scopes=SCOPES)
-"""Everybody, where the server has no keys."""
+"""The caller of every request if the server has no keys."""
 
 
 def needed_scope(path: str, method: str = "GET") -> keys.Scope | None:
-    """The scope that a request of a path needs; None where it is open."""
+    """The scope that a request for a path needs; None if the path is open."""
     if any(_is_below(path, prefix) for prefix in OPEN):
         return None
     if method == "DELETE" and _is_below(path, DELETED):
@@ -46,11 +46,13 @@ def _is_below(path: str, prefix: str) -> bool:
 
 
 class Access:
-    """ASGI middleware: authenticates, checks the scope and the rate of requests, and notes the caller as ``state.client``.
+    """ASGI middleware that authenticates callers, and checks their scope and request rate.
+
+    It stores the caller's id in ``state.client``.
 
     Args:
-        app: what is asked when all is well.
-        ring: the keys; None lets everybody do everything.
+        app: handles the requests that pass.
+        ring: the API keys; None allows everything to everyone.
         rates: counts each caller's requests.
     """
 

@@ -1,4 +1,4 @@
-"""The app: routes, errors and limits around an engine and, where there is one, a job service."""
+"""The application: routes, error handling and limits around an engine and, optionally, a job service."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,11 +31,11 @@ EXPOSED = (
     "Retry-After",
     *(f"x-ratelimit-{a}-{b}" for a in ("limit", "remaining", "reset") for b in ("requests", "images")),
 )
-"""Headers of answers that a web page of another origin may read."""
+"""Response headers that web pages of other origins may read."""
 
 
 def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
-    """A client's limits: its key's own, and the settings' where the key has none."""
+    """A client's limits: those of its key, or else those of the settings."""
     key = ring.get(client) if ring is not None else None
     requests, pictures = (key.requests_per_minute, key.pictures_per_minute) if key is not None else (None, None)
     return Limits(
@@ -45,7 +45,7 @@ def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
 
 
 def _own_names(settings: Settings) -> list[str]:
-    """Host names that are this server's."""
+    """Host names that belong to this server."""
     public = [] if settings.public_url is None else [name_of(settings.public_url)]
     return [*settings.allowed_hosts, settings.host, *public]
 
@@ -53,17 +53,17 @@ def _own_names(settings: Settings) -> list[str]:
 def create_app(
     settings: Settings, engine: Engine, jobs: Jobs | None = None, *, counts: Metrics | None = None
 ) -> FastAPI:
-    """The app. It starts the engine and the jobs with itself, and stops them in the opposite order.
+    """Create the app. It starts the engine, then the job service, and stops them in reverse order.
 
     Args:
         settings: see `service.settings`.
-        engine: draws.
-        jobs: distils; without it there is nothing at /v1/distillation.
-        counts: what /metrics shows; give the engine the same as its observer.
+        engine: generates images.
+        jobs: runs distillation jobs; without it, /v1/distillation does not exist.
+        counts: what /metrics reports; pass the object that the engine has as its observer.
 
     Raises:
-        BadSettings: the safety checker or OpenTelemetry is not to be had.
-        KeyFileError: the keys file is not there, or cannot be used.
+        BadSettings: the safety checker or OpenTelemetry is not available.
+        KeyFileError: the keys file does not exist or cannot be used.
     """
     ring = KeyRing(settings.keys_file) if settings.keys_file is not None else None
     rates = Rates(lambda client: _limits(settings, ring, client))
@@ -96,7 +96,7 @@ def create_app(
     app.state.pictures = PictureStore(settings.picture_bytes, settings.picture_seconds)
     app.state.running = Running()
     app.state.draining = asyncio.Event()
-    # The last one added is asked first: an answer of any of them has a request id, and a refusal can be read by web pages.
+    # The middleware added last is the outermost: so every response has a request id, and web pages can read refusals.
     app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)
     app.add_middleware(Access, ring=ring, rates=rates)
     app.add_middleware(Origins, listed=settings.cors_origins, public_url=settings.public_url)
@@ -107,15 +107,15 @@ def create_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],  # harmless: what counts is the key, and no browser sends that by itself
+            allow_headers=["*"],  # harmless: access depends on the key, which no browser sends by itself
             expose_headers=EXPOSED,
         )
     app.add_middleware(Tracking, metrics=counts, spans=Spans() if settings.otel else None)
     errors.install(app)
-    for module in (images, traces, models, health, metrics):  # in the order in which paths are tried
+    for module in (images, traces, models, health, metrics):  # in the order in which paths are matched
         app.include_router(module.router)
     if jobs is not None:
-        from service.routes import jobs as job_routes  # its dependencies are for servers that have jobs
+        from service.routes import jobs as job_routes  # its dependencies are needed only by servers that have jobs
 
         app.include_router(job_routes.router)
     reference.install(app, keyed=ring is not None)

@@ -1,6 +1,6 @@
-"""``fewstep``: the server, its workers, jobs, pictures, exports and the demo from a terminal.
+"""The ``fewstep`` command: the server, its workers, jobs, image generation, exports and the demo.
 
-Heavy libraries are imported by the commands that need them, so that the help appears at once.
+Each command imports the heavy libraries that it needs, so that the help appears at once.
 """
 
 import asyncio
@@ -41,19 +41,19 @@ app.command()(trace)
 
 
 def _become(module: str, arguments: list[str]) -> NoReturn:
-    """Go on as another program of this project: its exit status, and signals to it, need no passing on."""
+    """Replace this process with another program of this project, so that exit status and signals need no forwarding."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
 
 
 def _with_store(arguments: list[str]) -> list[str]:
-    """The arguments, with the settings' store where none is given."""
+    """The arguments, with the store of the settings added if they name none."""
     given = any(argument == "--store" or argument.startswith("--store=") for argument in arguments)
     return arguments if given else [*arguments, "--store", str(_settings().store)]
 
 
 def _publish(module: str, arguments: list[str], names: Iterable[str]) -> NoReturn:
-    """Go on as a program that publishes students under some of these names."""
+    """Replace this process with a program that publishes students under some of these names."""
     refuse_aliases(names, _settings().aliases)
     _become(module, _with_store(arguments))
 
@@ -64,7 +64,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
-    """Serve the API. Everything else is set by FEWSTEP_... variables: see docs/settings.md."""
+    """Serve the API. All other settings are FEWSTEP_... environment variables: see docs/settings.md."""
     settings = _settings(host=host, port=port, log_level=log_level)
     from service import server
     from service.app import create_app
@@ -82,7 +82,7 @@ def serve(
         engine = make_engine(settings, observer_of(settings, counts))
         api = create_app(settings, engine, jobs, counts=counts)
         if jobs is not None:
-            jobs.open()  # the app would say what is wrong in a traceback
+            jobs.open()  # here, since inside the app a failure would appear as a traceback
     except (ValueError, JobsUnavailable) as error:
         fail(error, 2)
     server.run(api, settings)
@@ -124,7 +124,7 @@ def worker() -> None:
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def evaluate(context: typer.Context) -> None:
-    """Measure students against their base: JSON, sheets, curves and one HTML report (see evaluate --help)."""
+    """Measure students against their base: JSON, contact sheets, curves and an HTML report (see evaluate --help)."""
     arguments = _with_store(context.args)
     if not any(argument == "--out" or argument.startswith("--out=") for argument in arguments):
         arguments += ["--out", "runs/evaluation"]
@@ -133,19 +133,19 @@ def evaluate(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def calibrate(context: typer.Context) -> None:
-    """Find which of the base's first steps make a student's pictures most different (see calibrate --help)."""
+    """Find which of the base's first steps makes a student's images most diverse (see calibrate --help)."""
     _become("distillers.evaluation.calibrate", _with_store(context.args))
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def average(context: typer.Context) -> None:
-    """Publish the mean of several students' weights: average NAME STUDENT[:COUNT]... (see average --help)."""
-    _publish("distillers.averaging", context.args, context.args)  # the others are students, and no aliases either
+    """Publish the weighted mean of several students' weights: average NAME STUDENT[:COUNT]... (see average --help)."""
+    _publish("distillers.averaging", context.args, context.args)  # the other arguments are students, not aliases
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def extract(context: typer.Context) -> None:
-    """Publish a student's change from its base as a small LoRA: extract NAME STUDENT (see extract --help)."""
+    """Publish the difference of a student from its base as a small LoRA: extract NAME STUDENT (see extract --help)."""
     _publish("distillers.extraction", context.args, context.args)  # as above
 
 
@@ -160,7 +160,7 @@ def distill(context: typer.Context) -> None:
 
 @app.command()
 def models(server: Annotated[str | None, typer.Option(help="Ask this server instead of the store.")] = None) -> None:
-    """What can be drawn with."""
+    """List the models that can generate images."""
     columns = ["model", "kind", "base", "method", "steps"]
     if server is not None:
         with client_of(server) as client:
@@ -190,7 +190,7 @@ def draw(
     diversity: Annotated[bool, typer.Option(help="Let the base draw the first step.")] = False,
     server: Annotated[str | None, typer.Option(help="Draw on this server instead of here.")] = None,
 ) -> None:
-    """Draw pictures of a prompt."""
+    """Generate images from a prompt."""
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
         fail(f"--out {out}: name a .png, .jpg or .webp file", 2)
     began = time.perf_counter()
@@ -211,7 +211,7 @@ def draw(
 def _draw_here(
     prompt: str, seeds: tuple[int, ...], model: str | None, steps: int | None, diversity: bool
 ) -> "list[Image.Image]":
-    """Draw with an engine of this process."""
+    """Generate with an engine in this process."""
     settings = _settings()
     from service.engine.base import DiversityWish, DrawRequest, EngineError
     from service.here import draw_here, reason
@@ -233,7 +233,7 @@ def export(
         str | None, typer.Option(help="Where its base lies now: a name, folder or hub id; as at training if left out.")
     ] = None,
 ) -> None:
-    """Write a student as a plain diffusers pipeline, which draws without this project."""
+    """Write a student as a plain diffusers pipeline, which runs without Fewstep."""
     settings = _settings()
     from weights.bundled import STUDENTS
     from weights.export import export as export_student
@@ -251,7 +251,7 @@ def delete(
     store: Annotated[Path | None, typer.Option(help="The store, if it is not the settings'.")] = None,
     server: Annotated[str | None, typer.Option(help="Have this server do it, in its store.")] = None,
 ) -> None:
-    """Delete a student for good. A running server finishes the pictures that it draws with it."""
+    """Delete a student permanently. A running server finishes the images that it is generating with it."""
     if server is not None:
         if store is not None:
             fail("--store and --server: name one of them, since a server has its own store", 2)
@@ -282,10 +282,10 @@ def demo(
     ] = None,
     recipe: Annotated[str, typer.Option(help="The job: a TOML or JSON file, or a recipe's name.")] = "demo",
 ) -> None:
-    """Distil the bundled teacher for some minutes, serve the student, and draw one labelled sheet."""
+    """Distil the bundled teacher for some minutes, serve the student, and draw one labelled contact sheet."""
     from service.demo import DemoFailed, run_demo
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, unlike the signal, stops the demo's server
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unlike the signal itself, an exit stops the demo's server
     try:
         typer.echo(run_demo(folder, read_spec(recipe)))
     except (DemoFailed, ValueError) as error:

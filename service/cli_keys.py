@@ -1,4 +1,4 @@
-"""``fewstep keys ...``: the API keys in FEWSTEP_KEYS_FILE. A running server takes every change up by itself."""
+"""``fewstep keys ...``: the API keys in FEWSTEP_KEYS_FILE. A running server picks up every change by itself."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ def create(
         int | None, typer.Option(min=1, help="Pictures in a minute, in place of the server's setting.")
     ] = None,
 ) -> None:
-    """Make a key and print it, this once: the file keeps its hash alone."""
+    """Create a key and print it. It is shown only this once: the file stores only its hash."""
     from service.keys import SCOPES, KeyFileError, create_key
 
     wrong = [item for item in scope if item not in SCOPES]
@@ -54,7 +54,7 @@ def create(
 
 @keys_app.command("list")
 def list_keys() -> None:
-    """All keys, without what would let anybody in."""
+    """List all keys, without their secrets."""
     from service.keys import KeyFileError, read_keys
 
     try:
@@ -76,7 +76,7 @@ def list_keys() -> None:
 
 @keys_app.command()
 def revoke(key: Annotated[str, typer.Argument(help="Its id, or its name.")]) -> None:
-    """Take a key out of the file; it works no more from the next request on."""
+    """Remove a key from the file; it stops working with the next request."""
     from service.keys import KeyFileError, revoke_key
 
     try:

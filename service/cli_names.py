@@ -1,4 +1,7 @@
-"""Names that a student made in this terminal must not take: the settings' aliases, which its programs know nothing of."""
+"""Names that a student made in this terminal must not take.
+
+These are the aliases in the settings, which the distillation programs know nothing about.
+"""
 
 import contextlib
 import re
@@ -11,11 +14,11 @@ OVERRIDE = re.compile(r"""(?:--\w+=)?student=["']?(.*?)["']?""")
 
 
 def refuse_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> None:
-    """End the command where a student would have an alias for its name: no server with these settings could start any more.
+    """Exit the command if a student would have the name of an alias: no server with these settings could start then.
 
     Args:
-        names: of students.
-        aliases: by alias, what it stands for.
+        names: names of students.
+        aliases: the model that each alias stands for, by alias.
     """
     for name in names:
         if name in aliases:
@@ -26,10 +29,10 @@ def refuse_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> None:
 
 
 def names_of_job(arguments: Sequence[str]) -> Iterator[str]:
-    """What the job publishes that is among these arguments of ``python -m distillers``, whichever of them it is."""
+    """The names that a job would publish, if one of these arguments of ``python -m distillers`` is a job."""
     given = [match[1] for each in arguments if (match := OVERRIDE.fullmatch(each))]
     for argument in arguments:
-        with contextlib.suppress(ValueError, OSError):  # no job, or a wrong one: its program says so
+        with contextlib.suppress(ValueError, OSError):  # no job, or an invalid one, which the program itself reports
             spec = read_spec(argument)
             if given:
                 spec["student"] = given[-1]

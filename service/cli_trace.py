@@ -1,4 +1,4 @@
-"""``fewstep trace``: what the model predicts at each step, as one labelled picture."""
+"""``fewstep trace``: what the model predicts at each step, as one labelled image."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +23,7 @@ def trace(
     negative_prompt: Annotated[str, typer.Option(help="What to keep away from, under guidance.")] = "",
     server: Annotated[str | None, typer.Option(help="Draw on this server instead of here.")] = None,
 ) -> None:
-    """Show what the model predicts at each step of a drawing: the base's and the student's, labelled with their times."""
+    """Show what the model predicts at each step of an image, labelled with the step's network, time and guidance."""
     if out.suffix.lower() != ".png":
         fail(f"--out {out}: name a .png file", 2)
     options = {

@@ -1,4 +1,4 @@
-"""A small client for the server's API, for the command line and the demo."""
+"""A small client of the server's API, for the command line and the demo."""
 
 import base64
 import io
@@ -20,24 +20,24 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnPictures:
-    """Pictures of one request, and what they cost."""
+    """The images of one request, and their cost."""
 
     pictures: list[Image.Image]
     model: str
     steps: int
     evaluations: int
-    """Network evaluations per picture."""
+    """Network evaluations per image."""
     seconds: float
-    """Drawing time of the whole request."""
+    """Generation time of the whole request."""
 
 
 class Client:
-    """Talks to one server.
+    """A client of one server.
 
     Args:
-        server: its address, such as ``http://127.0.0.1:8000``.
-        seconds: how long one answer may take.
-        key: API key, for a server that wants one.
+        server: address, such as ``http://127.0.0.1:8000``.
+        seconds: timeout of one response.
+        key: API key, for a server that requires one.
     """
 
     def __init__(self, server: str, seconds: float = 300.0, key: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Client:
     def request(
         self, method: str, path: str, body: Any = None, *, patience: float = 0.0, **query: Any
     ) -> dict[str, Any]:
-        """The decoded answer, waited for so many seconds longer than usual. Raises: ServerError."""
+        """Send a request, and return the decoded response; ``patience`` is added to the timeout. Raises ServerError."""
         parameters = {name: value for name, value in query.items() if value is not None}
         try:
             timeout = self._seconds + patience
@@ -65,19 +65,19 @@ class Client:
         return _decoded(answer)
 
     def is_ready(self) -> bool:
-        """Whether the server draws now."""
+        """Whether the server can generate images now."""
         try:
             return self._http.get("/health/ready", timeout=5).is_success
         except httpx.HTTPError:
             return False
 
     def models(self) -> list[dict[str, Any]]:
-        """What can be drawn with."""
+        """The models that can generate images."""
         data: list[dict[str, Any]] = self.request("GET", "/v1/models")["data"]
         return data
 
     def draw(self, prompt: str, **options: Any) -> DrawnPictures:
-        """Pictures of a prompt; options are the request's other fields, and None leaves one out."""
+        """Generate images from a prompt; options are the other fields of the request, and None leaves one out."""
         body = {"prompt": prompt, "response_format": "b64_json", **options}
         answer = self.request("POST", "/v1/images/generations", body)
         pictures = [_picture(item) for item in answer["data"]]
@@ -91,12 +91,12 @@ class Client:
         )
 
     def trace(self, prompt: str, **options: Any) -> Image.Image:
-        """What the model predicts at each step of a drawing, as one labelled picture; options are as for `draw`."""
+        """What the model predicts at each step, as one labelled image; options are as for `draw`."""
         body = {"prompt": prompt, "response_format": "b64_json", "strip": True, **options}
         return _picture(self.request("POST", "/v1/images/trace", body)["strip"])
 
     def follow(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """A job's events with their types, as they come; last ``("job", the ended job)``. Raises: ServerError."""
+        """Yield a job's events with their types, finally ``("job", job)`` with the ended job. Raises ServerError."""
         quiet = httpx.Timeout(30.0, read=60.0)
         try:
             with self._http.stream(

@@ -1,4 +1,4 @@
-"""Taking a student out of the store, unless something still needs it."""
+"""Deleting a student from the store, unless it is still needed."""
 
 from service.settings import Settings
 from weights.contracts import check_name
@@ -6,24 +6,24 @@ from weights.store import Forbidden, NotFound, Store
 
 
 class NoSuchModel(LookupError):
-    """Nothing has this name."""
+    """No model has this name."""
 
 
 class StillNeeded(RuntimeError):
-    """The model stays; the message says what needs it, or why it is not the store's to delete."""
+    """The model stays; the message says what needs it, or why it cannot be deleted from the store."""
 
 
 def delete_student(name: str, store: Store, settings: Settings) -> None:
-    """Delete a student; whoever draws with it already is not disturbed.
+    """Delete a student; requests that already use it are not disturbed.
 
     Args:
-        name: the student's.
-        store: holds it.
-        settings: of the server that serves this store, which must be able to start again.
+        name: name of the student.
+        store: the store that holds it.
+        settings: settings of the server of this store, which must be able to start again.
 
     Raises:
-        NoSuchModel: nothing has this name.
-        StillNeeded: it is a base or an alias, bundled, named by the settings, or a part of a router that stands.
+        NoSuchModel: no model has this name.
+        StillNeeded: it is a base, an alias, bundled, named by the settings, or a member of a router that still exists.
         StoreError: the store cannot be read or written.
     """
     if name in settings.bases:

@@ -1,6 +1,6 @@
-"""The whole line in some minutes: serve, distil the bundled teacher over REST, draw with the fresh student, compare.
+"""The whole pipeline in some minutes: serve, distil the bundled teacher over REST, generate and compare.
 
-Everything goes through the HTTP API of a server that the demo starts as a process of its own, as a user's would.
+The demo starts a server as a separate process and uses only its HTTP API, as a user would.
 """
 
 import json
@@ -38,16 +38,16 @@ COLUMNS: tuple[tuple[str, int], ...] = (
     ("face with tears of joy, noto emoji", 3),
     *((COARSE, seed) for seed in (10, 11, 12, 13)),
 )
-"""Prompt and seed of each column: single things, and one coarse prompt several times, where variety shows."""
+"""Prompt and seed of each column: single objects, and one coarse prompt several times, where diversity shows."""
 
 
 class DemoFailed(RuntimeError):
-    """The demo could not be finished; the message says at what, with the last lines of the server's log."""
+    """The demo could not be finished; the message says where it failed, with the last lines of the server's log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way of drawing: None leaves a value to the model."""
+    """One way of generating; None leaves a value to the model."""
 
     label: str
     model: str
@@ -56,7 +56,7 @@ class Variant:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """A port of the loopback interface that nothing is listening on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -65,15 +65,15 @@ def free_port() -> int:
 
 @contextmanager
 def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server on a free port, with its store, jobs and log in ``folder``; it is stopped at the end.
+    """Run a server on a free port, with its store, jobs and log in ``folder``, and stop it at the end.
 
     Args:
         folder: an existing folder.
-        command: the program that serves; ``--port N`` is added.
+        command: the program that serves; ``--port N`` is appended.
         base: the base model to serve.
 
     Yields:
-        The server's address, and its process.
+        The server's address and its process.
     """
     port = free_port()
     settings = {
@@ -84,7 +84,7 @@ def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[s
         "FEWSTEP_JOBS": "true",
         "FEWSTEP_JOB_WORK": "true",
     }
-    own = ("FEWSTEP_DATABASE_URL", "FEWSTEP_KEYS_FILE")  # of another server; the demo's listens on loopback alone
+    own = ("FEWSTEP_DATABASE_URL", "FEWSTEP_KEYS_FILE")  # those of another server; the demo's listens on loopback only
     inherited = {name: value for name, value in os.environ.items() if name not in own}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
@@ -102,7 +102,7 @@ def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[s
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Ask the process to end, and make it after so many seconds."""
+    """Terminate the process, and kill it if it has not ended after ``seconds``."""
     process.terminate()
     try:
         process.wait(seconds)
@@ -112,7 +112,7 @@ def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def wait_until_ready(client: Client, process: subprocess.Popen[bytes], seconds: float = START_SECONDS) -> None:
-    """Return when the server draws. Raises: DemoFailed."""
+    """Return once the server can generate images. Raises DemoFailed."""
     deadline = time.monotonic() + seconds
     while not client.is_ready():
         if process.poll() is not None:
@@ -123,7 +123,7 @@ def wait_until_ready(client: Client, process: subprocess.Popen[bytes], seconds: 
 
 
 def free_name(wanted: str, taken: set[str]) -> str:
-    """The name, or where an earlier demo took it, the name with the first free number."""
+    """The name or, if an earlier demo took it, the name with the first free number appended."""
     number = 2
     name = wanted
     while name in taken:
@@ -162,7 +162,7 @@ def distil(client: Client, spec: dict[str, Any], console: Console) -> tuple[str,
 
 
 def fraction_done(progress: dict[str, Any], elapsed: float) -> float:
-    """How much of the job is done: by its own estimate of the time left, or by iterations."""
+    """The fraction of the job that is done: by its own estimate of the time left, or else by iterations."""
     left = progress["seconds_left"]
     if left is None:
         return float(progress["step"] / progress["iterations"])
@@ -175,7 +175,7 @@ def _note(data: dict[str, Any]) -> str:
 
 
 def variants(models: Sequence[dict[str, Any]], fresh: str, minutes: float) -> list[Variant]:
-    """What to compare: the fresh student's base, the fresh student, and the bundled one of the same base."""
+    """What to compare: the new student, its base, and a bundled student of the same base."""
     by_name = {model["id"]: model for model in models}
     base = by_name[fresh]["base"]
     if base not in by_name:
@@ -197,7 +197,11 @@ def _bundled_names() -> list[str]:
 
 
 def draw_row(client: Client, variant: Variant, columns: Sequence[tuple[str, int]]) -> Row:
-    """Every column's picture, each a request of its own; a first request, unmeasured, loads and warms the model."""
+    """Generate each column's image in a request of its own.
+
+    Unless the variant is a base with default settings, an unmeasured request comes first, to load and warm up the
+    model.
+    """
     options: dict[str, Any] = {"model": variant.model, "diversity": variant.diversity}
     if variant.steps is not None:
         options["steps"] = variant.steps
@@ -214,7 +218,7 @@ def draw_row(client: Client, variant: Variant, columns: Sequence[tuple[str, int]
 
 
 def compare(client: Client, fresh: str, minutes: float, console: Console) -> list[Row]:
-    """A row per variant."""
+    """One row per variant."""
     chosen = variants(client.models(), fresh, minutes)
     rows = []
     for variant in chosen:
@@ -227,19 +231,19 @@ def compare(client: Client, fresh: str, minutes: float, console: Console) -> lis
 def run_demo(
     folder: Path | None, spec: dict[str, Any], console: Console | None = None, command: Sequence[str] | None = None
 ) -> Path:
-    """Everything, with its files in ``folder`` (a new one under ``runs/`` when None).
+    """Run the whole demo.
 
     Args:
-        folder: for students, jobs, the server's log and the sheet; made where it does not exist.
+        folder: for students, jobs, the server's log and the sheet; created if missing. None: a new one under ``runs/``.
         spec: the job to submit.
-        console: where to say what happens.
-        command: the program that serves; this project's own when None.
+        console: where to report what happens.
+        command: the program that serves; None for ``fewstep serve``.
 
     Returns:
-        The contact sheet's path.
+        The path of the contact sheet.
 
     Raises:
-        DemoFailed: something did not work.
+        DemoFailed: a step failed.
     """
     console = console or Console(stderr=True)
     folder = (folder or Path("runs", f"demo-{datetime.now():%Y%m%d-%H%M%S}")).absolute()
@@ -268,5 +272,5 @@ def run_demo(
 
 
 def _plain(text: str) -> str:
-    """Without a terminal's colour codes."""
+    """The text without terminal colour codes."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)

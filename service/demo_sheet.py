@@ -1,4 +1,4 @@
-"""The demo's contact sheet: one labelled picture that compares models, step counts and diversity side by side."""
+"""The demo's contact sheet: one labelled image that compares models, step counts and diversity side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ STRIPE = (243, 244, 246)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way of drawing: its name, what it cost, and a picture per column."""
+    """One row of the sheet: its label, its cost, and an image per column."""
 
     label: str
     steps: int
     evaluations: int
-    """Network evaluations per picture."""
+    """Network evaluations per image."""
     milliseconds: float
-    """Per picture."""
+    """Per image."""
     pictures: Sequence[Image.Image]
 
     @property
     def cost(self) -> str:
-        """The numbers under the label."""
+        """The figures under the label."""
         steps, plural = ("step" if self.steps == 1 else "steps"), ("" if self.evaluations == 1 else "s")
         return (
             f"{self.steps} {steps}, {self.evaluations} network evaluation{plural}, {self.milliseconds:.0f} ms a picture"
@@ -34,12 +34,12 @@ class Row:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The one that Pillow brings along, at this size."""
+    """Pillow's built-in font at this size."""
     return ImageFont.load_default(size=size)
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text in lines no wider than ``width`` pixels, broken at spaces where that can be."""
+    """Break the text into lines no wider than ``width`` pixels, at spaces where possible."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -49,22 +49,22 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Image
         while font.getlength(word) > width and len(word) > 1:
             fits = max(1, sum(font.getlength(word[: end + 1]) <= width for end in range(len(word))))
             lines.append(word[:fits])
-            word = word[fits:]  # noqa: PLW2901 - the rest of a word that is too long for a line
+            word = word[fits:]  # noqa: PLW2901 - the rest of a word that is too long for one line
         lines.append(word)
     return lines
 
 
 def draw_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], footer: str = "") -> Image.Image:
-    """The sheet.
+    """Draw the sheet.
 
     Args:
         title: the line at the top.
         columns: what each column shows, such as its prompt and seed.
-        rows: each with as many pictures as there are columns, of any size.
+        rows: each with as many images as there are columns, of any size.
         footer: small print at the bottom.
 
     Raises:
-        ValueError: a row has another number of pictures.
+        ValueError: a row has a different number of images.
     """
     for row in rows:
         if len(row.pictures) != len(columns):

@@ -1,4 +1,4 @@
-"""The one JSON error shape, ``{"error": {"message", "type", "param", "code"}}``, of every answer that is no success."""
+"""The JSON shape of every error response: ``{"error": {"message", "type", "param", "code"}}``."""
 
 import logging
 import re
@@ -25,17 +25,17 @@ from service.rates import RateLimited
 
 log = logging.getLogger(__name__)
 SHOWN = 80
-"""Characters of a client's own value that a message repeats."""
+"""Most characters of a client's value that a message repeats."""
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for it: nobody reads the answer, but the access log does."""
+"""nginx's status for this: nobody receives the response, but the access log records it."""
 
 TAGS = {"switch", "options"}
-"""Names of union branches in schemas.py, which pydantic puts into an error's location."""
+"""Names of the union branches in schemas.py, which pydantic includes in an error's location."""
 
 
 class ApiError(HTTPException):
-    """An answer in the error shape; raise it anywhere in a route."""
+    """An error response; raise it anywhere in a route."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class ApiError(HTTPException):
 
 
 def error_type(status: int) -> str:
-    """The ``type`` that goes with a status, in OpenAI's words."""
+    """OpenAI's ``type`` for a status."""
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return "rate_limit_error"
     return "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The shape itself."""
+    """The body of an error response."""
     return {"error": {"message": message, "type": error_type(status), "param": param, "code": code}}
 
 
@@ -71,18 +71,18 @@ def respond(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """An answer in the error shape."""
+    """An error response."""
     return JSONResponse(error_body(status, message, param, code), status_code=status, headers=dict(headers or {}))
 
 
 def shorten(value: object) -> str:
-    """A client's value for a message: its repr, cut where it is long."""
+    """The repr of a client's value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def from_engine(error: EngineError) -> ApiError:
-    """The answer for an error of the engine."""
+    """The response for an error of the engine."""
     message = str(error)
     match error:
         case Flagged():
@@ -107,7 +107,7 @@ def from_engine(error: EngineError) -> ApiError:
 
 
 def from_validation(errors: Sequence[Any]) -> ApiError:
-    """A 400 that names every bad field; ``param`` is the first one."""
+    """A 400 that describes every invalid field; ``param`` is the first of them."""
     unknown = [_param(error) for error in errors if error["type"] == "extra_forbidden"]
     if unknown:
         names = ", ".join(shorten(name) for name in unknown)
@@ -126,7 +126,7 @@ def _param(error: Any) -> str | None:
 
 
 def _named(error: Any) -> str | None:
-    """The field that a check of several fields names first in its message."""
+    """The field that a check of several fields names at the start of its message."""
     field = re.match(r"Value error, ([a-z_]+): ", error["msg"])
     return field[1] if field is not None else None
 
@@ -143,7 +143,7 @@ def _describe(error: Any) -> str:
         case "model_attributes_type" | "model_type" | "dict_type" if param is None:
             return "the body must be a JSON object, sent with Content-Type: application/json"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":  # our own validators give the value themselves
+    if error["type"] == "value_error":  # our own validators include the value themselves
         return f"{param}: {message}" if param else message
     return f"{param}: {message[:1].lower()}{message[1:]}, got {shorten(error['input'])}"
 
@@ -171,7 +171,7 @@ async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
 
 
 def logged(error: EngineError) -> ApiError:
-    """The answer for an error of the engine, which the log tells of as well where the fault is ours."""
+    """The response for an error of the engine, which is also logged if the fault is the server's."""
     answer = from_engine(error)
     if answer.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, NotReady):
         log.error("%s", answer.detail, exc_info=error.__cause__)
@@ -185,13 +185,13 @@ async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
 
 
 def bug(request_id: str) -> JSONResponse:
-    """The trace goes to the log (the server logs what the app let through), never to the client."""
+    """The response to a bug. The traceback goes to the log, which uvicorn writes, and never to the client."""
     message = f"the server failed on this request; its log says why, under {request_id}"
     return respond(500, message, code="internal_error")
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of this app in the one shape; for bugs `service.tracking` does it, outside of everything else."""
+    """Install handlers for all errors except bugs, which `service.tracking` handles outside of everything else."""
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(EngineError, _on_engine)

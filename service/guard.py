@@ -1,4 +1,4 @@
-"""What stands between the routes and the engine: the stop at a drain, picture limits, and the safety checker."""
+"""What lies between routes and engine: refusal while draining, image rate limits, and the safety checker."""
 
 import asyncio
 import math
@@ -31,20 +31,20 @@ from service.safety import Checker
 FlaggedAre = Literal["refused", "blanked"]
 
 CHECKS = 4
-"""Pictures that are checked at the same time."""
+"""Most images that are checked at the same time."""
 UNDRAWN = (BadRequest, UnknownModel, Overloaded, NotReady, ModelBroken)
-"""Refusals that come before anything is drawn: they cost the client no pictures."""
+"""Refusals before anything is generated: these do not count against the client's image limit."""
 
 
 class GuardedEngine:
-    """An `Engine` around another. Whichever route draws, and in whatever way, it passes here.
+    """Wraps an `Engine`. Every route generates images through it.
 
     Args:
-        engine: draws.
-        rates: counts the pictures of `DrawRequest.client`.
-        checker: says which pictures must not be shown; None shows all.
-        flagged: what becomes of these: the request is refused, or the picture is black.
-        seconds: that a request may take, its pictures' checks included; where it gives fewer itself, these.
+        engine: generates images.
+        rates: counts the images of each `DrawRequest.client`.
+        checker: decides which images must not be shown; None shows all.
+        flagged: what happens to these: the request is refused, or the image is replaced by a black one.
+        seconds: limit of a request's time, including checks; a shorter limit in the request takes precedence.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GuardedEngine:
 
     @property
     def ready(self) -> bool:
-        """See `Engine.ready`; False as soon as the engine drains."""
+        """See `Engine.ready`. False from the start of a drain."""
         return self._engine.ready and not self._drains
 
     @property
@@ -84,7 +84,7 @@ class GuardedEngine:
         await self._engine.drain(seconds)
 
     async def stop(self) -> None:
-        """See `Engine.stop`; once is enough, by the server behind a drain or by the app."""
+        """See `Engine.stop`. Both the draining server and the app may call it; the second call has no effect."""
         if not self._stopped:
             self._stopped = True
             await self._engine.stop()
@@ -101,9 +101,9 @@ class GuardedEngine:
         """See `Engine.generate`.
 
         Raises:
-            RateLimited: the client has had its pictures for now.
-            Flagged: the safety checker refuses a picture.
-            TimedOut: or has not answered by the request's deadline.
+            RateLimited: the client has used up its images for now.
+            Flagged: the safety checker refused an image.
+            TimedOut: also if the safety checker has not answered by the request's deadline.
         """
         hides = self._check_of(request)
         with self._admitted(request):
@@ -139,9 +139,9 @@ class GuardedEngine:
             raise
 
     def _check_of(self, request: DrawRequest) -> Callable[[Image], Awaitable[bool]]:
-        """What tells whether a picture of this request, whose time begins now, is to be black.
+        """Return a function that tells whether an image of this request is to be replaced by a black one.
 
-        Raises, each time: Flagged, TimedOut, EngineError.
+        The request's time starts now. The function raises Flagged, TimedOut, or EngineError if the checker fails.
         """
         clock = asyncio.get_running_loop().time
         limit = min(self._seconds, math.inf if request.seconds is None else request.seconds)

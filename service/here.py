@@ -1,4 +1,4 @@
-"""An engine of this process, for commands that draw without a server."""
+"""An engine in this process, for commands that generate images without a server."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,31 +13,31 @@ T = TypeVar("T")
 
 
 def make_engine(settings: Settings, observer: Observer | None = None) -> Engine:
-    """The engine that these settings name.
+    """Create the engine that the settings describe.
 
     Args:
-        settings: the server's.
-        observer: told of every call and of every request's end.
+        settings: settings of the server.
+        observer: notified of every call and of every request's end.
 
     Raises:
-        BadSettings: it cannot be made of them.
+        BadSettings: they cannot be used.
     """
     return StepEngine.from_settings(settings, observer)
 
 
 def draw_here(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
-    """The work's result, done with an engine that is started for it and stopped behind it.
+    """Start an engine, run ``work`` with it, stop it, and return the result.
 
     Raises:
-        BadSettings: an engine cannot be made of these settings.
-        EngineError: it refused the work, failed at it, or did not start.
+        BadSettings: an engine cannot be created from these settings.
+        EngineError: the engine refused the work, failed at it, or did not start.
     """
 
     async def whole() -> T:
         engine = make_engine(settings)
         await engine.start()
         try:
-            while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine tells nobody
+            while not engine.ready and engine.failure is None:  # noqa: ASYNC110 - the engine has no event to wait for
                 await asyncio.sleep(0.05)
             return await work(engine)
         finally:
@@ -47,5 +47,5 @@ def draw_here(settings: Settings, work: Callable[[Engine], Awaitable[T]]) -> T:
 
 
 def reason(error: Exception) -> str:
-    """What a person at this terminal is told: where the engine tells clients of a log, that is here."""
+    """An error's message for a terminal: where the engine refers clients to a log, this gives the cause instead."""
     return f"{error.__cause__}" if isinstance(error, ModelBroken) and error.__cause__ is not None else str(error)

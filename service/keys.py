@@ -1,7 +1,7 @@
-"""API keys: a file of their hashes, what each may do, and who a request comes from.
+"""API keys: the file of their hashes, what each key may do, and which key a request has.
 
-A key is 32 random bytes behind a public id, so that one round of SHA-256 is enough at rest: there is nothing to guess that a
-slow hash would protect, and every request pays for the hash. The file never holds a key itself.
+A key is 32 random bytes after a public id, so one round of SHA-256 is enough at rest: there is nothing guessable that a
+slow hash would protect, and every request pays for the hash. The file never contains a key itself.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ Scope = Literal["generate", "jobs", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 FORM = re.compile(r"fs_([0-9a-f]{12})_[0-9a-f]{64}")
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
-"""What a key of an unknown id is compared with, so that it takes as long as one of a known id."""
+"""Digest to compare a key of an unknown id with, so that this takes as long as for a known id."""
 
 
 class KeyFileError(ValueError):
-    """The keys file cannot be used as it is asked to be; the message says why, and never shows a key."""
+    """The keys file cannot be used as requested; the message says why, and never contains a key."""
 
 
 class ApiKey(BaseModel):
-    """What the file knows of a key."""
+    """What the file records about a key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,12 +50,12 @@ class ApiKey(BaseModel):
     pictures_per_minute: int | None = Field(None, ge=1, le=1_000_000, description="the server's setting when left out")
 
     def is_expired(self, now: datetime) -> bool:
-        """Whether it is too late for this key."""
+        """Whether this key has expired."""
         return self.expires_at is not None and now >= self.expires_at
 
 
 class _Content(BaseModel):
-    """The file."""
+    """The content of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -75,7 +75,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """The keys in a file.
 
     Raises:
-        KeyFileError: it cannot be read, is no keys file, or is writable by others, who could add a key of their own.
+        KeyFileError: it cannot be read, is not a keys file, or is writable by others, who could add keys of their own.
     """
     try:
         with path.open("rb") as file:
@@ -100,10 +100,10 @@ def create_key(
     requests_per_minute: int | None = None,
     pictures_per_minute: int | None = None,
 ) -> tuple[str, ApiKey]:
-    """Add a key to the file, which is made (mode 0600) where there is none.
+    """Add a key to the file, which is created (mode 0600) if it does not exist.
 
     Returns:
-        The key, which nothing can show again, and what the file keeps of it.
+        The key, which cannot be shown again, and its record in the file.
 
     Raises:
         KeyFileError: the file cannot be read or written, the name is taken, or a value is not allowed.
@@ -133,7 +133,7 @@ def create_key(
 
 
 def revoke_key(path: Path, which: str) -> ApiKey:
-    """Take a key, given by its id or name, out of the file; a running server refuses it from its next request on.
+    """Remove a key, given by its id or name, from the file; a running server refuses it from the next request on.
 
     Raises:
         KeyFileError: the file cannot be read or written, or has no such key.
@@ -149,7 +149,7 @@ def revoke_key(path: Path, which: str) -> ApiKey:
 
 @contextlib.contextmanager
 def _changing(path: Path) -> Iterator[list[ApiKey]]:
-    """The file's keys, to change in place; written when the block ends well. One process at a time."""
+    """The file's keys, to change in place; written if the block succeeds. One process at a time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -169,7 +169,7 @@ def _changing(path: Path) -> Iterator[list[ApiKey]]:
 
 
 def _write(path: Path, content: _Content) -> None:
-    """Replace the file in one step. It keeps its owner, who may be the server's user where root makes the keys."""
+    """Replace the file atomically. It keeps its owner, who may be the server's user even if root creates the keys."""
     number, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:
@@ -195,14 +195,14 @@ def _now() -> datetime:
 
 
 class KeyRing:
-    """The keys of a file, read again whenever the file has changed.
+    """The keys of a file, reloaded whenever the file has changed.
 
-    A file that is gone has no keys. One that has become unreadable, say by an edit with a slip, leaves the keys as they were
-    and an error in the log: a slip must not lock everybody out.
+    A deleted file has no keys. If the file becomes unreadable, for example by a mistake in an edit, the previous keys
+    stay in use and an error is logged: a mistake must not lock everybody out.
 
     Args:
-        path: the file, which must be there and in order now.
-        clock: tells the time.
+        path: the file, which must exist and be valid now.
+        clock: returns the current time.
 
     Raises:
         KeyFileError: see `read_keys`.
@@ -218,12 +218,12 @@ class KeyRing:
         return len(self._keys)
 
     def get(self, key_id: str) -> ApiKey | None:
-        """The key of this id, if it is still in the file."""
+        """The key with this id, if it is still in the file."""
         self._refresh()
         return self._keys.get(key_id)
 
     def authenticate(self, key: str) -> ApiKey | None:
-        """What is known of this key; None where it is wrong, revoked or expired."""
+        """The record of this key; None if the key is wrong, revoked or expired."""
         form = FORM.fullmatch(key)
         if form is None:
             return None
@@ -232,7 +232,7 @@ class KeyRing:
         return record if right and record is not None and not record.is_expired(self._clock()) else None
 
     def _look(self) -> tuple[int, ...] | None:
-        """What changes with every change of the file and of who may read it; None where it is gone."""
+        """A stamp that changes whenever the file or its permissions change; None if the file does not exist."""
         try:
             found = self._path.stat()
         except FileNotFoundError:

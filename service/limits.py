@@ -1,4 +1,4 @@
-"""The limits on request bodies, their size and their time, before anything reads them."""
+"""Limits on the size and the time of request bodies, enforced before anything reads them."""
 
 import asyncio
 
@@ -8,9 +8,10 @@ from service.errors import ApiError, respond
 
 
 class BodyLimit:
-    """ASGI middleware: a body over ``largest`` bytes is answered 413, whether it gives its length first or not.
+    """ASGI middleware that limits request bodies.
 
-    One that is not there in whole after so many seconds is answered 408.
+    A body of more than ``largest`` bytes is answered 413, with or without a Content-Length header; one that is not
+    complete after ``seconds`` is answered 408.
     """
 
     def __init__(self, app: ASGIApp, largest: int, seconds: float) -> None:
@@ -33,7 +34,7 @@ class BodyLimit:
 
         async def limited() -> Message:
             nonlocal seen, complete
-            if complete:  # what comes now is the client's leaving, however long that takes
+            if complete:  # only a disconnect can follow, however long that takes
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):

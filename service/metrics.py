@@ -1,6 +1,6 @@
-"""What the server counts, for Prometheus at ``/metrics``. Names are documented on the attributes of `Metrics`.
+"""What the server counts, for Prometheus at ``/metrics``. Metric names are documented on the attributes of `Metrics`.
 
-A registry for each app: two apps of one process do not mix their counts.
+Every app has its own registry, so that two apps in one process do not mix their counts.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 REQUEST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 NO_ROUTE = "none"
-"""Route of what was answered before a route was found: an unknown path, a wrong key, a rate limit."""
+"""Route label of requests answered before a route was found: an unknown path, a wrong key, a rate limit."""
 
 
 class Metrics:
-    """All counts of one app; an `Observer` of its engine."""
+    """All metrics of one app. An `Observer` of its engine."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -34,7 +34,7 @@ class Metrics:
             buckets=REQUEST_SECONDS,
             registry=self.registry,
         )
-        """By method and route template, such as /v1/images/generations; never by a client's own path."""
+        """By method and route template, such as /v1/images/generations; never by the path that a client sent."""
         self.http_requests = Counter(
             "fewstep_http_requests",
             "Requests answered; status 499 where the client went away before.",
@@ -57,14 +57,14 @@ class Metrics:
             buckets=BATCHES,
             registry=self.registry,
         )
-        """How well requests share calls."""
+        """Shows how well requests share calls."""
         self.rows = Counter(
             "fewstep_engine_rows",
             "Rows of calls that somebody waited for.",
             ("call", "model"),
             registry=self.registry,
         )
-        """``fewstep_engine_rows_total``; over the slots it is the utilisation of a step."""
+        """``fewstep_engine_rows_total``; divided by the slots, this is how well calls are filled."""
         self.slots = Counter(
             "fewstep_engine_slots",
             "Rows of calls, padding included.",
@@ -101,7 +101,7 @@ class Metrics:
         self._of_call: dict[tuple[Call, str], tuple[Histogram, Histogram, Counter, Counter]] = {}
 
     def watch(self, engine: Engine) -> None:
-        """Ask this engine for its load at every scrape."""
+        """Collect this engine's load at every scrape."""
         self.registry.register(_LoadCollector(engine))
 
     def called(self, call: Call, model: str, rows: int, batch: int, seconds: float) -> None:
@@ -129,30 +129,33 @@ class Metrics:
         self.request_seconds.labels(outcome).observe(seconds)
 
     def answered(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """One HTTP request is over; ``route`` is its template."""
+        """Record the end of an HTTP request; ``route`` is its template."""
         method, route = method if method in METHODS else "other", route or NO_ROUTE
         self.http_seconds.labels(method, route).observe(seconds)
         self.http_requests.labels(method, route, str(status)).inc()
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Everything, in the format that an Accept header asks for, and its media type."""
+        """All metrics in the format that an Accept header asks for, and its media type."""
         encode, media_type = choose_encoder(accept)
         return encode(self.registry), media_type
 
 
 class _LoadCollector(Collector):
-    """Gauges from ``engine.load()``, read at the scrape: ``fewstep_queue_seconds``, ``fewstep_queue_pictures``,
-    ``fewstep_resident_bytes`` by model, and ``fewstep_engine_ready``."""
+    """Gauges from ``engine.load()``, read at each scrape.
+
+    These are ``fewstep_queue_seconds``, ``fewstep_queue_pictures``, ``fewstep_resident_bytes`` by model, and
+    ``fewstep_engine_ready``.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def describe(self) -> list[Metric]:
-        """Nothing to say before the first scrape: it would ask an engine that has not started."""
+        """Return nothing, since describing the gauges would query an engine that has not started."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges now."""
+        """The current gauges."""
         load = self._engine.load()
         yield GaugeMetricFamily("fewstep_engine_ready", "1 while requests are drawn.", value=float(self._engine.ready))
         yield GaugeMetricFamily("fewstep_queue_seconds", "Predicted until all admitted are done.", value=load.seconds)

@@ -1,12 +1,11 @@
-"""Which web pages may change anything here, and which names the server answers to: what browsers tell of a request.
+"""Which web pages may change anything here, and which host names the server answers to.
 
-A browser lets every page send certain requests to every address that it reaches, without asking first, and only keeps the
-answer from the page. A server on loopback that is open to its user would be so to each page that the user looks at. But
-browsers tell the page's origin, and a page cannot keep them from it: it has to be this server's own, or one that the
-settings list.
+A browser lets any page send certain requests to any address that it can reach, without asking first, and only hides the
+response from the page. So any page that a user visits could use a server that is open on the loopback interface. But
+browsers send the page's origin, which a page cannot prevent: it must be this server's own, or listed in the settings.
 
-Whoever owns a name can have it lead to 127.0.0.1, though (DNS rebinding): pages under it are then this server's own to
-browsers, and may even read its answers. But browsers tell the name as well.
+The owner of a domain name can also point it at 127.0.0.1 (DNS rebinding). To a browser, pages under that name then
+belong to this server, and may even read its responses. But browsers send that name too, as the host.
 """
 
 import ipaddress
@@ -18,17 +17,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.errors import respond, shorten
 
 HARMLESS = {"GET", "HEAD", "OPTIONS"}
-"""Methods that change nothing; what a page may read of their answers is CORS'."""
+"""Methods that change nothing. Whether a page may read their responses is up to CORS."""
 DEFAULT_PORTS = (":80", ":443")
 
 
 class Origins:
-    """ASGI middleware: a request that changes something and tells a foreign origin is answered 403.
+    """ASGI middleware that answers 403 to a request that may change something and comes from a foreign origin.
 
     Args:
-        app: is asked when all is well.
-        listed: origins whose pages may use the API; ``*`` is every one.
-        public_url: address that clients reach the server at, where it is another than the one in their requests' Host.
+        app: handles the requests that pass.
+        listed: origins whose pages may use the API; ``*`` allows all.
+        public_url: address at which clients reach the server, if it differs from the Host header of their requests.
     """
 
     def __init__(self, app: ASGIApp, listed: Collection[str], public_url: str | None = None) -> None:
@@ -53,19 +52,19 @@ class Origins:
         if "*" in self.listed or origin in self.listed:
             return True
         place = _place(origin)
-        # A proxy may speak https for us, so that schemes tell nothing.
+        # A proxy may terminate TLS for this server, so schemes tell nothing.
         return place is not None and place in (self.public, *map(_bare, hosts))
 
 
 class Hosts:
-    """ASGI middleware: a request for a name that this server is not meant to have is answered 421.
+    """ASGI middleware that answers 421 to a request for a host name that is not this server's.
 
-    An address leads nowhere but to itself, and nobody can give away localhost or what is below it: these are always allowed.
-    So is a request without a name, as some health checks send it, since browsers always tell one.
+    Addresses, localhost and names below it are always allowed, since nobody can point them elsewhere. So is a request
+    without a host, as some health checks send it: browsers always send one.
 
     Args:
-        app: is asked when all is well.
-        names: host names that are this server's; ``*`` is every one.
+        app: handles the requests that pass.
+        names: host names of this server; ``*`` allows all.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -98,7 +97,7 @@ class Hosts:
 
 
 def name_of(host: str) -> str:
-    """Name or address of a Host header or of a URL, without its port."""
+    """The name or address in a Host header or URL, without the port."""
     host = (_place(host) or host).lower()
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return name.removesuffix(".")
@@ -109,12 +108,12 @@ def _values(scope: Scope, wanted: bytes) -> list[str]:
 
 
 def _place(address: str) -> str | None:
-    """Host and port of an origin or address; None where it has none, as ``null``."""
+    """Host and port of an origin or URL; None if it has none, like the origin ``null``."""
     _, separator, rest = address.partition("://")
     return _bare(rest.partition("/")[0]) if separator else None
 
 
 def _bare(host: str) -> str:
-    """Host and port, without the port that browsers leave out, of either scheme."""
+    """Host and port, without a port that is the default of either scheme, since browsers leave that out."""
     host = host.lower()
     return next((host.removesuffix(port) for port in DEFAULT_PORTS if host.endswith(port)), host)

@@ -1,4 +1,4 @@
-"""Pictures as files: how they are encoded, and the bounded memory that hands them out as urls."""
+"""Image files: how they are encoded, and the bounded in-memory store that serves them by URL."""
 
 import io
 import json
@@ -19,13 +19,13 @@ Format = Literal["png", "jpeg", "webp"]
 
 
 def encode(image: Image.Image, output_format: Format, quality: int = 100, facts: dict[str, Any] | None = None) -> bytes:
-    """The picture as a file.
+    """Encode the image as a file.
 
     Args:
         image: RGB.
         output_format: png is lossless.
-        quality: 0 to 100, of jpeg and webp.
-        facts: written into a png as text, one chunk ``fewstep`` of JSON.
+        quality: 0 to 100, for jpeg and webp.
+        facts: written to a png as JSON, in a text chunk named ``fewstep``.
     """
     if output_format == "png":
         return encode_png(image, "fewstep", json.dumps(facts, ensure_ascii=False)) if facts else encode_png(image)
@@ -38,7 +38,7 @@ def encode(image: Image.Image, output_format: Format, quality: int = 100, facts:
 
 
 def facts_of(drawn: Drawn, prompt: str, negative_prompt: str) -> dict[str, Any]:
-    """What a reader needs to draw the picture again."""
+    """What is needed to generate the image again."""
     return {
         "prompt": prompt,
         "negative_prompt": negative_prompt,
@@ -56,7 +56,7 @@ def facts_of(drawn: Drawn, prompt: str, negative_prompt: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A file that a url leads to."""
+    """A file that is served by URL."""
 
     content: bytes
     media_type: str
@@ -64,12 +64,12 @@ class StoredPicture:
 
 
 class PictureStore:
-    """Pictures by random id, in memory: at most so many bytes, for so many seconds; the oldest go first.
+    """Image files by random id, in memory, limited in total size and age; the oldest are dropped first.
 
     Args:
-        capacity: bytes.
-        seconds: how long a picture is kept at most.
-        clock: tells seconds, and never goes back.
+        capacity: total size in bytes.
+        seconds: longest time for which an image is kept.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, capacity: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -81,7 +81,7 @@ class PictureStore:
         self._lock = threading.Lock()
 
     def put(self, content: bytes, output_format: Format) -> str:
-        """Keep a picture; returns its id, which nobody can guess."""
+        """Store an image file, and return its id, which cannot be guessed."""
         picture_id = secrets.token_urlsafe(24)
         with self._lock:
             self._pictures[picture_id] = StoredPicture(content, f"image/{output_format}", self._clock() + self._seconds)
@@ -92,7 +92,7 @@ class PictureStore:
         return picture_id
 
     def get(self, picture_id: str) -> StoredPicture | None:
-        """The picture; None when there is none of this id, or no more."""
+        """The image file; None if there is none with this id, or it has been dropped."""
         with self._lock:
             self._drop_expired()
             return self._pictures.get(picture_id)

@@ -1,6 +1,6 @@
-"""Rate limits of a client, as token buckets: requests, and pictures, per minute.
+"""Rate limits per client, as token buckets: requests and images per minute.
 
-They are counted in this process: behind a load balancer each replica counts its own.
+The counts belong to this process: behind a load balancer, each replica counts on its own.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from service.engine.base import EngineError
 
 _SLACK = 1e-9
-"""Of a token: what rounding may take from a wait that was just long enough."""
+"""Tolerance in tokens for rounding errors, after a wait that was just long enough."""
 
 
 class RateLimited(EngineError):
-    """The client asks for more than it may in a minute.
+    """The client has exceeded its requests or images per minute.
 
     Attributes:
-        retry_after: whole seconds until the same request is let through, at least 1.
+        retry_after: whole seconds until the same request will be accepted, at least 1.
     """
 
     def __init__(self, message: str, retry_after: int) -> None:
@@ -27,14 +27,14 @@ class RateLimited(EngineError):
 
 
 class Bucket:
-    """Holds at most a minute's tokens and fills up steadily, so that a quiet client may ask for a minute's worth at once.
+    """A token bucket that holds one minute's tokens, so that an idle client may use a minute's worth at once.
 
-    One request may take more than the bucket holds: it waits for a full bucket and leaves a debt, so that it is neither
-    impossible nor cheaper than the same in parts.
+    A single request may take more than the bucket holds: it waits for a full bucket and leaves a debt, so that it is
+    neither impossible nor cheaper than the same amount in several requests.
 
     Args:
-        per_minute: tokens that come in a minute, above 0.
-        clock: tells seconds, and never goes back.
+        per_minute: tokens added per minute, above 0.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +44,7 @@ class Bucket:
         self._at = clock()
 
     def take(self, tokens: float = 1) -> float:
-        """Take tokens: 0.0 where that was done, else the seconds after which it could be, and nothing was taken."""
+        """Take tokens and return 0.0, or take none and return the seconds until it will be possible."""
         missing = min(tokens, self.per_minute) - self._filled()
         if missing > _SLACK:
             return self._seconds(missing)
@@ -52,7 +52,7 @@ class Bucket:
         return 0.0
 
     def give(self, tokens: float) -> None:
-        """Give back what was taken in vain."""
+        """Return tokens that were not used after all."""
         self._level = min(self.per_minute, self._filled() + tokens)
 
     @property
@@ -62,7 +62,7 @@ class Bucket:
 
     @property
     def full_in(self) -> float:
-        """Seconds until the bucket is full, if nobody takes any more."""
+        """Seconds until the bucket is full if nothing more is taken."""
         return self._seconds(self.per_minute - self._filled())
 
     def _filled(self) -> float:
@@ -77,18 +77,18 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Of one client; None is no limit."""
+    """The limits of one client; None is no limit."""
 
     requests_per_minute: int | None = None
     pictures_per_minute: int | None = None
 
 
 class Rates:
-    """Every client's buckets. For the event loop alone.
+    """The buckets of all clients. Used only on the event loop.
 
     Args:
-        limits: a client's limits, by its id; asked each time, so that a change of them needs no restart.
-        clock: tells seconds, and never goes back.
+        limits: returns a client's limits by its id; called every time, so that changes need no restart.
+        clock: monotonic time in seconds.
     """
 
     def __init__(self, limits: Callable[[str], Limits], clock: Callable[[], float] = time.monotonic) -> None:
@@ -97,21 +97,21 @@ class Rates:
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
     def take_request(self, client: str) -> None:
-        """Count one request. Raises: RateLimited."""
+        """Count one request. Raises RateLimited."""
         self._take(client, "requests", 1)
 
     def take_pictures(self, client: str, pictures: int) -> None:
-        """Count pictures that are about to be drawn. Raises: RateLimited."""
+        """Count images that are about to be generated. Raises RateLimited."""
         self._take(client, "images", pictures)
 
     def give_pictures(self, client: str, pictures: int) -> None:
-        """Pictures that were counted were refused, and not drawn."""
+        """Return images that were counted but refused."""
         bucket = self._bucket(client, "images")
         if bucket is not None:
             bucket.give(pictures)
 
     def headers(self, client: str) -> Iterator[tuple[str, str]]:
-        """OpenAI's ``x-ratelimit-...`` headers for each limit that this client has."""
+        """OpenAI's ``x-ratelimit-...`` headers for each of this client's limits."""
         for what in ("requests", "images"):
             bucket = self._bucket(client, what)
             if bucket is not None:
@@ -139,7 +139,7 @@ class Rates:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as OpenAI's headers write them: '0s', '250ms', '1.5s', '6m0s'; rounded up to a millisecond."""
+    """Format a duration as OpenAI's headers do: '0s', '250ms', '1.5s', '6m0s'; rounded up to milliseconds."""
     milliseconds = math.ceil(seconds * 1000 - 1e-6)
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"

@@ -1,4 +1,4 @@
-"""The reference at /openapi.json: what FastAPI tells of the routes, and what it cannot know."""
+"""The API reference at /openapi.json: what FastAPI derives from the routes, completed by what it cannot know."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from service.schemas import CompletedImage, PartialImage
 
 SCHEMAS = "#/components/schemas/"
 EVENTS = (PartialImage, CompletedImage)
-"""Data of server-sent events, which no route answers with by itself."""
+"""Data of server-sent events, which FastAPI does not find since no route returns them directly."""
 KEY = "key"
 """Name of the security scheme."""
 
 
 def install(app: FastAPI, *, keyed: bool) -> None:
-    """Complete the app's reference, which is made when it is first asked for.
+    """Complete the app's reference, which is generated at its first request.
 
     Args:
-        app: with all its routes.
-        keyed: whether the server has keys: /docs then asks for one, and sends it.
+        app: the app, with all its routes.
+        keyed: whether the server requires keys: /docs then asks for one, and sends it.
     """
     made = app.openapi
 

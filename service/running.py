@@ -1,4 +1,4 @@
-"""Requests that are being answered: their clients can cancel them, or go away."""
+"""Requests in progress, which their clients may cancel or abandon."""
 
 import asyncio
 from collections import defaultdict
@@ -12,16 +12,16 @@ from service.errors import CLIENT_CLOSED_REQUEST, ApiError
 
 
 class Running:
-    """What is being drawn, by client and id. For the event loop alone."""
+    """The requests in progress, by client and id. Used only on the event loop."""
 
     def __init__(self) -> None:
         self._requests: defaultdict[tuple[str, str], set[asyncio.Event]] = defaultdict(set)
 
     @contextmanager
     def enter(self, client: str, request_id: str) -> Iterator[asyncio.Event]:
-        """The event that is set once the client cancels this request, which is known for as long as the context lasts.
+        """Register a request for the duration of the block; the event is set once the client cancels it.
 
-        An id that is in use already is no error, since a proxy that tries again may send it twice: both are cancelled.
+        An id that is already in use is not an error, since a proxy may retry a request: cancelling it cancels both.
         """
         key, cancelled = (client, request_id), asyncio.Event()
         self._requests[key].add(cancelled)
@@ -33,7 +33,7 @@ class Running:
                 del self._requests[key]
 
     def cancel(self, client: str, request_id: str) -> bool:
-        """Cancel all that this client has running under the id; False where that is nothing."""
+        """Cancel all requests that this client has in progress under the id; return whether there were any."""
         events = self._requests.get((client, request_id), ())
         for cancelled in events:
             cancelled.set()
@@ -46,10 +46,10 @@ class Running:
 async def wait_for(
     work: "asyncio.Future[Any]", request: Request, cancelled: asyncio.Event, seconds: float | None = None
 ) -> None:
-    """Return once the work is done, or after so many seconds. It goes on either way: who has begun it must end it.
+    """Return once the work is done, or after ``seconds``. The work goes on in any case: its creator must end it.
 
     Raises:
-        ApiError: the client has cancelled the request, or has gone.
+        ApiError: the client has cancelled the request, or disconnected.
     """
     stopped = asyncio.create_task(cancelled.wait())
     gone = asyncio.create_task(_disconnected(request))
@@ -68,11 +68,11 @@ async def wait_for(
 
 
 def cancelled_error() -> ApiError:
-    """The answer to a request that its client has cancelled."""
+    """The response to a request that its client has cancelled."""
     return ApiError(CLIENT_CLOSED_REQUEST, "the request was cancelled", code="cancelled")
 
 
 async def _disconnected(request: Request) -> None:
-    """Returns when the client has closed the connection. The body was read before, so nothing else comes."""
+    """Return when the client has disconnected. The body has been read already, so nothing else can arrive."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,12 +1,13 @@
-"""The safety checker: a function of somebody else's package that says which pictures must not leave the server.
+"""The safety checker: a function from another package that decides which images must not leave the server.
 
-A package offers one under the entry point group ``fewstep.safety``::
+A package provides one in the entry point group ``fewstep.safety``::
 
     [project.entry-points."fewstep.safety"]
     my-checker = "my_package:is_flagged"
 
-``is_flagged(image, prompt) -> bool`` gets each picture (PIL, RGB), previews too, on a thread of its own; several calls may
-run at once. Its time counts in what a request may take: one that has no answer by then is answered 504, without pictures.
+``is_flagged(image, prompt) -> bool`` receives each image (PIL, RGB), including previews, on a thread of its own;
+several calls may run at once. Its time counts towards the request's: if it has no answer by the deadline, the request
+is answered 504 without images.
 """
 
 import logging
@@ -31,25 +32,25 @@ class Checker:
     function: Callable[[Image, str], bool]
 
     def flags(self, image: Image, prompt: str) -> bool:
-        """Whether the picture must not be shown.
+        """Whether the image must not be shown.
 
         Raises:
-            EngineError: the checker failed; a picture that nobody could check is not shown either.
+            EngineError: the checker failed; an image that was not checked must not be shown either.
         """
         try:
             return bool(self.function(image, prompt))
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            # Its class alone: a foreign error's message may hold the prompt, which is not for the log.
+            # Only its class, since the message may contain the prompt, which must not be logged.
             log.error("the safety checker %r failed with %s", self.name, type(error).__name__)
             message = f"the safety checker {self.name!r} failed, so that the pictures cannot be shown"
             raise EngineError(message) from None
 
 
 def load_checker(name: str) -> Checker:
-    """The checker of that name.
+    """Load the checker of that name.
 
     Raises:
-        BadSettings: no installed package offers it, or what it offers cannot be imported or called.
+        BadSettings: no installed package provides it, or it cannot be imported or called.
     """
     found = entry_points(group=GROUP)
     if name not in found.names:
@@ -59,7 +60,7 @@ def load_checker(name: str) -> Checker:
         )
     try:
         function = found[name].load()
-    except Exception as error:  # whatever a foreign package can raise at import
+    except Exception as error:  # foreign packages can raise anything on import
         raise BadSettings(f"FEWSTEP_SAFETY_CHECKER: {name!r} cannot be loaded: {error}") from error
     if not callable(function):
         raise BadSettings(f"FEWSTEP_SAFETY_CHECKER: {found[name].value} is no function of an image and a prompt")

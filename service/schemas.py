@@ -1,4 +1,4 @@
-"""The bodies of images and models: OpenAI's shapes, with the extensions that a few-step model has use for."""
+"""Request and response bodies for images and models: OpenAI's shapes, with extensions for few-step models."""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -7,11 +7,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 MAX_PICTURES = 10
 MAX_NAME = 512
-"""Characters of a model's name."""
+"""Most characters in the name of a model."""
 MAX_TRACES = 4
-"""Pictures of one trace: each may have as many files in the answer as the base has steps."""
+"""Most images of one trace, each of which may have as many files in the response as the base has steps."""
 MAX_SEED = 2**53 - 1
-"""The largest integer that every JSON reader keeps exactly."""
+"""The largest integer that every JSON parser represents exactly."""
 SIZE = re.compile(r"[1-9]\d{0,3}x[1-9]\d{0,3}")
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -34,7 +34,7 @@ def _diversity_kind(value: Any) -> str | None:
 
 
 class Body(BaseModel):
-    """Base of request bodies: unknown fields and values of another type are refused; null is as good as left out."""
+    """Base class of request bodies: unknown fields and values of other types are refused; null means absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -45,7 +45,7 @@ class Body(BaseModel):
 
 
 class DiversityOptions(Body):
-    """The base's first step, with values other than the student's calibration."""
+    """Overrides the student's calibration of the base's first step."""
 
     base_steps: int | None = Field(None, ge=1, le=8, description="steps by the base before the student takes over")
     base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
@@ -55,14 +55,14 @@ class DiversityOptions(Body):
 
 
 class LoraOption(Body):
-    """Adapters to merge into the model."""
+    """A LoRA student to merge into the model."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME, description="a LoRA student of the model's base")
     scale: float = Field(1.0, ge=-4, le=4, allow_inf_nan=False, description="1.0 is as it was trained")
 
 
 class ImageRequest(Body):
-    """``POST /v1/images/generations``."""
+    """Body of ``POST /v1/images/generations``."""
 
     prompt: str = Field(min_length=1, description="what to draw")
     model: str | None = Field(None, min_length=1, max_length=MAX_NAME, description="a name from /v1/models")
@@ -107,7 +107,7 @@ class ImageRequest(Body):
         False, description="draw each picture on its own, so that a seed gives the same bits in every request"
     )
 
-    @field_validator("negative_prompt")  # pydantic sees it by itself where a length is checked
+    @field_validator("negative_prompt")  # pydantic checks this by itself for fields with a length limit
     @classmethod
     def _is_text(cls, text: str) -> str:
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -157,7 +157,7 @@ class ImageRequest(Body):
 
 
 class Picture(BaseModel):
-    """One picture of an answer: its bytes in base64, or a link."""
+    """One image of a response: base64 content, or a URL."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -166,7 +166,7 @@ class Picture(BaseModel):
 
 
 class DiversityUsed(BaseModel):
-    """The base leg that was drawn."""
+    """The steps that the base made before the student took over."""
 
     base_steps: int
     base_guidance: float
@@ -175,7 +175,7 @@ class DiversityUsed(BaseModel):
 
 
 class DrawingInfo(BaseModel):
-    """How the pictures were drawn, and what that cost."""
+    """How the images were generated, and what that cost."""
 
     steps: int
     guidance_scale: float
@@ -191,7 +191,7 @@ class DrawingInfo(BaseModel):
 
 
 class ImageResponse(BaseModel):
-    """The answer to an `ImageRequest`."""
+    """Response to an `ImageRequest`."""
 
     created: int = Field(description="seconds since the epoch")
     data: list[Picture]
@@ -203,7 +203,7 @@ class ImageResponse(BaseModel):
 
 
 class StreamedImage(BaseModel):
-    """What the events of a stream have in common."""
+    """Fields that the events of a stream have in common."""
 
     b64_json: str
     created_at: int = Field(description="seconds since the epoch")
@@ -216,7 +216,7 @@ class StreamedImage(BaseModel):
 
 
 class PartialImage(StreamedImage):
-    """A state of a picture on its way: what the model predicts after one of its steps."""
+    """An intermediate state of an image: what the model predicts after one of its steps."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int = Field(description="which of this picture's states, from 0")
@@ -225,14 +225,14 @@ class PartialImage(StreamedImage):
 
 
 class InputTokens(BaseModel):
-    """Inside of `Usage`."""
+    """Part of `Usage`."""
 
     image_tokens: int = 0
     text_tokens: int = 0
 
 
 class Usage(BaseModel):
-    """Required by OpenAI's clients; nothing is counted in tokens here, see `CompletedImage.drawing` for the cost."""
+    """Required by OpenAI's clients; nothing is counted in tokens here. See `CompletedImage.drawing` for the cost."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -241,7 +241,7 @@ class Usage(BaseModel):
 
 
 class CompletedImage(StreamedImage):
-    """A picture that is done."""
+    """A finished image."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage = Usage()
@@ -251,7 +251,7 @@ class CompletedImage(StreamedImage):
 
 
 class TraceRequest(ImageRequest):
-    """``POST /v1/images/trace``: a drawing, to be shown step by step."""
+    """Body of ``POST /v1/images/trace``: a request for images to be shown step by step."""
 
     n: int = Field(1, ge=1, le=MAX_TRACES, description="number of pictures")
     stream: Literal[False] = Field(False, description="a trace is answered whole")
@@ -270,7 +270,7 @@ class TracedStep(BaseModel):
 
 
 class Trace(BaseModel):
-    """One picture's way; the last step's prediction is the picture."""
+    """The steps of one image; the last step's prediction is the image."""
 
     seed: int
     flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
@@ -285,7 +285,7 @@ class Strip(BaseModel):
 
 
 class TraceResponse(BaseModel):
-    """The answer to a `TraceRequest`."""
+    """Response to a `TraceRequest`."""
 
     created: int = Field(description="seconds since the epoch")
     data: list[Trace]
@@ -297,7 +297,7 @@ class TraceResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """One model, as OpenAI lists it, and what can be asked of it."""
+    """A model as OpenAI's API lists it, and what requests it supports."""
 
     id: str
     object: Literal["model"] = "model"
@@ -320,14 +320,14 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """``GET /v1/models``."""
+    """Response of ``GET /v1/models``."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class DeletedModel(BaseModel):
-    """``DELETE /v1/models/{model}``."""
+    """Response of ``DELETE /v1/models/{model}``."""
 
     id: str
     object: Literal["model"] = "model"
@@ -335,7 +335,7 @@ class DeletedModel(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """Inside of `ErrorBody`."""
+    """Part of `ErrorBody`."""
 
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
@@ -344,12 +344,12 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is no success."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
 
 class Health(BaseModel):
-    """The answer of a health check."""
+    """Response of a health check."""
 
     status: Literal["ok", "live", "ready"]

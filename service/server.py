@@ -1,4 +1,4 @@
-"""The process that serves: it drains at a signal, and lets no slow client hold a connection for nothing."""
+"""The server process: it drains when it gets a signal, and lets no slow client occupy a connection."""
 
 import asyncio
 import contextlib
@@ -20,26 +20,26 @@ from service.settings import BadSettings, Settings
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ANSWER_SECONDS = 10
-"""For answers that are still being sent when all is drawn: a client may read slowly, or not at all."""
+"""Time for responses that are still being sent when all images are finished: clients may read slowly, or not at all."""
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes a connection whose client takes too long to send a request's headers, which uvicorn would wait for forever.
+    """Closes a connection whose client takes too long to send a request's headers, which uvicorn does not do.
 
-    (Bodies are the app's to limit: see `service.limits`.)
+    Bodies are limited by the app: see `service.limits`.
     """
 
     seconds = 30.0
-    """Set by `protocol_for`."""
+    """Overridden by `protocol_for`."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The client has connected: its first request is due."""
+        """Expect the first request."""
         super().connection_made(transport)
         self._expect()
 
     def data_received(self, data: bytes) -> None:
-        """Something came: all the headers, so that the app answers now, or a part of them."""
+        """Stop the timer if the headers are complete and a response is in progress, or else keep it running."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._relax()
@@ -47,7 +47,7 @@ class ImpatientProtocol(H11Protocol):
             self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is over."""
+        """Stop the timer."""
         self._relax()
         super().connection_lost(exc)
 
@@ -66,16 +66,16 @@ class ImpatientProtocol(H11Protocol):
 
 
 def protocol_for(seconds: float) -> type[ImpatientProtocol]:
-    """The protocol with so much patience."""
+    """A protocol class with this timeout."""
     return type("Protocol", (ImpatientProtocol,), {"seconds": seconds})
 
 
 class DrainingServer(uvicorn.Server):
-    """Goes on listening while the engine drains, so that a load balancer sees ``/health/ready`` fail and sends no more.
+    """Keeps listening while the engine drains, so that load balancers see ``/health/ready`` fail and send no more.
 
-    The first SIGTERM or SIGINT: new drawings are refused, streams that may have no end are ended (``draining`` tells them),
-    admitted drawings are finished, then the answers, then the process ends with status 0. The second one ends it at once, as
-    if nobody had caught it.
+    At the first SIGTERM or SIGINT, new requests for images are refused, and streams that may never end are ended (by
+    ``draining``). Admitted images are finished, then the responses, and the process exits with status 0. The second
+    signal ends the process at once, as if it were not handled.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, settings: Settings, draining: asyncio.Event) -> None:
@@ -87,7 +87,7 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals while the block runs; uvicorn's own handling closes the listeners at once."""
+        """Handle signals while the block runs; uvicorn's own handler would close the listeners at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -112,7 +112,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.gather(self._engine.drain(seconds), asyncio.sleep(notice))
             left = self._engine.load().pictures
             log.info("drained, with %d pictures left that are given up", left)
-            await self._engine.stop()  # whoever still waits for these is told so, and does not keep the process
+            await self._engine.stop()  # ends the requests that are left, which would otherwise keep the process alive
         except Exception:
             log.exception("the engine could not be drained")
         finally:
@@ -120,7 +120,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def _leave_to_the_system() -> None:
-    """No handlers of ours any more: the next signal ends the process."""
+    """Remove the signal handlers, so that the next signal ends the process."""
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.remove_signal_handler(number)
@@ -128,10 +128,10 @@ def _leave_to_the_system() -> None:
 
 
 def check_address(settings: Settings) -> None:
-    """Whether the server may listen where it is told to.
+    """Check that the server may listen on its address.
 
     Raises:
-        BadSettings: others could reach it, and it has no keys.
+        BadSettings: others can reach it, and it has no keys.
     """
     if settings.keys_file is not None or settings.allow_open or _is_loopback(settings.host):
         return
@@ -146,14 +146,14 @@ def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name, which may lead anywhere
+        return False  # a name, which may resolve to anything
 
 
 def run(app: FastAPI, settings: Settings) -> None:
-    """Serve the app until a signal ends it; the process ends as well, where threads are left that are still at work.
+    """Serve the app until a signal ends it. The process then exits at once if any other threads are still at work.
 
     Raises:
-        SystemExit: it could not start, say because the port is taken.
+        SystemExit: the server could not start, for example because the port is taken.
     """
     config = uvicorn.Config(
         app,

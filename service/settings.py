@@ -169,15 +169,16 @@ class Settings(BaseSettings):
         description='Other names for models, such as `{"gpt-image-1": "my-student"}` for clients that insist on a '
         "name.",
     )
-    # A minute is what proxies and impatient clients commonly wait: work beyond it would be drawn for nobody.
+    # Proxies and impatient clients commonly wait for a minute: images beyond it would be generated for nobody.
     queue_seconds: float = Field(
         60.0,
         gt=0,
         le=86_400,
         description="Predicted seconds of work that may be in the queue; a request beyond that gets 429.",
     )
-    # New requests join between calls. A picture takes about six (prompt, four steps, decoder), so that this much for each
-    # keeps the first one's wait and drawing below two seconds on any machine, and most batches gain nothing beyond it.
+    # New requests join between calls. An image takes about six of them (prompt, four steps, decoder), so with this
+    # limit the first one's wait and generation take less than two seconds on any machine. Most batches gain nothing
+    # from a higher limit.
     tick_seconds: float = Field(
         0.25,
         gt=0,
@@ -228,7 +229,7 @@ class Settings(BaseSettings):
     picture_metadata: bool = Field(True, description="Write prompt, seed, steps and model into PNG files.")
 
     def job_settings(self) -> JobSettings:
-        """The settings that the job service needs."""
+        """The job service's part of these settings."""
         return JobSettings(
             url=self.database_url or f"sqlite:///{self.jobs_dir / 'jobs.sqlite3'}",
             folder=self.jobs_dir,
@@ -286,7 +287,7 @@ class Settings(BaseSettings):
 
 
 def read_settings(**overrides: Any) -> Settings:
-    """The settings from the environment; overrides that are not None take precedence.
+    """Read the settings from the environment; an override that is not None takes precedence.
 
     Raises:
         BadSettings: a value is not allowed, or a ``FEWSTEP_`` variable is not a setting.
@@ -296,7 +297,7 @@ def read_settings(**overrides: Any) -> Settings:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise BadSettings("\n".join(_describe(problem) for problem in error.errors())) from None
-    except ValueError as error:  # pydantic-settings: a list that is no JSON
+    except ValueError as error:  # from pydantic-settings, for a list that is not JSON
         raise BadSettings(
             f'{error}: {error.__cause__}; lists are written as JSON, as in ["emoji-base"], and so are objects'
         ) from None

@@ -1,6 +1,6 @@
-"""Spans of requests, and of what the engine does for them, by OpenTelemetry where it is installed and switched on.
+"""OpenTelemetry spans of requests and of the engine's work for them, if OpenTelemetry is installed and switched on.
 
-Only its API is used: which exporter gets the spans is set up from outside, as by ``opentelemetry-instrument fewstep serve``.
+Only its API is used. Exporters are configured from outside, as with ``opentelemetry-instrument fewstep serve``.
 """
 
 import time
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 End = Callable[[str | None, str, int], None]
-"""Called when the answer is over, with the route's template, the client and the status."""
+"""Called at the end of the response with the route template, the client and the status."""
 
 
 def load_tracer() -> "Tracer":
@@ -35,21 +35,21 @@ def load_tracer() -> "Tracer":
 
 
 class Spans:
-    """A span for each HTTP request, within the trace that the client's ``traceparent`` names."""
+    """A span for each HTTP request, in the trace that the client's ``traceparent`` header names."""
 
     def __init__(self, tracer: "Tracer | None" = None) -> None:
         self._tracer = tracer or load_tracer()
 
     @contextmanager
     def request(self, scope: Scope, request_id: str) -> Iterator[End]:
-        """The span of one request; its path is left out, since it may be a picture's secret url."""
+        """The span of one request. It does not include the path, which may be an image's secret URL."""
         from opentelemetry import propagate
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         method = scope["method"]
         attributes = {"http.request.method": method, "fewstep.request_id": request_id}
         parent = propagate.extract(dict(Headers(scope=scope)))
-        # An exception is for the log alone: nobody knows what its message holds.
+        # Exceptions are only logged, since their messages may contain anything.
         with self._tracer.start_as_current_span(
             method, parent, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
         ) as span:
@@ -67,9 +67,9 @@ class Spans:
 
 
 class EngineSpans:
-    """An `Observer` that makes spans of the engine's calls and requests, after the fact.
+    """An `Observer` that creates spans of the engine's calls and requests after they have ended.
 
-    They stand beside the HTTP requests' spans, not within them: one call serves many requests.
+    They are not nested in the spans of HTTP requests, since one call serves many requests.
     """
 
     def __init__(self, tracer: "Tracer | None" = None) -> None:
@@ -91,7 +91,7 @@ class EngineSpans:
 
 
 class Observers:
-    """Several observers as one."""
+    """Combines several observers into one."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
@@ -108,9 +108,9 @@ class Observers:
 
 
 def observer_of(settings: Settings, metrics: Observer) -> Observer:
-    """Who an engine of these settings should tell about itself.
+    """The observer for an engine with these settings.
 
     Raises:
-        BadSettings: spans are wanted, and OpenTelemetry is not installed.
+        BadSettings: spans are switched on, but OpenTelemetry is not installed.
     """
     return Observers(metrics, EngineSpans()) if settings.otel else metrics

@@ -1,4 +1,4 @@
-"""Server-sent events: their form, and an answer that sends them for as long as somebody reads."""
+"""Server-sent events: their format, and a response that sends them for as long as the client reads."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 HEARTBEAT = b": still at work\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Nobody keeps an event for later: no cache, and not nginx."""
+"""Prevents caches from storing the stream, and nginx from buffering it."""
 
 
 def server_sent(event: str, data: str) -> bytes:
-    """One event; its data is one line, such as JSON."""
+    """Format one event; its data must be a single line, such as JSON."""
     return f"event: {event}\ndata: {data}\n\n".encode()
 
 
 class Awaited(Generic[T]):
-    """An iterator whose next item can be waited for again and again: a wait that gives up loses nothing.
+    """An iterator whose next item can be awaited repeatedly: a wait that times out loses nothing.
 
-    Close it, whatever happened: that closes the iterator within, also where its next item is still being made.
+    It must be closed in any case; this closes the underlying iterator, even if its next item is still being produced.
     """
 
     def __init__(self, items: AsyncGenerator[T, None]) -> None:
@@ -31,19 +31,19 @@ class Awaited(Generic[T]):
         self._next: asyncio.Task[T | None] | None = None
 
     def next(self) -> "asyncio.Task[T | None]":
-        """The task that makes the next item, or None behind the last: the same one until its result was taken."""
+        """The task for the next item, or None after the last. It stays the same until its result is taken."""
         if self._next is None:
             self._next = asyncio.create_task(self._advance())
         return self._next
 
     def taken(self) -> T | None:
-        """The result of a task that is done; the next call of `next` makes another."""
+        """Take the result of the finished task; the following call of `next` starts another."""
         assert self._next is not None
         task, self._next = self._next, None
         return task.result()
 
     async def aclose(self) -> None:
-        """Stop, by cancelling what the iterator is at."""
+        """Cancel the pending task, and close the iterator."""
         if self._next is not None:
             self._next.cancel()
             await asyncio.gather(self._next, return_exceptions=True)
@@ -54,11 +54,11 @@ class Awaited(Generic[T]):
 
 
 class EventStream(StreamingResponse):
-    """An answer of server-sent events; what they come from is closed at the end, or as soon as the client has gone.
+    """A response of server-sent events, whose sources are closed at its end or as soon as the client disconnects.
 
     Args:
         frames: what to send.
-        sources: closed when the answer is over, in whatever way: frames that were never asked for can close nothing.
+        sources: closed however the response ends. The frames cannot do this, since they may never be iterated.
     """
 
     def __init__(self, frames: AsyncIterator[bytes], sources: AsyncExitStack) -> None:

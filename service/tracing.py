@@ -1,8 +1,8 @@
-"""What a model predicts at each step of a drawing, and one labelled picture of it.
+"""What a model predicts at each step of an image, and one labelled image that shows it.
 
-"Distilling Diversity and Control in Diffusion Models" (Gandikota & Bau, arXiv 2503.10637) calls it DT-visualization: the
-x_0 that the network sees in x_t, decoded at every step. It shows where a picture's structure is decided: a base settles it
-in its first steps, a student of few steps at once, and with diversity one sees what the base's step hands over.
+"Distilling Diversity and Control in Diffusion Models" (Gandikota & Bau, arXiv 2503.10637) calls this DT-visualization:
+the x_0 that the network predicts from x_t, decoded at every step. It shows where an image's structure is decided: a
+base settles it in its first steps, a few-step student at once, and with diversity one sees what the base hands over.
 """
 
 from collections.abc import AsyncGenerator, Sequence
@@ -16,34 +16,34 @@ from service.demo_sheet import GAP, INK, PALE, PAPER, font, wrap
 from service.engine.base import Drawn, DrawRequest, Engine, Preview, StepTaken
 
 EVERY_STEP = 10_000
-"""More previews than any drawing has steps; an engine shows at most all."""
+"""More previews than any image has steps, to get all of them."""
 CELL = 112
 COLUMNS = 10
-"""Steps in one line of a strip; more go on in the next."""
+"""Steps in one line of a strip; further ones go on the next line."""
 LABEL_WIDTH, CAPTION = 72, 36
 LEGS = {"base": (217, 119, 6), "student": (37, 99, 235)}
-"""Colour of the bar under a step, by whose it is."""
+"""Colour of the bar under a step, by the network that made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One picture's way from noise."""
+    """The path of one image from noise."""
 
     drawn: Drawn
     images: tuple[Image.Image, ...]
-    """The x_0 seen at each step of ``drawn.path``; the last is the picture itself."""
+    """The x_0 predicted at each step of ``drawn.path``; the last one is the image itself."""
 
     @property
     def steps(self) -> list[tuple[StepTaken, Image.Image]]:
-        """Each step with what the model saw at it."""
+        """Each step with the model's prediction."""
         return list(zip(self.drawn.path, self.images, strict=True))
 
 
 async def trace(engine: Engine, request: DrawRequest) -> list[Way]:
-    """Draw, and keep what the model predicted at each step, by the real decoder.
+    """Generate images, and collect what the model predicted at each step, decoded by the real decoder.
 
     Returns:
-        one way per seed, in order.
+        one path per seed, in order.
 
     Raises:
         EngineError: one of its subclasses.
@@ -51,7 +51,7 @@ async def trace(engine: Engine, request: DrawRequest) -> list[Way]:
     wanted = replace(request, previews=EVERY_STEP, exact_previews=True)
     seen: list[dict[int, Image.Image]] = [{} for _ in request.seeds]
     pictures: dict[int, Drawn] = {}
-    # A protocol can say no more than AsyncIterator; the engine promises that it can be closed.
+    # The protocol can only promise an AsyncIterator; engines promise that it can be closed.
     async with aclosing(cast("AsyncGenerator[Preview | Drawn, None]", engine.stream(wanted))) as items:
         async for item in items:
             if isinstance(item, Preview):
@@ -69,12 +69,12 @@ async def trace(engine: Engine, request: DrawRequest) -> list[Way]:
 
 
 def title_of(prompt: str, ways: Sequence[Way]) -> str:
-    """A strip's heading: the prompt, and what drew it."""
+    """Heading of a strip: the prompt and the model."""
     return f"{prompt} ({ways[0].drawn.model})"
 
 
 def draw_strip(title: str, ways: Sequence[Way]) -> Image.Image:
-    """The ways as one picture: a row each (more where it has many steps), each step with its leg, time and guidance."""
+    """Draw the paths as one image: a row (or several) for each, with the network, time and guidance of every step."""
     columns = min(COLUMNS, max(len(way.images) for way in ways))
     lines = [
         (way.drawn.seed if start == 0 else None, start, way.steps[start : start + columns])
@@ -102,6 +102,6 @@ def draw_strip(title: str, ways: Sequence[Way]) -> Image.Image:
 
 
 def caption(step: StepTaken) -> str:
-    """A step's time, and its guidance where that is on."""
+    """A step's time, and its guidance if that is on."""
     guided = f", w = {step.guidance_scale:g}" if step.guidance_scale != 1 else ""
     return f"t = {step.t:.3g}{guided}"

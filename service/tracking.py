@@ -1,4 +1,4 @@
-"""Around every request: its id, its line in the access log, its counts, its span, and the answer where a bug ends it."""
+"""Tracks every request: its id, access log line, metrics and span, and the response if a bug ends it."""
 
 import logging
 import time
@@ -16,18 +16,18 @@ from service.spans import End, Spans
 log = logging.getLogger("service.access")
 HEADER = "X-Request-ID"
 PICTURES = "/v1/images/files/"
-"""All that is logged of such a path: a picture's id opens it, and is no more for the log than a key."""
+"""All that is logged of such a path: an image's id gives access to it, so it must not be logged, like a key."""
 QUIET = ("/health", "/metrics")
-"""What machines ask for all day is logged at the level debug."""
+"""Paths that are polled by machines, and are logged at level debug."""
 
 
 class Tracking:
-    """ASGI middleware, the outermost of all.
+    """ASGI middleware, the outermost one.
 
     Args:
-        app: answers.
-        metrics: counts each answer.
-        spans: makes a span of each; None makes none.
+        app: handles the requests.
+        metrics: counts the responses.
+        spans: creates a span of each request; None creates none.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, spans: Spans | None) -> None:
@@ -40,7 +40,7 @@ class Tracking:
             await self.app(scope, receive, send)
             return
         request_id = logs.choose_id(Headers(scope=scope).get(HEADER))
-        # Never reset: the server logs a bug after this has returned, in the same context, which is this request's own.
+        # Never reset: the server logs a bug after this returns, in the same context, which belongs to this request.
         logs.request_id.set(request_id)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -59,7 +59,7 @@ class Tracking:
             try:
                 await self.app(scope, receive, with_id)
             except Exception:
-                # The answer goes out here, with its id, and not from the handler of bugs, which is outside of everything.
+                # Sent here so that it has the request id: Starlette's own handler is outside of this middleware.
                 if not begun:
                     await bug(request_id)(scope, receive, with_id)
                 raise

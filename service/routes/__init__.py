@@ -1,4 +1,4 @@
-"""The routes: thin, and all that they share."""
+"""The routes, and the helpers that they share."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 QUICK = 2**14
-"""Pixels that are a PNG or JPEG in less time than another thread is told of them: four pictures of 64x64."""
+"""Up to this many pixels, encoding a PNG or JPEG is faster than handing it to another thread: four 64x64 images."""
 
 
 def engine_of(request: Request) -> Engine:
@@ -28,7 +28,7 @@ def engine_of(request: Request) -> Engine:
 
 
 def client_of(request: Request) -> str:
-    """Whose request it is: its key's id."""
+    """The id of the client, which is that of its key."""
     return cast(str, request.state.client)
 
 
@@ -38,45 +38,45 @@ def settings_of(request: Request) -> Settings:
 
 
 def pictures_of(request: Request) -> PictureStore:
-    """The pictures that the request's app hands out as urls."""
+    """The store of images that the request's app serves by URL."""
     return cast(PictureStore, request.app.state.pictures)
 
 
 def running_of(request: Request) -> Running:
-    """What the request's app is answering."""
+    """The requests that the request's app is answering."""
     return cast(Running, request.app.state.running)
 
 
 def draining_of(request: Request) -> asyncio.Event:
-    """Set once the request's app is to stop."""
+    """An event that is set once the request's app is about to stop."""
     return cast(asyncio.Event, request.app.state.draining)
 
 
 def request_id_of(request: Request) -> str:
-    """The request's id, as in the header X-Request-ID of its answer."""
+    """The request's id, as in the X-Request-ID header of its response."""
     return cast(str, request.state.request_id)
 
 
 def file_of(body: ImageRequest, image: Image, facts: dict[str, Any] | None = None) -> bytes:
-    """The picture as a file of the kind that was asked for; it takes milliseconds and more: see `files_of`."""
+    """Encode the image in the requested format, which takes milliseconds or more: see `files_of`."""
     quality = 100 if body.output_compression is None else body.output_compression
     return encode(image, body.output_format, quality, facts)
 
 
 async def files_of(body: ImageRequest, pictures: Sequence[tuple[Image, dict[str, Any] | None]]) -> list[bytes]:
-    """Pictures as files, each with the facts that it tells; made at the same time, and small ones on the event loop."""
+    """Encode images, each with the facts to embed: concurrently in threads, or on the event loop if they are small."""
     if body.output_format != "webp" and sum(image.width * image.height for image, _ in pictures) <= QUICK:
         return [file_of(body, *picture) for picture in pictures]
     return await asyncio.gather(*(asyncio.to_thread(file_of, body, *picture) for picture in pictures))
 
 
 def told_facts(body: ImageRequest, drawn: Drawn, metadata: bool) -> dict[str, Any] | None:
-    """What the picture's file tells of how it was drawn; None where it may tell nothing."""
+    """The facts to embed in an image's file; None if embedding is switched off."""
     return facts_of(drawn, body.prompt, body.negative_prompt) if metadata else None
 
 
 def drawing_info(drawn: Drawn) -> DrawingInfo:
-    """How the picture was drawn, as clients see it."""
+    """How the image was generated, as clients see it."""
     return DrawingInfo(
         steps=drawn.steps,
         guidance_scale=drawn.guidance_scale,

@@ -1,4 +1,4 @@
-"""``/health``: whether the process lives, and whether it can draw."""
+"""``/health``: whether the process is alive, and whether it can generate images."""
 
 from fastapi import APIRouter, Request
 
@@ -7,13 +7,13 @@ from service.routes import ERRORS, engine_of
 from service.schemas import Health
 
 router = APIRouter(prefix="/health", tags=["health"], responses=ERRORS)
-# A HEAD is answered as a GET, and the server leaves the body out.
+# HEAD is handled like GET, and the server omits the body.
 
 
 @router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live(request: Request) -> Health:
-    """200 as long as a restart would help nobody; 503 once the engine has failed for good."""
+    """Liveness: 200 while the process works or is starting; 503 once the engine has failed permanently."""
     failure = engine_of(request).failure
     if failure is not None:
         raise ApiError(503, f"the engine has failed: {failure}", code="engine_failed")
@@ -23,7 +23,7 @@ async def live(request: Request) -> Health:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Health:
-    """200 once the models are loaded and a first picture was drawn; 503 before, after a failure, and once it stops."""
+    """Readiness: 200 once the models are loaded and warmed up; 503 before, after a failure, and while stopping."""
     engine = engine_of(request)
     if engine.failure is not None:
         raise ApiError(503, f"the engine has failed: {engine.failure}", code="engine_failed")
@@ -40,6 +40,6 @@ async def ready(request: Request) -> Health:
 @router.head("", include_in_schema=False)
 @router.get("")
 async def health(request: Request) -> Health:
-    """As ``/health/ready``."""
+    """The same as `/health/ready`."""
     await ready(request)
     return Health(status="ok")

@@ -1,4 +1,4 @@
-"""``POST /v1/images/generations``, as in the OpenAI Images API, and the pictures that are handed out as urls."""
+"""``POST /v1/images/generations``, as in the OpenAI Images API, and the images that are served by URL."""
 
 import asyncio
 import base64
@@ -41,10 +41,11 @@ T = TypeVar("T")
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def generate(body: ImageRequest, request: Request) -> Response:
-    """Draw n pictures of a prompt.
+    """Generate `n` images of a prompt.
 
-    With ``stream`` the answer is server-sent events: ``image_generation.partial_image`` (see `PartialImage`),
-    ``image_generation.completed`` (see `CompletedImage`) once a picture, and ``error`` where it fails on the way.
+    With `stream`, the response is a stream of server-sent events: `image_generation.partial_image` (see
+    `PartialImage`), one `image_generation.completed` per image (see `CompletedImage`), and `error` if the request fails
+    midway.
     """
     wanted = draw_request(body, request)
     if body.stream:
@@ -66,22 +67,25 @@ async def generate(body: ImageRequest, request: Request) -> Response:
         output_format=body.output_format,
         drawing=drawing_info(first),
     )
-    # Written here: FastAPI would check the whole answer once more, which takes as long as a PNG.
+    # Serialized here, since FastAPI would validate the whole response again, which takes as long as a PNG.
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 @router.delete("/generations/{request_id}", status_code=204)
 async def cancel(request_id: str, request: Request) -> None:
-    """Cancel a request of the same client that is being answered, by its X-Request-ID; it is answered 499."""
+    """Cancel one of your own requests in progress, by its X-Request-ID.
+
+    The cancelled request is answered with status 499.
+    """
     if not running_of(request).cancel(client_of(request), request_id):
         message = f"nothing is being drawn for a request {shorten(request_id)} of yours: it has ended, or never was"
         raise ApiError(404, message, code="not_found")
 
 
-@router.head("/files/{picture_id}", include_in_schema=False)  # as a GET; the server leaves the body out
+@router.head("/files/{picture_id}", include_in_schema=False)  # handled like GET; the server omits the body
 @router.get("/files/{picture_id}", response_class=Response, responses={200: {"content": {"image/*": {}}}})
 async def get_picture(picture_id: str, request: Request) -> Response:
-    """A picture that was asked for as a url, until it expires."""
+    """An image that was requested with `response_format` `url`, until it expires."""
     picture = pictures_of(request).get(picture_id)
     if picture is None:
         raise ApiError(404, "there is no such picture, or no more: urls work for a limited time", code="not_found")
@@ -96,10 +100,10 @@ def _check_length(name: str, text: str, settings: Settings) -> None:
 
 
 def draw_request(body: ImageRequest, request: Request) -> DrawRequest:
-    """What to draw.
+    """Convert a request body to the engine's request.
 
     Raises:
-        ApiError: a text is longer than the server reads.
+        ApiError: a text is longer than the server allows.
     """
     settings = settings_of(request)
     for name, text in (("prompt", body.prompt), ("negative_prompt", body.negative_prompt)):
@@ -127,7 +131,7 @@ def draw_request(body: ImageRequest, request: Request) -> DrawRequest:
 
 
 def _seeds(body: ImageRequest) -> tuple[int, ...]:
-    """One seed a picture: as given, counted up from the one given (and around at the largest), or random."""
+    """One seed per image: as given, counted up from the one given (wrapping at the largest), or random."""
     if isinstance(body.seed, list):
         return tuple(body.seed)
     if body.seed is None:
@@ -138,7 +142,7 @@ def _seeds(body: ImageRequest) -> tuple[int, ...]:
 def handed_out(
     body: ImageRequest, request: Request, file: bytes, output_format: Format | None = None
 ) -> dict[str, str]:
-    """The file in the answer: itself, or a link to it, as the request asks."""
+    """The file as a field of the response: its content or a URL, as requested."""
     if body.response_format == "b64_json":
         return {"b64_json": base64.b64encode(file).decode("ascii")}
     picture_id = pictures_of(request).put(file, output_format or body.output_format)
@@ -148,7 +152,7 @@ def handed_out(
 
 
 async def finished(work: Coroutine[Any, Any, T], request: Request) -> T:
-    """The work's result; the work is dropped when the client cancels the request, or goes away."""
+    """The result of ``work``, which is cancelled if the client cancels the request or disconnects."""
     with running_of(request).enter(client_of(request), request_id_of(request)) as cancelled:
         task = asyncio.create_task(work)
         try:

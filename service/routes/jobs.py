@@ -1,4 +1,4 @@
-"""``/v1/distillation/jobs``: the life of a distillation job, in the envelope of OpenAI's fine-tuning jobs."""
+"""``/v1/distillation/jobs``: distillation jobs, in the format of OpenAI's fine-tuning jobs."""
 
 import asyncio
 import json
@@ -32,7 +32,7 @@ from weights.contracts import DistillJob
 log = logging.getLogger(__name__)
 MAX_BATCH = 100
 RETRY_SECONDS = 10
-"""For a table that cannot be used: disks are made room on, and databases start again."""
+"""Retry-After for an unusable table: disk space may be freed, and databases restart."""
 EVENT_PREFIX = "evt-"
 JSON = re.compile(r"application/(.*\+)?json")
 
@@ -171,7 +171,7 @@ def _say(kind: str, data: dict[str, Any]) -> str:
 
 
 def _prepared(metrics: dict[str, float]) -> str | None:
-    """What is done before the first step, and how far it is, if progress tells of that."""
+    """Which preparation before the first step is in progress, and how far it is, if the metrics report one."""
     for name, share in metrics.items():
         part, found, what = name.rpartition("preparation/")
         if found:
@@ -190,7 +190,7 @@ def _event_number(after: str | None, name: str) -> int:
 
 
 async def _answer(work: Awaitable[T], param: str | None = None) -> T:
-    """The work's result, or the job service's error in the error shape."""
+    """Await the result, converting errors of the job service to API errors."""
     try:
         return await work
     except InvalidSpec as error:
@@ -213,11 +213,11 @@ def _jobs(request: Request) -> Jobs:
 
 
 async def _parse(request: Request) -> Any:
-    """The decoded body, which can be written as JSON again: without NaN, infinities and halves of surrogate pairs."""
+    """The decoded body. Refuses NaN, infinities and lone surrogates, which could not be encoded as JSON again."""
     content = await request.body()
     kind = Message()
     kind["content-type"] = request.headers.get("content-type", "none/none")
-    # As FastAPI does for images: what a browser sends for any page, without asking, is called something else.
+    # As FastAPI does for images: requests that a page may send without preflight have another content type.
     if content and not JSON.fullmatch(kind.get_content_type()):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
         raise ApiError(400, message, code="invalid_value")
@@ -237,7 +237,7 @@ _BODY = {
                 "schema": {
                     "description": 'One job, or a batch {"jobs": [...]} of which all are accepted or none.',
                     "anyOf": [
-                        {"$ref": "#/components/schemas/DistillJob"},  # which a job's answer has put there
+                        {"$ref": "#/components/schemas/DistillJob"},  # in the schema because responses contain jobs
                         {
                             "type": "object",
                             "required": ["jobs"],
@@ -261,7 +261,7 @@ _BODY = {
 
 @router.post("", openapi_extra=_BODY)
 async def create(request: Request) -> JobObject | JobList:
-    """Validate and queue one job, or a batch, all or none."""
+    """Validate and queue a job, or a batch of jobs. Either all jobs of a batch are accepted or none."""
     body = await _parse(request)
     if not isinstance(body, dict) or "jobs" not in body:
         (job,) = await _answer(_jobs(request).create([body]))
@@ -284,25 +284,25 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=80)] = None,
 ) -> JobList:
-    """Jobs, newest first; ``after`` is the id of the last job of the page before."""
+    """List jobs, newest first. For the next page, set `after` to the id of the last job of this one."""
     return _job_list(*await _answer(_jobs(request).list(limit, after), param="after"))
 
 
 @router.get("/{job_id}")
 async def retrieve(request: Request, job_id: str) -> JobObject:
-    """One job."""
+    """Get a job."""
     return job_object(await _answer(_jobs(request).get(job_id)))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(request: Request, job_id: str) -> JobObject:
-    """Cancel a queued job at once; ask a running one to save a checkpoint and stop."""
+    """Cancel a job: a queued one at once; a running one saves a checkpoint first."""
     return job_object(await _answer(_jobs(request).cancel(job_id)))
 
 
 @router.post("/{job_id}/resume")
 async def resume(request: Request, job_id: str) -> JobObject:
-    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    """Queue a failed or cancelled job again. It continues from its last checkpoint."""
     return job_object(await _answer(_jobs(request).resume(job_id)))
 
 
@@ -324,7 +324,7 @@ async def events(
     stream: bool = False,
     last_event_id: Annotated[str | None, Header(max_length=80)] = None,
 ) -> Any:
-    """A page of events, oldest first; with ``stream=true`` all events behind ``after``, as they come (SSE)."""
+    """List a job's events, oldest first; with `stream=true`, send all events after `after` as they occur (SSE)."""
     if not stream:
         items, has_more = await _answer(_jobs(request).events(job_id, _event_number(after, "after"), limit))
         return EventList(data=[event_object(item) for item in items], has_more=has_more)
@@ -333,7 +333,7 @@ async def events(
     draining = draining_of(request)
     if draining.is_set():
         raise NotReady("the server is stopping; another one, or this one in a while, can tell of the job")
-    # A protocol can say no more than AsyncIterator; that of `TableJobs` can be closed.
+    # The protocol can only promise an AsyncIterator; that of `TableJobs` can be closed.
     followed = Awaited(cast(AsyncGenerator[JobEvent | Job | None, None], _jobs(request).follow(job_id, start)))
     sources = AsyncExitStack()
     sources.push_async_callback(followed.aclose)
@@ -341,9 +341,9 @@ async def events(
 
 
 async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.Event) -> AsyncIterator[bytes]:
-    """Server-sent events: the job's events under their kind, then the ended job as ``job``, then ``[DONE]``.
+    """Server-sent events: the job's events by their kind, then the ended job as ``job``, then ``[DONE]``.
 
-    Nobody knows how long a job takes: a server that stops ends the stream before.
+    Jobs can take arbitrarily long, so a server that stops ends the stream early.
     """
     stopped = asyncio.create_task(draining.wait())
     try:
@@ -353,7 +353,7 @@ async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.
             if not coming.done():
                 return
             item = items.taken()
-            if item is None:  # silence, and never the end, since a job comes last
+            if item is None:  # silence; never the end, since a job comes last
                 yield b": still running\n\n"
             elif isinstance(item, Job):
                 yield server_sent("job", job_object(item).model_dump_json()) + b"data: [DONE]\n\n"
@@ -361,7 +361,7 @@ async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.
             else:
                 event = event_object(item)
                 yield f"id: {event.id}\n".encode() + server_sent(event.type, event.model_dump_json())
-    except JobsUnavailable as error:  # whoever asks for the rest is told
+    except JobsUnavailable as error:  # a client that asks for the rest gets the error
         log.error("a stream of events ends: %s", error)
     finally:
         stopped.cancel()

@@ -10,7 +10,7 @@ router = APIRouter(tags=["operations"], responses=ERRORS)
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
-    """All counts and gauges, in Prometheus' text format or OpenMetrics'; needs a key with the scope ``admin``."""
+    """All metrics, in Prometheus' text format or OpenMetrics. Needs a key with the scope `admin`."""
     counted: Metrics = request.app.state.metrics
     content, media_type = counted.exposition(request.headers.get("accept", ""))
     return Response(content, headers={"Content-Type": media_type})

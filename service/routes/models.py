@@ -1,4 +1,4 @@
-"""``/v1/models``: what can be drawn with, and what shall be no more."""
+"""``/v1/models``: listing and deleting models."""
 
 import logging
 
@@ -18,13 +18,13 @@ router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
 
 @router.get("")
 async def list_models(request: Request) -> ModelList:
-    """The bases, then the students, a newly published one too."""
+    """List all models: bases, students (new ones without a restart), and aliases."""
     return ModelList(data=[_model(info) for info in await engine_of(request).models()])
 
 
 @router.get("/{model_id:path}")
 async def get_model(model_id: str, request: Request) -> Model:
-    """One model."""
+    """Get a model."""
     infos = await engine_of(request).models()
     for info in infos:
         if info.id == model_id:
@@ -34,12 +34,12 @@ async def get_model(model_id: str, request: Request) -> Model:
     raise ApiError(404, message, param="model", code="model_not_found")
 
 
-# A plain function, which FastAPI runs in a thread: it writes to the store.
+# A plain function, which FastAPI runs in a thread, since it writes to the store.
 @router.delete("/{model_id:path}")
 def delete_model(model_id: str, request: Request) -> DeletedModel:
-    """Delete a student of the store; pictures on their way are finished. Needs a key with the scope ``admin``.
+    """Delete a student from the store; images in progress are finished. Needs a key with the scope `admin`.
 
-    Bundled students, bases, aliases, what the settings name and the members of a router cannot be deleted: 409.
+    Bundled students, bases, aliases, models that the settings name, and members of a router cannot be deleted (409).
     """
     settings = settings_of(request)
     try:

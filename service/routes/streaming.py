@@ -1,4 +1,4 @@
-"""Pictures as server-sent events, as OpenAI's Images API streams them."""
+"""Images as server-sent events, as OpenAI's Images API streams them."""
 
 import asyncio
 import base64
@@ -36,23 +36,23 @@ Item = Preview | Drawn
 
 
 async def stream_pictures(body: ImageRequest, wanted: DrawRequest, request: Request) -> EventStream:
-    """The answer, once there is a first event, or nothing has gone wrong for as long as a heartbeat.
+    """Return the response once there is a first event, or once a heartbeat's time has passed without an error.
 
     Raises:
-        ApiError: the client cancelled the request, or has gone.
-        EngineError: the engine refused the request, or failed at it.
+        ApiError: the client cancelled the request, or disconnected.
+        EngineError: the engine refused the request, or failed.
     """
     heartbeat = settings_of(request).heartbeat_seconds
     async with AsyncExitStack() as stack:
         cancelled = stack.enter_context(running_of(request).enter(client_of(request), request_id_of(request)))
-        # A protocol can say no more than AsyncIterator; the engine promises that it can be closed.
+        # The protocol can only promise an AsyncIterator; engines promise that it can be closed.
         iterator = cast(AsyncGenerator[Item, None], engine_of(request).stream(wanted))
         items = Awaited(iterator)
         stack.push_async_callback(items.aclose)
         first = items.next()
         await wait_for(first, request, cancelled, heartbeat)
         if first.done():
-            first.result()  # an error is still an ordinary answer
+            first.result()  # an error now still becomes an ordinary response
         frames = _frames(items, cancelled, heartbeat, _Events(body, settings_of(request).picture_metadata))
         return EventStream(frames, stack.pop_all())
     raise AssertionError("nothing here swallows an exception")
@@ -61,7 +61,7 @@ async def stream_pictures(body: ImageRequest, wanted: DrawRequest, request: Requ
 async def _frames(
     items: Awaited[Item], cancelled: asyncio.Event, heartbeat: float, events: "_Events"
 ) -> AsyncIterator[bytes]:
-    """Each item as an event; a comment in every silence; an error as the last event."""
+    """Yield each result as an event, a comment in each period of silence, and an error as the last event."""
     stopped = asyncio.create_task(cancelled.wait())
     try:
         while True:
@@ -94,16 +94,16 @@ def _error_frame(error: ApiError) -> bytes:
 
 @dataclass(frozen=True)
 class _Events:
-    """Makes the events of one request."""
+    """Creates the events of one request."""
 
     body: ImageRequest
     metadata: bool
-    """Whether a PNG tells how it was drawn."""
+    """Whether a PNG records how it was generated."""
     _previews: Counter[int] = field(default_factory=Counter)
-    """How many each picture has had."""
+    """Number of previews of each image so far."""
 
     def frame(self, item: Item) -> bytes:
-        """The item as an event: encodes its picture, so not on the event loop."""
+        """The result as an event. This encodes its image, so it must not run on the event loop."""
         facts = told_facts(self.body, item, self.metadata) if isinstance(item, Drawn) else None
         common = {
             "b64_json": base64.b64encode(file_of(self.body, item.image, facts)).decode("ascii"),

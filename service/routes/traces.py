@@ -1,4 +1,4 @@
-"""``POST /v1/images/trace``: what the model predicts at each step of a drawing."""
+"""``POST /v1/images/trace``: what the model predicts at each step of an image."""
 
 import asyncio
 import time
@@ -19,9 +19,9 @@ router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS)
 
 @router.post("/trace", response_model_exclude_none=True)
 async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
-    """Draw n pictures, and show what the model predicts at each of their steps: its x_0, decoded.
+    """Generate `n` images, and return what the model predicts at each of their steps: its x_0, decoded.
 
-    The base's steps come first where ``diversity`` is on. It costs a call of the decoder per step, beside the drawing.
+    With `diversity`, the base's steps come first. In addition to generation, each step costs a call of the decoder.
     """
     created = int(time.time())
     ways = await finished(trace(engine_of(request), draw_request(body, request)), request)
@@ -44,7 +44,7 @@ async def trace_pictures(body: TraceRequest, request: Request) -> TraceResponse:
 
 
 def _shown(body: TraceRequest, way: Way, metadata: bool) -> list[tuple[Image, dict[str, Any] | None]]:
-    """Every prediction; the last is the picture, whose file tells how it was drawn as it does elsewhere."""
+    """Every prediction. The last one is the image itself, whose file records how it was generated, as usual."""
     return [*((image, None) for image in way.images[:-1]), (way.drawn.image, told_facts(body, way.drawn, metadata))]
 
 
