@@ -1,1 +1,1 @@
-"""Losses: pure functions of tensors, no modules and no configuration. All compute in float32 at least."""
+"""Loss functions: pure functions of tensors, without modules or configuration. All compute in at least float32."""

@@ -1,9 +1,9 @@
-"""Adversarial losses on logits, larger meaning 'real', and an approximation of R1.
+"""Adversarial losses on logits (larger means real), and an approximate R1 penalty.
 
-Non-saturating GAN (https://arxiv.org/abs/1406.2661, section 3), written with softplus as DMD2 does. Hinge, which lets logits
-beyond +-1 be (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.05957, eq. 16 and 17). Approximate R1
-(https://arxiv.org/abs/2501.08316, eq. 6): the penalty on the discriminator's gradient at real pictures, estimated from
-one random direction instead of a second backward pass.
+The non-saturating GAN loss (https://arxiv.org/abs/1406.2661, section 3) is written with softplus, as in DMD2. The hinge
+loss ignores logits beyond +-1 (https://arxiv.org/abs/1705.02894; https://arxiv.org/abs/1802.05957, eq. 16 and 17).
+Approximate R1 (https://arxiv.org/abs/2501.08316, eq. 6) penalises the discriminator's gradient at real images,
+estimated in one random direction instead of by a second backward pass.
 """
 
 import torch
@@ -34,14 +34,14 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def approximate_r1(logits: Tensor, disturbed_logits: Tensor) -> Tensor:
-    """``mean (D(x) - D(x + s eps))^2`` at real x, about ``s^2 |dD/dx|^2``; the caller chooses s (0.1) and disturbs x."""
+    """``mean (D(x) - D(x + s eps))^2`` at real x, about ``s^2 |dD/dx|^2``; the caller perturbs x, with s about 0.1."""
     return (logits.float() - disturbed_logits.float()).square().mean()
 
 
 def relative_weight(reference: Tensor, loss: Tensor, x: Tensor) -> Tensor:
-    """``|d reference / dx| / |d loss / dx|``: what to weigh a loss with so that it pulls at x as hard as another.
+    """``|d reference / dx| / |d loss / dx|``: the weight that makes the gradient of a loss as large as a reference's.
 
-    VQGAN's adaptive weight (https://arxiv.org/abs/2012.09841, eq. 7), taken at the pictures instead of the last layer.
+    This is VQGAN's adaptive weight (https://arxiv.org/abs/2012.09841, eq. 7), at the images instead of the last layer.
 
     Args:
         reference: scalar, with a graph to x.
@@ -49,7 +49,7 @@ def relative_weight(reference: Tensor, loss: Tensor, x: Tensor) -> Tensor:
         x: of any shape.
 
     Returns:
-        A scalar without a graph; both graphs can still be gone through.
+        A scalar without a graph; both graphs are retained.
     """
     wanted, own = (torch.autograd.grad(each, x, retain_graph=True)[0].float().norm() for each in (reference, loss))
     weight: Tensor = wanted / own.clamp_min(SMALLEST_GRADIENT)

@@ -1,16 +1,17 @@
-r"""Continuous-time consistency in TrigFlow's coordinates (Lu & Song 2024, https://arxiv.org/abs/2410.11081).
+r"""Continuous-time consistency in TrigFlow coordinates (Lu & Song 2024, https://arxiv.org/abs/2410.11081).
 
     x_t = cos(t) x_0 + sin(t) z,    z ~ N(0, sd^2),    t in (0, pi / 2)         (section 3, sd is sigma_data)
     f(x_t, t) = cos(t) x_t - sin(t) sd F(x_t, t)                                 (equation 5)
 
-Here t is the angle; sd F is a velocity, dx_t / dt, and f is what a denoiser answers. Along a trajectory of the teacher,
-``dx_t / dt = sd F_T``, a consistency function is constant; the derivative that should vanish, times cos(t), is
+Here t is the angle, sd F is a velocity, dx_t / dt, and f is a denoiser's x_0 estimate. A consistency function is
+constant along the teacher's trajectories, ``dx_t / dt = sd F_T``, so its derivative along them vanishes. Times cos(t),
+it is
 
     g = cos(t) df/dt = -cos^2(t) (sd F - dx_t/dt) - r cos(t) sin(t) (x_t + d(sd F)/dt)        (equation 8, section 4.1)
 
-where r rises from 0 to 1 while training warms up: at 0, g asks for the teacher's own velocity. The loss moves sd F along g,
-which moves f towards its own answer a moment earlier:  ``|| F - sg(F^- + k g / (|g| + c)) ||^2``, where F^- is F itself and
-k = 1 in the paper.
+where r rises from 0 to 1 during the warm-up; at r = 0, g points to the teacher's own velocity. The loss moves sd F
+along g, and so f towards its own value a moment earlier:  ``|| F - sg(F^- + k g / (|g| + c)) ||^2``, where F^- is F
+itself and k = 1 in the paper.
 """
 
 import torch
@@ -20,7 +21,7 @@ from distillers.losses.distribution_matching import per_picture
 
 
 def trig_velocity(x0: Tensor, x_t: Tensor, angle: Tensor) -> Tensor:
-    """``sd F = dx_t/dt = (cos(t) x_t - x_0) / sin(t)``, ``(B, ...)``; float64 inside, where sin(t) is small.
+    """``sd F = dx_t/dt = (cos(t) x_t - x_0) / sin(t)``, ``(B, ...)``; computed in float64, since sin(t) can be small.
 
     Args:
         x0: estimate at x_t, ``(B, ...)``.
@@ -28,7 +29,7 @@ def trig_velocity(x0: Tensor, x_t: Tensor, angle: Tensor) -> Tensor:
         angle: t in (0, pi / 2], ``(B,)``.
 
     Returns:
-        float64 where ``x0`` and ``x_t`` are, else float32.
+        float64 if both ``x0`` and ``x_t`` are, else float32.
     """
     t = per_picture(angle.double(), x_t)
     velocity = (t.cos() * x_t.double() - x0.double()) / t.sin()
@@ -38,7 +39,7 @@ def trig_velocity(x0: Tensor, x_t: Tensor, angle: Tensor) -> Tensor:
 def consistency_tangent(
     velocity: Tensor, teacher_velocity: Tensor, derivative: Tensor, x_t: Tensor, angle: Tensor, ramp: Tensor
 ) -> Tensor:
-    """g: see the module's text.
+    """The tangent g; see the module docstring.
 
     Args:
         velocity: the student's sd F at x_t, ``(B, ...)``.
@@ -49,7 +50,7 @@ def consistency_tangent(
         ramp: r in [0, 1], ``(B,)``.
 
     Returns:
-        ``(B, ...)`` without a graph, float32 at least.
+        ``(B, ...)`` without a graph, at least float32.
     """
     velocity, teacher_velocity, derivative, x_t = (
         tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
@@ -60,23 +61,25 @@ def consistency_tangent(
 
 
 def normalize_tangent(tangent: Tensor, offset: float = 0.1) -> Tensor:
-    """``g / (|g| + c)``, picture by picture, with |g| the root mean square over the picture's values.
+    """``g / (|g| + c)`` for each image, where |g| is the root mean square over its elements.
 
-    The paper's |g| is the norm, which grows with the size of the picture (section 4.2); its public successors divide by
-    the square root of that size, so that c and the loss mean the same in every latent space.
+    The paper's |g| is the norm, which grows with the number of elements (section 4.2). Public implementations since
+    then divide it by the square root of that number, so that c and the loss have the same meaning in every latent
+    space.
     """
     size = tangent.flatten(1).square().mean(dim=1).sqrt()
     return tangent / (per_picture(size, tangent) + offset)
 
 
 def tangent_loss(velocity: Tensor, target: Tensor, weight: Tensor, log_variance: Tensor | None = None) -> Tensor:
-    """``mean_B w e^{-u} mean (F - sg(target))^2 + u`` (algorithm 1, whose w is -u): its gradient by F is along F - target.
+    """``mean_B w e^{-u} mean (F - sg(target))^2 + u`` (algorithm 1, whose w is -u); its gradient at F is along F -
+    target.
 
     Args:
         velocity: the student's F, with a graph, ``(B, ...)``.
-        target: F^- and a step along the normalized g, ``(B, ...)``.
+        target: F^- plus a step along the normalised g, ``(B, ...)``.
         weight: w, ``(B,)``.
-        log_variance: u, ``(B,)``, with a graph to what learns it; 0 when left out.
+        log_variance: u, ``(B,)``, with a graph to the network that learns it; 0 when left out.
     """
     velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
     error = (velocity - target.detach()).square().flatten(1).mean(dim=1)

@@ -1,12 +1,13 @@
 """Distribution matching: the student follows the difference of two scores.
 
-For the student's picture ``x = G(z)``, noised to ``x_t = alpha_t x + sigma_t eps``, the gradient of the reverse KL
-divergence between the student's and the teacher's distributions at t is, up to a factor that depends on t alone,
+For the student's image ``x = G(z)``, noised to ``x_t = alpha_t x + sigma_t eps``, the gradient of the reverse KL
+divergence between the student's and the teacher's distributions at t is, up to a factor that depends only on t,
 
     grad = F_S(x_t) - F_T(x_t)        (x0 estimates: F_S of the student's distribution, F_T of the teacher's)
 
-because ``score = (alpha_t F - x_t) / sigma_t^2``. DMD (https://arxiv.org/abs/2311.18828, eq. 7-8) divides it, picture by
-picture, by ``mean |x - F_T|``, which makes its size independent of t; DMD2 (https://arxiv.org/abs/2405.14867) keeps that.
+because ``score = (alpha_t F - x_t) / sigma_t^2``. DMD (https://arxiv.org/abs/2311.18828, eq. 7-8) divides it by
+``mean |x - F_T|`` for each image, which makes its magnitude independent of t; DMD2 (https://arxiv.org/abs/2405.14867)
+does the same.
 """
 
 import torch
@@ -16,24 +17,24 @@ SMALLEST_NORM = 1e-6
 
 
 def per_picture(values: Tensor, like: Tensor) -> Tensor:
-    """``(B,)`` shaped to multiply ``like: (B, ...)``."""
+    """Reshapes ``(B,)`` to broadcast over ``like: (B, ...)``."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def distribution_matching_gradient(
     x: Tensor, fake_x0: Tensor, teacher_x0: Tensor, weight: Tensor | None = None, *, normalize: bool = True
 ) -> Tensor:
-    """``h (F_S - F_T) / mean|x - F_T|``: the direction along which x moves away from the teacher's distribution.
+    """``h (F_S - F_T) / mean|x - F_T|``: x moves against this gradient, towards the teacher's distribution.
 
     Args:
-        x: student's pictures before noising, ``(B, ...)``.
+        x: student's images before noising, ``(B, ...)``.
         fake_x0: fake score's x0 estimate ``F_S(x_t)``, ``(B, ...)``.
         teacher_x0: teacher's x0 estimate ``F_T(x_t)``, guided or not, ``(B, ...)``.
-        weight: ``(B,)``, the h(r) of another f-divergence; 1 (the reverse KL) when left out.
-        normalize: divide by ``mean|x - F_T|`` of each picture.
+        weight: the h(r) of another f-divergence, ``(B,)``; 1 (the reverse KL) when left out.
+        normalize: divide by ``mean|x - F_T|`` of each image.
 
     Returns:
-        ``(B, ...)`` float32, without a graph; values that are not finite are zero, as in DMD's public code.
+        ``(B, ...)`` float32, without a graph; non-finite values are replaced by zero, as in DMD's public code.
     """
     x, fake_x0, teacher_x0 = (tensor.detach().float() for tensor in (x, fake_x0, teacher_x0))
     gradient = fake_x0 - teacher_x0
@@ -46,7 +47,7 @@ def distribution_matching_gradient(
 
 
 def gradient_as_loss(x: Tensor, gradient: Tensor) -> Tensor:
-    """``0.5 mean (x - sg(x - gradient))^2``, whose derivative by x is ``gradient / x.numel()``.
+    """``0.5 mean (x - sg(x - gradient))^2``, whose derivative with respect to x is ``gradient / x.numel()``.
 
     Args:
         x: ``(B, ...)``, with a graph to the student.

@@ -1,14 +1,16 @@
-r"""f-divergences as weights on one gradient.
+r"""f-divergences as weights on a common gradient.
 
 For ``D_f(p || q) = E_q[f(p / q)]`` between the teacher's distribution p and the student's q, at one noise level,
 
     d D_f / d theta = E_q[ h(r) (score_q - score_p) . dx_t / d theta ],    r = p(x_t) / q(x_t),    h(r) = r^2 f''(r)
 
-(Xu et al. 2025, https://arxiv.org/abs/2502.15681, theorem 1): every f-divergence is the reverse KL's gradient, whose h is
-1, times a weight. r comes from a discriminator's logits, whose optimum is ``log r``. Large h where r is large (forward KL)
-covers the teacher's modes; small h there (reverse KL, Neyman) seeks them. Constant factors are left out.
+(Xu et al. 2025, https://arxiv.org/abs/2502.15681, theorem 1): the gradient of every f-divergence is that of the reverse
+KL, whose h is 1, times a weight. r comes from the logits of a discriminator, whose optimum is ``log r``. If h grows
+with r (forward KL), the divergence is mode-covering; if it does not (reverse KL, Neyman), it is mode-seeking. Constant
+factors are omitted.
 
-The usual divergences' weights are all of one form, ``h(r) = r^a (1 + r)^b``: a divergence is a name, or its (a, b).
+The weights of the usual divergences all have the form ``h(r) = r^a (1 + r)^b``, so that a divergence is given by its
+name or by its (a, b).
 """
 
 from typing import Literal, get_args
@@ -38,16 +40,16 @@ DIVERGENCES: dict[DivergenceName, tuple[float, float]] = {
     "neyman_chi2": (-1.0, 0.0),
     "pearson_chi2": (2.0, 0.0),
 }
-"""(a, b) by the divergence's name."""
+"""(a, b) of each divergence."""
 
 LARGEST_LOGIT = 10.0
 
 
 def powers(divergence: Divergence) -> tuple[float, float]:
-    """(a, b) of ``h(r) = r^a (1 + r)^b``.
+    """Returns (a, b) of ``h(r) = r^a (1 + r)^b``.
 
     Raises:
-        ValueError: no divergence has that name.
+        ValueError: there is no divergence with that name.
     """
     if isinstance(divergence, tuple):
         return divergence
@@ -62,7 +64,7 @@ def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
     """``h(r)``, ``(B,)``.
 
     Args:
-        divergence: a name of `DIVERGENCES`, or (a, b).
+        divergence: a name in `DIVERGENCES`, or (a, b).
         ratio: r, positive, ``(B,)``.
     """
     a, b = powers(divergence)
@@ -70,15 +72,15 @@ def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
 
 
 def weight_elasticity(divergence: Divergence, ratio: Tensor) -> Tensor:
-    """``r h'(r) / h(r) = a + b r / (1 + r)``, ``(B,)``; arguments as in `divergence_weight`."""
+    """``r h'(r) / h(r) = a + b r / (1 + r)``, ``(B,)``; same arguments as `divergence_weight`."""
     a, b = powers(divergence)
     return a + b * ratio / (1 + ratio)
 
 
 def density_ratio(logits: Tensor) -> Tensor:
-    """``r = e^logit`` of each picture, ``(B,)`` float32: the mean over heads, held within +-10.
+    """``r = e^logit`` of each image, ``(B,)`` float32, from the mean logit over heads, clamped to +-10.
 
     Args:
-        logits: ``(B, heads)``, larger meaning real.
+        logits: ``(B, heads)``; larger means real.
     """
     return torch.exp(logits.float().flatten(1).mean(dim=1).clamp(-LARGEST_LOGIT, LARGEST_LOGIT))

@@ -1,9 +1,9 @@
-"""Denoising score matching: a network learns the score of whatever pictures it is shown.
+"""Denoising score matching: a network learns the score of the distribution that its training images come from.
 
-Every weighting is written for an x0 estimate, since denoisers return x0. With ``x_t = alpha_t x_0 + sigma_t eps`` fixed,
-errors of the other predictions are multiples of the x0 error:
+Every weighting is written for an x0 estimate, since denoisers return x0. For a given ``x_t = alpha_t x_0 + sigma_t
+eps``, the squared errors of the other predictions are multiples of the squared x0 error:
 
-    eps:  alpha^2 / sigma^2                        (DDPM's simple loss, what DMD2 trains its fake score with)
+    eps:  alpha^2 / sigma^2                        (DDPM's simple loss, with which DMD2 trains its fake score)
     v:    (alpha^2 / sigma + sigma)^2              (1 / sigma^2 where alpha^2 + sigma^2 = 1)
     flow: (alpha / sigma + 1)^2                    (1 / sigma^2 where alpha + sigma = 1)
     edm:  sigma'^-2 + sigma_data^-2, sigma' = sigma / alpha    (https://arxiv.org/abs/2206.00364, table 1)
@@ -22,19 +22,19 @@ SMALLEST_SIGMA = 1e-4
 
 
 def score_weight(alpha_t: Tensor, sigma_t: Tensor, weighting: Weighting, sigma_data: float = 1.0) -> Tensor:
-    """The factor on the squared x0 error that makes it the squared error of ``weighting``'s prediction.
+    """The factor that turns the squared x0 error into the squared error of the prediction named by ``weighting``.
 
     Args:
         alpha_t: ``(B,)``.
-        sigma_t: ``(B,)``; held above 1e-4, where eps weights would overflow.
-        weighting: see the module's text.
-        sigma_data: standard deviation of the pictures, for ``edm``.
+        sigma_t: ``(B,)``; clamped to at least 1e-4, below which weights would explode.
+        weighting: see the module docstring.
+        sigma_data: standard deviation of the data, for ``edm``.
 
     Returns:
         ``(B,)`` float32.
 
     Raises:
-        ValueError: an unknown weighting.
+        ValueError: the weighting is unknown.
     """
     alpha, sigma = alpha_t.double(), sigma_t.double().clamp_min(SMALLEST_SIGMA)
     match weighting:
@@ -54,11 +54,11 @@ def score_weight(alpha_t: Tensor, sigma_t: Tensor, weighting: Weighting, sigma_d
 
 
 def denoising_loss(x0_estimate: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """``mean_B weight * mean (x0_estimate - x0)^2``; ``x0`` gets no gradient.
+    """``mean_B weight * mean (x0_estimate - x0)^2``; ``x0`` receives no gradient.
 
     Args:
         x0_estimate: ``(B, ...)``.
-        x0: the clean pictures, ``(B, ...)``.
+        x0: the clean images, ``(B, ...)``.
         weight: ``(B,)``.
     """
     error = (x0_estimate.float() - x0.detach().float()).square()

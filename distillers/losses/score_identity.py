@@ -1,26 +1,27 @@
-r"""Score-based distillation: losses whose gradient flows through both scores.
+r"""Score identity losses, whose gradient flows through both scores.
 
-At one noise level let q be the student's distribution, p the teacher's, ``delta = score_q - score_p`` at a noised student's
-picture x_t. The KL family follows delta itself (`distillers.losses.distribution_matching`); the losses here shrink its
-size. In x0 estimates, ``delta = alpha_t (F_S - F_T) / sigma_t^2``; factors of t are left out, as they are in that module.
+At one noise level, let q be the student's distribution, p the teacher's, and ``delta = score_q - score_p`` at a noised
+student image x_t. The KL family moves x along delta itself (`distillers.losses.distribution_matching`); the losses here
+minimise its magnitude. In x0 estimates, ``delta = alpha_t (F_S - F_T) / sigma_t^2``; factors that depend only on t are
+omitted, as in that module.
 
 SiD (Zhou et al. 2024, https://arxiv.org/abs/2404.04057, eq. 23):
 
     L = [(1 - a) |F_T - F_S|^2 + (F_T - F_S) . (F_S - x)] / mean|x - F_T|
 
-With a = 1/2 its gradient is that of the Fisher divergence ``E_q |delta|^2 / 2``; with a = 1 that of the same with the
-distribution of x_t held fixed, which is SIM's; the paper's larger a, 1.2, is found by trial. With weights,
+Without the normalisation, a = 1/2 gives the gradient of the Fisher divergence ``E_q |delta|^2 / 2``, and a = 1 that of
+the same with the distribution of x_t held fixed, which is SIM's. The paper's larger a, 1.2, is empirical. With weights,
 
     L = h [(1 - a) |F_T - F_S|^2 + (F_T - F_S) . (F_S - x)],    a = (1 + r h'(r) / h(r)) / 2,    r = p(x_t) / q(x_t)
 
-has the gradient of ``E_q[h(r) |delta|^2] / 2``, whose integral over the diffusion's time is the f-divergence with
+has the gradient of ``E_q[h(r) |delta|^2] / 2``, whose integral over diffusion time is the f-divergence with
 ``h(r) = r^2 f''(r)`` (Uni-Instruct, Wang et al. 2025, https://arxiv.org/abs/2505.20755, theorem 3.1). It is the total
-derivative: |delta|^2 moves with x_t, score_q with the student (SiD's projection), and h with both, where
-``d_theta r = -r d_theta log q``. h and a are functions of x_t themselves: see `score_identity_loss`.
+derivative: |delta|^2 changes with x_t, score_q with the student (SiD's projection), and h with both, where
+``d_theta r = -r d_theta log q``. h and a are functions of x_t themselves; see `score_identity_loss`.
 
-SIM (Luo et al. 2024, https://arxiv.org/abs/2410.16794, eq. 3.7) takes another distance d of the two scores:
+SIM (Luo et al. 2024, https://arxiv.org/abs/2410.16794, eq. 3.7) uses another distance d between the two scores:
 
-    L = d'(F_S - F_T) . (F_S - x) (-1),    d the pseudo-Huber sqrt(|y|^2 + c^2) - c,  or |y|^2 / 2: SiD's loss with a = 1
+    L = -d'(F_S - F_T) . (F_S - x),    d the pseudo-Huber sqrt(|y|^2 + c^2) - c,  or |y|^2 / 2: SiD's loss with a = 1
 """
 
 from torch import Tensor
@@ -40,16 +41,16 @@ def score_identity_loss(
     """SiD's loss: ``mean h [(1 - a) (F_T - F_S)^2 + (F_T - F_S)(F_S - x)] / mean|x - F_T|``.
 
     Args:
-        x: student's pictures before noising, ``(B, ...)``, with a graph to the student.
-        fake_x0: ``F_S(x_t)``, ``(B, ...)``, with a graph to x through x_t; its weights are no part of the graph.
-        teacher_x0: ``F_T(x_t)``, in the same way.
+        x: student's images before noising, ``(B, ...)``, with a graph to the student.
+        fake_x0: ``F_S(x_t)``, ``(B, ...)``, with a graph to x through x_t, but not to the fake score's weights.
+        teacher_x0: ``F_T(x_t)``, likewise.
         alpha: a; a number, or ``(B,)``.
-        weight: h, ``(B,)``; 1 when left out. Where alpha and weight have a graph to x_t, they are differentiated too, which
-            the total derivative of the weighted divergence asks for.
-        normalize: divide by ``mean|x - F_T|`` of each picture, which gets no gradient.
+        weight: h, ``(B,)``; 1 when left out. If alpha and weight have a graph to x_t, they are differentiated too, as
+            the total derivative of the weighted divergence requires.
+        normalize: divide by ``mean|x - F_T|`` of each image, which receives no gradient.
 
     Returns:
-        A scalar. It hovers about 0, and may be negative: its size says nothing of how far the student is.
+        A scalar. It hovers around 0 and may be negative: it does not measure how good the student is.
     """
     x, fake_x0, teacher_x0 = x.float(), fake_x0.float(), teacher_x0.float()
     gap = teacher_x0 - fake_x0
@@ -64,11 +65,11 @@ def score_implicit_loss(
     """SIM's loss under the pseudo-Huber distance: ``mean (F_T - F_S)(F_S - x) / sqrt(mean (F_T - F_S)^2 + c^2)``.
 
     Args:
-        x: as in `score_identity_loss`, as all others.
+        x: as in `score_identity_loss`, like the other tensors.
         fake_x0: ``(B, ...)``.
         teacher_x0: ``(B, ...)``.
-        huber: c > 0, in units of the latents' standard deviation; a large one leaves the square distance, over c.
-        normalize: divide by ``mean|x - F_T|`` of each picture.
+        huber: c > 0, in units of the latents' standard deviation; for large c, this is the squared distance over c.
+        normalize: divide by ``mean|x - F_T|`` of each image.
     """
     x, fake_x0, teacher_x0 = x.float(), fake_x0.float(), teacher_x0.float()
     gap = teacher_x0 - fake_x0

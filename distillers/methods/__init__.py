@@ -1,4 +1,4 @@
-"""The methods, one file each, found by being here: any module of this package that defines a `Method` with a ``name``."""
+"""The distillation methods, one per module. Any module here that defines a `Method` with a ``name`` is discovered."""
 
 import importlib
 import inspect
@@ -9,12 +9,12 @@ from distillers.methods.base import Method
 
 
 class UnknownMethod(ValueError):
-    """No method has this name; the message lists those there are."""
+    """No method has this name; the message lists the available ones."""
 
 
 @cache
 def methods() -> dict[str, type[Method]]:
-    """Every method by name.
+    """Returns every method, keyed by name.
 
     Raises:
         RuntimeError: two modules define the same name.
@@ -34,7 +34,7 @@ def methods() -> dict[str, type[Method]]:
 
 
 def method(name: str) -> type[Method]:
-    """The method of that name.
+    """Returns the method with that name.
 
     Raises:
         UnknownMethod: there is none.

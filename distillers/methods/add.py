@@ -1,24 +1,26 @@
 """ADD: adversarial diffusion distillation (Sauer et al. 2023, https://arxiv.org/abs/2311.17042), which made SDXL Turbo.
 
-The student's picture x, one step from noise or from a noised picture, shall pass for a real one with a discriminator that
-looks at decoded pictures through a network that knows pictures already (`distillers.adversary` with ``features``), and shall
-stay where the frozen teacher, guided, leads it when it is noised again:
+The student generates an image x in one step, from noise or from a noised image. It is trained to fool a discriminator
+that sees decoded images through a pretrained image network (`distillers.adversary` with ``features``), and to agree
+with the frozen, guided teacher's denoising of x noised again:
 
     student   adversarial_weight * (-mean D(x)) + distillation_weight * c(t) ||x - F_T(sg(x_t), t | c)||^2
               + anchor_weight * ||x - x_start||^2
-    heads     hinge, on x and real pictures
+    heads     hinge loss on x and real images
 
-with ``x_t = alpha_t sg(x) + sigma_t eps`` and the paper's exponential weighting ``c(t) = alpha_t``. The first loss makes
-pictures real, the second makes them show what was asked for.
+with ``x_t = alpha_t sg(x) + sigma_t eps`` and the paper's exponential weighting ``c(t) = alpha_t``. The adversarial
+term makes images realistic; the distillation term keeps them aligned with their prompts.
 
-The anchor is ours, off by default, for a job that goes on from a student (``start``): x_start is what that one answers in
-the same state. It has learned variety and prompts by other means, and this keeps both while pictures get real.
+The anchor is not in the paper and is off by default. It is for jobs that continue from a student (``start``): x_start
+is that student's prediction for the same state. The starting student has learned diversity and prompt alignment by
+other means, and the anchor preserves both while images become more realistic.
 
-Departures: the distance is a mean over latents instead of a sum, so that the weight holds at any size. The discriminator is
-told neither the prompt nor the picture that was noised, as the paper's is: so it can judge pictures of made-up prompts. R1
-is approximate, and by the latents. The heads are LADD's, and judge the pictures of the student's turn. The paper starts each
-step from noised pictures (``backward_simulation = false``, the default); DMD2's backward simulation starts it where it will
-start when drawing, and needs no pictures of the prompts.
+Departures from the paper: the distance is a mean over latents instead of a sum, so that the weight applies at any
+resolution. Unlike the paper's, the discriminator is conditioned neither on the prompt nor on the image that was noised,
+so that it can judge images of made-up prompts. R1 is approximate, and taken with respect to the latents. The heads are
+LADD's, and are trained on the images of the student's turn. The paper starts each step from noised images
+(``backward_simulation = false``, the default); DMD2's backward simulation starts from the states seen at inference, and
+needs no images of the prompts.
 """
 
 from collections.abc import Callable, Hashable
@@ -40,7 +42,7 @@ from weights.diffusion.schedules import add_noise, expand
 
 
 class ADDConfig(JudgedConfig, RolledOutConfig):
-    """The paper's numbers where it has them."""
+    """Settings of ADD. The defaults are the paper's where it states them."""
 
     features: BackboneName | None = Field(
         "dinov2-small", description="a network of pictures to judge decoded pictures by, without noise"
@@ -77,7 +79,7 @@ class ADDConfig(JudgedConfig, RolledOutConfig):
 
 
 class ADD(Judged, RolledOut):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "add"
     Config = ADDConfig
@@ -135,7 +137,7 @@ class ADD(Judged, RolledOut):
         return TurnLoss(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
     def _distillation(self, x: Tensor, cond: Cond, step: Step) -> Tensor:
-        """``mean alpha_t (x - F_T(x_t))^2``; its gradient reaches x as if the teacher's estimate were a picture."""
+        """``mean alpha_t (x - F_T(x_t))^2``; x_t and the teacher's estimate carry no gradient."""
         config, schedule = self.config, self.teacher.schedule
         t = draw_times(step.size, config.distillation_times, step.local, x.device)
         with torch.no_grad():

@@ -1,10 +1,10 @@
-"""The seam between methods and the trainer: a method computes losses, the trainer does everything else.
+"""The interface between methods and the trainer: a method computes losses, the trainer does everything else.
 
-A method says which networks it trains and with which optimizer settings (`Method.trained`), which of them step at an
-iteration (`Method.turns`), and the loss of each turn (`Method.loss`). It owns no optimizer, calls no ``backward``, moves
-nothing between devices and reads no files, so that every method gets accumulation, averages, precision, checkpoints and
-resumption from the one trainer. What a method keeps beside its trained networks (a target average, running ratios) it
-returns from `Method.state`, in `Method.after_step` it may change it.
+A method declares the networks it trains and their optimizer settings (`Method.trained`), which of them are updated in
+an iteration (`Method.turns`), and the loss of each turn (`Method.loss`). It owns no optimizer, never calls
+``backward``, moves nothing between devices and reads no files, so the trainer provides gradient accumulation,
+averaging, precision, checkpoints and resumption for every method. State beyond the trained networks (a target average,
+running ratios) is returned by `Method.state`, and may be updated in `Method.after_step`.
 """
 
 from abc import ABC, abstractmethod
@@ -25,19 +25,19 @@ from weights.families.base import TextToImage
 
 
 class MethodConfig(BaseModel):
-    """Base of every method's Config: keyword-only, frozen, unknown fields refused, each field described."""
+    """Base class of every method's Config: frozen, rejects unknown fields; each field needs a description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def least_iterations(self) -> int:
-        """The shortest run that reaches the method's last phase; a shorter one is refused."""
+        """The shortest run that reaches the method's last phase; shorter runs are rejected."""
         return 1
 
     def scaled(self, factor: float) -> Self:
-        """These settings for a run of ``factor`` times as many iterations: phases told in iterations keep their share.
+        """These settings for a run of ``factor`` times as many iterations; phases keep their share of the run.
 
-        At 0 every phase is as short as can be. What has no phases is the same at every length.
+        At 0, every phase is as short as possible. Settings without phases are unchanged.
         """
         return self
 
@@ -49,7 +49,7 @@ def _check_betas(betas: tuple[float, float]) -> tuple[float, float]:
 
 
 Betas = Annotated[tuple[float, float], AfterValidator(_check_betas)]
-"""Of an optimizer's two running means, each in [0, 1)."""
+"""Decay rates of an optimizer's two running means, each in [0, 1)."""
 
 
 OptimizerKind = Literal["adamw", "muon", "radam"]
@@ -57,7 +57,7 @@ OptimizerKind = Literal["adamw", "muon", "radam"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """How the trainer optimizes one network."""
+    """How the trainer optimizes a network."""
 
     lr: float
     kind: OptimizerKind = "adamw"
@@ -65,45 +65,45 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     eps: float = 1e-8
     warmup: int = 0
-    """Updates of this network over which its learning rate rises linearly from ``lr / warmup``."""
+    """Updates of this network over which its learning rate rises linearly, starting at ``lr / warmup``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A network that a method trains."""
+    """A network trained by a method."""
 
     module: nn.Module
     optimizer: OptimizerSettings
     average: bool = False
-    """Keep an exponential moving average of it; the student's is what is sampled from and published."""
+    """Keep an exponential moving average of the network. The student's average is sampled from and published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One optimizer step of an iteration: one loss, and the networks that step on it."""
+    """One optimizer step within an iteration: one loss, and the networks it updates."""
 
     name: str
     trains: tuple[str, ...]
     lr: float | None = None
-    """Learning rate in place of the networks' own."""
+    """Learning rate that replaces the networks' own."""
     since: int = 0
-    """Updates of its networks in an earlier phase: after them optimizers start anew, and learning rates rise anew."""
+    """Updates its networks made in an earlier phase. After these, the optimizers are reset and warm-up restarts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one forward pass works on; all tensors are on the training device."""
+    """The data of one forward pass; all tensors are on the training device."""
 
     cond: Cond
-    """Conditions of the student's pictures, B rows."""
+    """Conditions of the student's images, B rows."""
     real: Tensor | None = None
-    """Latents of real pictures, ``(B, ...)`` float32, unit variance; None where the data has no pictures."""
+    """Latents of real images, ``(B, ...)`` float32, unit variance; None if the data has no images."""
     real_cond: Cond | None = None
-    """Conditions of the real pictures; the same object as ``cond`` where both are drawn together."""
+    """Conditions of the real images; the same object as ``cond`` if both are drawn together."""
 
     @property
     def pictures(self) -> tuple[Tensor, Cond]:
-        """The real pictures and their conditions, for configurations that `Method.needs_pictures` speaks for."""
+        """The real images and their conditions, for configurations for which `Method.needs_pictures` gives a reason."""
         assert self.real is not None, "needs_pictures lets no such batch through"
         return self.real, self.real_cond or self.cond
 
@@ -112,11 +112,11 @@ class Batch:
 class Step:
     """One micro-batch of one turn.
 
-    ``shared`` gives the same numbers on every process (which step count to train), ``local`` gives each process its own.
-    Both are CPU generators, seeded by (seed, iteration, micro-batch, turn), so that a resumed run draws the same numbers;
-    in a captured iteration ``local`` is the GPU's own, seeded by the iteration.
-    ``scratch`` belongs to the micro-batch and lives for one iteration: a turn may leave there, without a graph, what a
-    later turn of the iteration can use again, such as the student's samples.
+    ``shared`` draws the same numbers in every process (which step count to train); ``local`` differs between processes.
+    Both are CPU generators seeded by (seed, iteration, micro-batch, turn), so that a resumed run draws the same
+    numbers. In a captured iteration, ``local`` is the GPU's generator, seeded by the iteration. ``scratch`` belongs to
+    the micro-batch and lives for one iteration: a turn can leave detached results in it for a later turn to reuse, such
+    as the student's samples.
     """
 
     iteration: int
@@ -128,13 +128,13 @@ class Step:
 
     @property
     def size(self) -> int:
-        """B."""
+        """The batch size B."""
         return len(next(iter(self.batch.cond.values())))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnLoss:
-    """The scalar to differentiate, and numbers for the log (detached scalars)."""
+    """The scalar to differentiate, and values to log (detached scalars)."""
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class TurnLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Guide:
-    """Autoguidance: see `AutoGuided`."""
+    """Settings of autoguidance; see `AutoGuided`."""
 
     model: TextToImage
     """A worse version of the teacher; its network is frozen."""
@@ -151,47 +151,47 @@ class Guide:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a method is built from."""
+    """What a method is constructed from."""
 
     base: TextToImage
     """The teacher's family instance; its network is frozen."""
     uncond: Cond
     """Conditions of the empty prompt, 1 row."""
     latent_shape: tuple[int, ...]
-    """Of one picture, without the batch."""
+    """Shape of one latent, without the batch dimension."""
     new_network: Callable[[bool], TextToImage]
-    """A trainable copy of the teacher: ``new_network(True)`` has low-rank adapters where the job asks for them, and
-    trains those alone; ``new_network(False)`` trains every weight. A network with adapters may hold the teacher's own frozen
-    weights (see `distillers.adapters`): whoever copies it keeps them shared, and nobody changes them."""
+    """A trainable copy of the teacher. ``new_network(True)`` trains only low-rank adapters if the job requests them;
+    ``new_network(False)`` trains every weight. A network with adapters may share its frozen weights with the teacher
+    (see `distillers.adapters`): copies must keep sharing them, and nothing may modify them."""
     new_student: Callable[[], TextToImage]
-    """What the student is at first: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
+    """The initial student: ``new_network(True)``, or a trainable copy of the student that the job starts from."""
     device: torch.device
     guide: Guide | None = None
-    """What the teacher is led away from; None where it is not."""
+    """The worse model that the teacher is guided away from; None without autoguidance."""
 
     @property
     def teacher(self) -> Denoiser:
-        """The base's own denoiser, or that under autoguidance where the job asks for it."""
+        """The base's denoiser, with autoguidance if the job requests it."""
         own, guide = self.base.denoiser, self.guide
         return own if guide is None else AutoGuided(own, guide.model.denoiser, guide.scale, self.uncond)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """What `Method.prepare` may use: a folder that survives restarts, the data's conditions, and a sign of life."""
+    """What `Method.prepare` may use: a folder that survives restarts, the data's conditions, and progress reporting."""
 
     folder: Path
     prompts: int
-    """How many prompts the data has."""
+    """Number of prompts in the data."""
     conditions: Callable[[Tensor], Cond]
-    """Conditions of the prompts with these rows, ``(B,)`` int64, on the training device. May be kept and called later."""
+    """Conditions of the prompts at rows ``(B,)`` int64, on the training device. The function may be kept for later."""
     seed: Callable[..., int]
-    """A seed made from the job's seed and the words and numbers given."""
+    """Derives a seed from the job's seed and the given words and numbers."""
     tick: Tick
 
 
 class Method(ABC):
-    """One way to make a student. A subclass in a module of this package is found by its ``name``."""
+    """A distillation method. Subclasses defined in a module of this package are discovered by their ``name``."""
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
@@ -202,31 +202,32 @@ class Method(ABC):
 
         Args:
             config: an instance of this class's ``Config``.
-            setup: the teacher and what else there is to build from.
+            setup: the teacher and everything else to build from.
         """
 
     @classmethod
     def needs_pictures(cls, config: Any) -> str | None:
-        """Why this configuration cannot train on prompts alone; None when it can."""
+        """Why this configuration cannot train on prompts alone; None if it can."""
         return None
 
     @classmethod
     def needs_whole_network(cls, config: Any) -> str | None:
-        """Why this configuration cannot train adapters alone; None when it can."""
+        """Why this configuration cannot train only adapters; None if it can."""
         return None
 
     @classmethod
     def needs_eager(cls, config: Any) -> str | None:
-        """Why an iteration of this configuration cannot be captured as a CUDA graph; None when it can.
+        """Why an iteration of this configuration cannot be captured as a CUDA graph; None if it can.
 
-        It can where the losses neither wait for the GPU nor take anything to it, and draw from ``step.local`` where it is.
+        It can if the losses neither synchronise with the GPU nor copy data to it, and draw from ``step.local`` on its
+        own device.
         """
         return f"{cls.name}'s losses ask the GPU for numbers"
 
     @property
     @abstractmethod
     def student(self) -> TextToImage:
-        """The student: what is averaged, sampled from and published."""
+        """The student: the model that is averaged, sampled from and published."""
 
     @abstractmethod
     def trained(self) -> dict[str, Trained]:
@@ -234,18 +235,18 @@ class Method(ABC):
 
     @abstractmethod
     def turns(self, iteration: int) -> list[Turn]:
-        """The optimizer steps of an iteration (from 0), in order. A turn's name always trains the same networks."""
+        """The optimizer steps of an iteration (from 0), in order. Turns with the same name train the same networks."""
 
     @abstractmethod
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
-        """The loss of a micro-batch. Only the turn's networks have ``requires_grad`` while it is computed."""
+        """The loss of a micro-batch. Only the turn's networks have ``requires_grad`` during the call."""
 
     @abstractmethod
     def schedules(self) -> dict[int, StepSchedule]:
-        """How the student draws, by number of steps."""
+        """The student's step schedules, by number of steps."""
 
     def guidance(self) -> GuidanceConvention:
-        """The guidance baked into the student, and what to draw with."""
+        """The guidance scale distilled into the student, and the scale to generate with."""
         return GuidanceConvention()
 
     def prepare(self, workspace: Workspace) -> None:
@@ -253,23 +254,25 @@ class Method(ABC):
         return None
 
     def after_step(self, turn: Turn, iteration: int) -> None:
-        """Called after a turn's networks stepped."""
+        """Called after the turn's networks have been updated."""
         return None
 
     def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
-        """What an iteration's losses decide by ``step.shared``; iterations of equal turns and branches run the same kernels.
+        """What the losses of an iteration decide from ``step.shared``.
+
+        Iterations with equal turns and equal branches run the same kernels, so they can share a CUDA graph.
 
         Args:
             iteration: from 0.
-            shared: a turn's ``step.shared``, as new.
+            shared: returns a turn's ``step.shared`` in its initial state.
         """
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that change while training and belong to no trained network; saved in checkpoints."""
+        """Tensors that change during training but belong to no trained network; saved in checkpoints."""
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `state` returned."""
+        """Restores what `state` returned."""
         if tensors:
             raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(tensors)}")

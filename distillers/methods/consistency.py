@@ -1,24 +1,26 @@
-"""Consistency distillation: LCM (Luo et al. 2023, https://arxiv.org/abs/2310.04378), CD (Song et al. 2023,
-https://arxiv.org/abs/2303.01469).
+"""Consistency distillation along the guided teacher's trajectories, as in LCM.
 
-A consistency function gives the same picture for every state of one trajectory of the probability-flow ODE. On a grid of
-``solver_steps`` times, t_n = n / solver_steps, the guided teacher makes one DDIM step down the trajectory, and the student
-must answer there as it answers here:
+Latent Consistency Models (Luo et al. 2023, https://arxiv.org/abs/2310.04378); consistency distillation (Song et al.
+2023, https://arxiv.org/abs/2303.01469).
 
-    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real picture, n uniform in skip..solver_steps
+A consistency function maps every state on a trajectory of the probability-flow ODE to the same image. On a grid of
+``solver_steps`` times, t_n = n / solver_steps, the guided teacher takes one DDIM step down the trajectory, and the
+student's predictions before and after that step are trained to agree:
+
+    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real image, n uniform in skip..solver_steps
     x_s = DDIM(x_t, D_T(x_t, t; w), t -> s),  s = t_{n - skip}
     loss = d(f(x_t, t), sg f^-(x_s, s)),  f^-(x_0, 0) = x_0           d the pseudo-Huber of `regression_loss`
 
-f is the student's x_0 estimate, f^- that of its moving average (``target_decay``; at 0 the student itself, as LCM-LoRA
-does). The boundary f(x, 0) = x is what makes the answer a picture and not a constant.
+f is the student's x_0 estimate and f^- that of its moving average (``target_decay``; at 0 the student itself, as in
+LCM-LoRA). The boundary condition f(x, 0) = x rules out the trivial solution, a constant.
 
-Departures from the public code: it enforces the boundary with ``f = c_skip x_t + c_out D``, where c_skip = 0.25 / ((10 n)^2
-+ 0.25) at native timestep n is below 1e-5 at every timestep of its grid; here the state itself is the target at s = 0, and
-f = D, which is what every sampler assumes of a student.
+Departures from the public code: it enforces the boundary condition with ``f = c_skip x_t + c_out D``, where c_skip =
+0.25 / ((10 n)^2 + 0.25) at native timestep n is below 1e-5 at every timestep of its grid. Here the state itself is the
+target at s = 0, and f = D, which is what every sampler assumes of a student.
 
-The guidance scale is fixed, as in LCM-LoRA, or drawn for each picture from ``guidance_range`` and told to the student (LCM,
-section 4.3): one student then draws at every scale of the range, at one evaluation a step. The layer that is told it starts
-at zero, where LCM's starts at random: the student begins as the teacher.
+The guidance scale is fixed, as in LCM-LoRA, or drawn for each image from ``guidance_range`` and given to the student as
+a condition (LCM, section 4.3). One student then covers the whole range, at one evaluation per step. The guidance
+embedding layer starts at zero (LCM's starts at random), so that the student starts out as the teacher.
 """
 
 from typing import Self
@@ -40,7 +42,7 @@ from weights.families.base import TextToImage
 
 
 class ConsistencyConfig(SelfTaughtConfig):
-    """The defaults are LCM's for SD1.5, but that the guidance scale is fixed unless ``guidance_range`` is given."""
+    """Settings of consistency distillation. Defaults are LCM's for SD1.5, except that the guidance scale is fixed."""
 
     solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
     skip: int = Field(
@@ -69,7 +71,7 @@ class ConsistencyConfig(SelfTaughtConfig):
 
 
 class Consistency(SelfTaught):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "consistency"
     Config = ConsistencyConfig
@@ -106,7 +108,7 @@ class Consistency(SelfTaught):
         t, s = index / config.solver_steps, (index - config.skip) / config.solver_steps
         x_t, guided, x_s = self._solve(real, cond, t, s, step)
         with torch.no_grad():
-            # At s = 0 no network is asked: the answer is the last step's picture (its rows are computed, and dropped).
+            # At s = 0 the target is the DDIM step's image, not a prediction (computed for these rows, then discarded).
             later = self.target(x_s, s.clamp_min(1 / config.solver_steps), cond)
             target = torch.where(expand(s, x_s) > 0, later, guided)
         loss = regression_loss(self.student.denoiser(x_t, t, cond), target, config.huber)
@@ -118,7 +120,7 @@ class Consistency(SelfTaught):
         return TurnLoss(loss=loss, metrics=metrics)
 
     def _told(self, cond: Cond, step: Step) -> Cond:
-        """The student's conditions: with a scale for each row where it embeds guidance."""
+        """The student's conditions, with a guidance scale for each row if the student embeds guidance."""
         if self.config.guidance_range is None:
             return cond
         low, high = self.config.guidance_range
@@ -127,7 +129,7 @@ class Consistency(SelfTaught):
 
     @torch.no_grad()
     def _solve(self, real: Tensor, cond: Cond, t: Tensor, s: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Real pictures noised to t, the guided teacher's x_0 of them, and its DDIM step from there to s."""
+        """Returns real images noised to t, the guided teacher's x_0 estimate, and its DDIM step from t to s."""
         schedule = self.teacher.schedule
         x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
         scale = cond.get(GUIDANCE, self.config.guidance_scale)

@@ -1,17 +1,18 @@
-"""Diff-Instruct: the integral KL divergence, and nothing else (Luo et al. 2023, https://arxiv.org/abs/2305.18455).
+"""Diff-Instruct: minimises the integral KL divergence (Luo et al. 2023, https://arxiv.org/abs/2305.18455).
 
-DMD2 without its discriminator, its normalisation and its pace: of the family (`distillers.methods.score_distillation`), the
-student's picture x moves along the plain difference of the two scores (theorem 3.1, in x0 estimates),
+This is DMD2 without the discriminator, the normalisation and the slower student. As a member of the score distillation
+family (`distillers.methods.score_distillation`), it moves the student's image x along the plain difference of the two
+scores (theorem 3.1, in x0 estimates),
 
     grad_x = F_S(x_t) - F_T(x_t),    ln(sigma_t / alpha_t) ~ N(ln 2 - 1.2, 1.2^2)
 
-and student and fake score step in turn. The paper's mean is -1.2, for data of standard deviation 0.5; latents have unit
-variance here, and as much of them is left under twice the noise. The weight of a time is what the difference of x0
-estimates leaves of the paper's w(t): ``grad_x`` is ``sigma_t^2 / alpha_t (score_p - score_q)``, negated.
+and updates student and fake score alternately. The paper's mean is -1.2, for data with standard deviation 0.5; latents
+have unit variance here, so the same signal-to-noise ratio needs twice the noise. With p the teacher's and q the
+student's distribution, ``grad_x = sigma_t^2 / alpha_t (score_q - score_p)``; this factor replaces the paper's w(t).
 
-Departures: the public code feeds its one-step generator noise of standard deviation 1 in EDM's units; here what a student
-is fed is its step schedule's matter, and pure noise unless that says otherwise. A discriminator may be switched on
-(``gan_weight``), as everywhere in the family.
+Departures: the public code gives its one-step generator noise of standard deviation 1 in EDM's units. Here the step
+schedule decides what the student starts from, by default pure noise. A discriminator can be enabled with
+``gan_weight``, as everywhere in the family.
 """
 
 from pydantic import Field
@@ -23,7 +24,7 @@ from distillers.methods.score_settings import Interval, TurnAboutConfig
 
 
 class DiffInstructConfig(TurnAboutConfig):
-    """The family's settings with the paper's defaults."""
+    """Settings of Diff-Instruct, with the paper's defaults."""
 
     dm_levels: Interval | None = Field(
         (-0.507, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
@@ -31,7 +32,7 @@ class DiffInstructConfig(TurnAboutConfig):
 
 
 class DiffInstruct(ScoreDistillation):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "diff_instruct"
     Config = DiffInstructConfig

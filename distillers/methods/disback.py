@@ -1,19 +1,20 @@
-"""DisBack: distribution backtracking (Zhang et al. 2024, https://arxiv.org/abs/2408.15991), around any score distillation.
+"""DisBack: distribution backtracking for any score distillation (Zhang et al. 2024, https://arxiv.org/abs/2408.15991).
 
-A student starts far from its teacher, where the teacher's score is least reliable. DisBack first finds a way from the
-teacher to the student, and then leads the student back along it:
+A student starts far from its teacher, where the teacher's score is least reliable. DisBack first records a path of
+degraded teachers from the teacher to the initial student, and then distils along it backwards:
 
-    degradation   the fake score, a copy of the teacher, learns the score of the initial student's pictures (section
-                  4.2); on the way its weights are recorded ``path_points`` times, at equal distances: the path
-    backtracking  the method ``method`` distils (section 4.3), with the path's points in the teacher's place: first the
-                  last but one, every ``backtrack_every`` iterations the one before it, and in the end the teacher
+    degradation   the fake score, initialised from the teacher, learns the score of the initial student's images
+                  (section 4.2); the path consists of its weights at ``path_points`` equally spaced iterations
+    backtracking  the method named by ``method`` distils (section 4.3), with a point of the path as its teacher: first
+                  the last but one, then one point back every ``backtrack_every`` iterations, finally the teacher
 
-The fake score is the path's last point when backtracking starts: it knows the student already. The path is on the CPU and
-in the checkpoints; a point is dropped when the target has passed it. ``method`` is any of the family
-(`distillers.methods.score_distillation`), with its own ``settings``.
+The last point of the path is the fake score itself as backtracking starts, already fitted to the student. The other
+points are kept on the CPU and in the checkpoints, and dropped once the target has passed them. ``method`` can be any of
+the family (`distillers.methods.score_distillation`), with its own ``settings``.
 
-Departures: the paper degrades the teacher until it has converged on the student; here for a set number of iterations, so
-that a resumed job repeats what an uninterrupted one does. Guidance is applied to the path's points as to the teacher.
+Departures: the paper degrades the teacher until it has converged on the student; here degradation takes a fixed number
+of iterations, so that a resumed job is identical to an uninterrupted one. Classifier-free guidance applies to the
+points of the path as it does to the teacher.
 """
 
 from typing import Any, Self, cast
@@ -31,7 +32,7 @@ from weights.families.base import TextToImage
 
 
 class DisBackConfig(MethodConfig):
-    """The path's settings, and the method's that walks it."""
+    """Settings of DisBack: of the path, and of the method that distils along it."""
 
     method: str = Field("dmd2", description="the score distillation to lead back: dmd2, sid, f_distill, ...")
     settings: dict[str, Any] = Field(default_factory=dict, description="that method's own settings")
@@ -68,12 +69,12 @@ class DisBackConfig(MethodConfig):
         )
 
     def inner(self) -> ScoreDistillationConfig:
-        """The method's own settings.
+        """The settings of the wrapped method.
 
         Raises:
-            ValueError: there is no such method in the family, or it does not take these.
+            ValueError: the family has no such method, or its settings are invalid.
         """
-        from distillers.methods import methods  # this module is among those it imports
+        from distillers.methods import methods  # not at the top: that package imports this module
 
         family = {name: each for name, each in methods().items() if issubclass(each, ScoreDistillation)}
         if self.method not in family:
@@ -87,7 +88,7 @@ class DisBackConfig(MethodConfig):
 
 
 class DisBack(Method):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "disback"
     Config = DisBackConfig
@@ -99,7 +100,7 @@ class DisBack(Method):
         settings = config.inner()
         self.inner = cast(ScoreDistillation, method(config.method)(settings, setup))
         self.path: dict[int, dict[str, Tensor]] = {}
-        """Weights by the number of the point, from 1; the degraded end is the fake score itself."""
+        """Weights by point, from 1; the last point is the fake score itself and not stored here."""
         self._learning = [name for name, weight in self._fake_weights().items() if weight.requires_grad]
         self._target = setup.new_network(settings.fake_score_lora)
         self._target.network.requires_grad_(False)
@@ -136,17 +137,17 @@ class DisBack(Method):
         return self.inner.loss(turn, step)
 
     def point(self, iteration: int) -> int:
-        """The target's point at that iteration; 0 is the teacher."""
+        """The point of the path that is the target at that iteration; 0 is the teacher."""
         done = iteration - self.config.degradation_iterations
         return max(0, self.config.path_points - 1 - done // self.config.backtrack_every) if done >= 0 else 0
 
     def _teacher_at(self, iteration: int) -> Denoiser:
-        """What the student is led to now."""
+        """The denoiser that serves as the teacher at that iteration."""
         point = self.point(iteration)
         if point == 0:
             return self.setup.teacher
         if point != self._target_point:
-            self._target.network.load_state_dict(self.path[point], strict=False)  # what never trains is there already
+            self._target.network.load_state_dict(self.path[point], strict=False)  # frozen weights are never stored
             self._target_point = point
         return self._target.denoiser
 

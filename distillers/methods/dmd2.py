@@ -1,18 +1,19 @@
 """DMD2: Improved Distribution Matching Distillation (Yin et al. 2024, https://arxiv.org/abs/2405.14867).
 
-Networks, turns and the adversarial loss are the family's (`distillers.methods.score_distillation`, which is written after
-this paper). The loss between the scores is distribution matching's (section 3, eq. 3): a student's picture x moves along
+Networks, turns and the adversarial loss are those of the family (`distillers.methods.score_distillation`, which follows
+this paper). The loss between the scores is distribution matching (section 3, eq. 3): a student's image x moves along
 
     grad_x = (F_S(x_t) - F_T(x_t)) / mean|x - F_T(x_t)|
 
-the gradient of the reverse KL divergence at t. SDXL's one-step student starts with a short regression on pairs of noise and
-the teacher's picture of it (``regression_iterations``); what follows is a training of its own, with a new optimizer whose
-learning rate rises anew, as in the public code, where it starts from the regression's checkpoint.
+the gradient of the reverse KL divergence at t. SDXL's one-step student starts with a short regression on pairs of noise
+and the image that the teacher generates from it (``regression_iterations``). Distribution matching then starts with a
+new optimizer and a new warm-up, as in the public code, where it is a separate run from the regression's checkpoint.
 
-Departures from the public code, each a setting: samples of the student's turn are used again by the fake score's turn of
-that iteration (``share_samples``, as there); the discriminator may look at the same noised pictures as the score losses
-(``share_times``), which saves a forward pass in both turns; guidance may be restricted to an interval of times. The public
-code regresses by LPIPS of decoded pictures; here by latents (``regression_huber``), which needs no other network.
+As in the public code, the fake score's turn reuses the samples of the student's turn (``share_samples``). Optional
+departures from it: the discriminator can see the same noised images as the score losses (``share_times``), which saves
+a forward pass in both turns, and guidance can be restricted to an interval of times (``guidance_interval``). The public
+code's regression loss is LPIPS on decoded images; here it is computed on latents (``regression_huber``), which needs no
+other network.
 """
 
 from dataclasses import replace
@@ -32,7 +33,7 @@ from weights.diffusion.samplers import initial_state
 
 
 class DMD2Config(ScoreDistillationConfig):
-    """The family's settings, whose defaults are DMD2's, and the regression's."""
+    """Settings of DMD2: those of the family, with DMD2's defaults, and those of the regression."""
 
     regression_iterations: int = Field(
         0, ge=0, description="iterations of regression on teacher pairs before DMD (SDXL one step: 2000 to 3000)"
@@ -58,7 +59,7 @@ class DMD2Config(ScoreDistillationConfig):
 
 
 class DMD2(ScoreDistillation):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "dmd2"
     Config = DMD2Config
@@ -79,7 +80,7 @@ class DMD2(ScoreDistillation):
         return gradient_as_loss(seen.x, gradient)
 
     def weight(self, seen: Noised) -> Tensor | None:
-        """h(r) of each picture ``(B,)``; None is the reverse KL's, 1."""
+        """h(r) of each image, ``(B,)``; None for the reverse KL, where it is 1."""
         return None
 
     def turns(self, iteration: int) -> list[Turn]:

@@ -1,15 +1,15 @@
 """f-distill: distribution matching under any f-divergence (Xu et al. 2025, https://arxiv.org/abs/2502.15681).
 
-DMD2 (`distillers.methods.dmd2`, whose networks, turns and losses these are) descends the reverse KL divergence, which
-prefers few of the teacher's modes to a picture between them. Another divergence is the same gradient times ``h(r)``,
-picture by picture, where r = p / q is how much likelier the teacher's distribution makes the noised picture than the
-student's:
+DMD2 (`distillers.methods.dmd2`, whose networks, turns and losses are used here) minimises the reverse KL divergence,
+which is mode-seeking: it drops modes of the teacher rather than generate images between them. For any other
+f-divergence, the gradient of each image is multiplied by ``h(r)``, where r = p / q is the density ratio of teacher to
+student at the noised image:
 
     student     grad_x = h(r) (F_S(x_t) - F_T(x_t)) / mean|x - F_T(x_t)|,    r = e^{D(x_t)}
 
-D, DMD2's discriminator, looks at the score losses' own noised pictures (``share_times``), so that r is theirs. As in the
-public code r is divided by a moving average of its own, kept for each of ``ratio_bins`` intervals of t, and held within
-``ratio_range``; h is divided by its batch mean. The reverse KL's h is 1: with it, this is DMD2.
+D is DMD2's discriminator. It sees the same noised images as the score losses (``share_times``), so that r applies to
+them. As in the public code, r is divided by its moving average in each of ``ratio_bins`` intervals of t, then clamped
+to ``ratio_range``, and h is divided by its batch mean. For the reverse KL, h is 1 and this is DMD2.
 """
 
 from torch import Tensor
@@ -21,11 +21,11 @@ from distillers.ratios import RatioConfig, WithRatios
 
 
 class FDistillConfig(RatioConfig, DMD2Config):
-    """DMD2's settings, and the divergence's."""
+    """Settings of f-distill: DMD2's, and those of the divergence."""
 
 
 class FDistill(WithRatios, DMD2):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "f_distill"
     Config = FDistillConfig

@@ -1,5 +1,4 @@
-"""What methods share whose student draws in few steps: its schedules and its guidance, where nothing else is trained its
-optimizer, and where it learns from its own answers the average that gives them."""
+"""Base classes of methods with a few-step student: schedules and guidance, rollouts, optimizers and target averages."""
 
 from collections.abc import Hashable
 from typing import ClassVar, NamedTuple, Self
@@ -36,7 +35,7 @@ def default_schedules() -> dict[int, StepSchedule]:
 
 
 class FewStepConfig(MethodConfig):
-    """Of a method whose student draws in few steps."""
+    """Settings of a method with a few-step student."""
 
     schedules: dict[int, StepSchedule] = Field(
         default_factory=default_schedules, min_length=1, description="step counts to be good at, and their times"
@@ -52,18 +51,18 @@ class FewStepConfig(MethodConfig):
 
 
 class FewStepMethod(Method):
-    """One student, taught by the guided teacher, that draws as its settings' schedules say."""
+    """A method that distils the guided teacher into one student, which is sampled with the configured schedules."""
 
     config: FewStepConfig
 
     def __init__(self, config: FewStepConfig, setup: Setup) -> None:
-        """See `Method`; makes the student."""
+        """Creates the student; see `Method` for the arguments."""
         self.config, self.setup = config, setup
         self._student = self._new_student()
         self.teacher = setup.teacher
 
     def _new_student(self) -> TextToImage:
-        """What the student is at first."""
+        """The initial student."""
         return self.setup.new_student()
 
     @property
@@ -78,7 +77,7 @@ class FewStepMethod(Method):
 
 
 class RolledOutConfig(FewStepConfig):
-    """Of a method whose losses judge the student's pictures, one step of one step count at a time."""
+    """Settings of a method whose losses apply to the student's images, at one step of one step count at a time."""
 
     step_weights: dict[int, float] | None = Field(
         None, description="how often each step count is trained, in proportion; equally when left out"
@@ -100,25 +99,25 @@ class RolledOutConfig(FewStepConfig):
 
     @property
     def starts_from_pictures(self) -> bool:
-        """Whether a step of some count starts from noised real pictures."""
+        """Whether a step of some schedule starts from noised real images."""
         return not self.backward_simulation and max(self.schedules) > 1
 
 
 class Sampled(NamedTuple):
-    """The student's pictures of one step, and what they were made from."""
+    """The student's images after one step, and that step's inputs."""
 
     x: Tensor
-    """``(B, ...)``, with a graph to that step alone."""
+    """Images ``(B, ...)``, with a graph through that step only."""
     cond: Cond
-    """What they were asked to show."""
+    """Their conditions."""
     x_t: Tensor
-    """The states that the step denoises."""
+    """The states that the step denoises, ``(B, ...)``."""
     t: Tensor
-    """The times that the network is told, ``(B,)``."""
+    """The times that the network is conditioned on, ``(B,)``."""
 
 
 class RolledOut(FewStepMethod):
-    """Draws a step count and a step of it, and makes the student's pictures there."""
+    """Draws a step count and one of its steps, and generates the student's images at that step."""
 
     config: RolledOutConfig
 
@@ -127,16 +126,16 @@ class RolledOut(FewStepMethod):
 
     @staticmethod
     def _way(schedule: StepSchedule, k: int) -> Hashable:
-        """All that `_sample` goes by: the first step of one schedule is that of another with the same times."""
+        """All that `_sample` depends on: schedules that begin with the same times share their first step."""
         times, told = schedule.timesteps[: k + 1], schedule.network_times[: k + 1]
         return (*times, *told, schedule.sampler, schedule.eta) if k else (*times, *told)
 
     def _sample(self, step: Step) -> tuple[Tensor, Cond]:
-        """The student's pictures ``(B, ...)`` of a drawn step, with a graph to that step alone, and their conditions."""
+        """The student's images ``(B, ...)`` at a drawn step, with a graph through that step, and their conditions."""
         return self._sampled(step)[:2]
 
     def _sampled(self, step: Step) -> Sampled:
-        """The same, with what they were made from."""
+        """Like `_sample`, with the inputs of the step."""
         schedule, k = self._draw_step(step.shared)
         denoiser, batch = self.student.denoiser, step.batch
         noise = draw_noise((step.size, *self.setup.latent_shape), step.local, self.setup.device)
@@ -151,7 +150,7 @@ class RolledOut(FewStepMethod):
 
 
 class LoneStudentConfig(FewStepConfig):
-    """Of a method that trains the student alone, or beside helpers with settings of their own."""
+    """Settings of a method that trains only the student, or helper networks with settings of their own beside it."""
 
     lr: float = Field(1e-4, gt=0, description="student's learning rate")
     betas: Betas = Field((0.9, 0.999), description="the optimizer's betas")
@@ -160,7 +159,7 @@ class LoneStudentConfig(FewStepConfig):
 
 
 class LoneStudent(FewStepMethod):
-    """One turn an iteration, in which the student learns."""
+    """A method with one turn per iteration, which updates the student."""
 
     config: LoneStudentConfig
     optimizer: ClassVar[OptimizerKind] = "adamw"
@@ -181,13 +180,13 @@ class LoneStudent(FewStepMethod):
 
 
 class SelfTaughtConfig(LoneStudentConfig):
-    """Of a method whose student is taught by its own answers at a cleaner state."""
+    """Settings of a method whose student learns from its own predictions at a cleaner state."""
 
     target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
 
 
 class SelfTaught(LoneStudent):
-    """A student that is taught by its own answers at a cleaner state, or by those of its moving average."""
+    """A student that learns from its own predictions at a cleaner state, or from those of its moving average."""
 
     config: SelfTaughtConfig
 
@@ -200,7 +199,7 @@ class SelfTaught(LoneStudent):
 
     @property
     def target(self) -> Denoiser:
-        """Who answers at the cleaner state."""
+        """The denoiser whose predictions at the cleaner state are the target."""
         return (self.average or self._student).denoiser
 
     @torch.no_grad()
@@ -211,7 +210,7 @@ class SelfTaught(LoneStudent):
             torch._foreach_lerp_(ours, theirs, 1 - self.config.target_decay)
 
     def _averaged(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The target's weights beside the student's, by name, but for the frozen ones, which the two share."""
+        """The target's and the student's weights by name, without the frozen ones, which both share."""
         if self.average is None:
             return {}
         pairs = zip(self.average.network.named_parameters(), self._student.network.parameters(), strict=True)

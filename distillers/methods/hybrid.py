@@ -1,18 +1,18 @@
-"""SANA-Sprint's hybrid: continuous-time consistency with a latent adversary (Chen et al. 2025,
-https://arxiv.org/abs/2503.09641, section 3.3).
+"""SANA-Sprint's hybrid of continuous-time consistency and latent adversarial distillation.
 
-Consistency ties the student to the teacher's trajectories, whose pictures blur where one step cannot follow them; the
-adversary sharpens what it draws. Each is a method of its own here (`distillers.methods.scm`, `distillers.methods.ladd`),
-and both losses' gradients meet in one turn of the student:
+Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.3. Consistency ties the student to the teacher's
+trajectories, but its images blur where one step cannot follow them; the adversarial loss sharpens them. Each is a
+method of its own (`distillers.methods.scm`, `distillers.methods.ladd`), and the gradients of both losses meet in one
+student update:
 
     student   L_sCM + adversarial_weight * (-mean D(x_t | c)),    x = G(starting state)
-    heads     hinge, on x, real pictures y and mismatched ones     `distillers.adversary`
+    heads     hinge loss on x, real images y and mismatched ones    `distillers.adversary`
 
-x starts from noise alone with probability ``noise_share`` ("max-time weighting"), else from y noised to the time of a later
-step, so that one student serves 1 to 4 steps ("step-adaptive").
+x is generated from pure noise with probability ``noise_share`` ("max-time weighting"), otherwise from y noised to the
+time of a later step, so that one student serves 1 to 4 steps ("step-adaptive").
 
-Departures are those of the two methods. The paper's student answers both losses from one batch of states at sCM's times;
-here the adversary has states of the student's own schedules, which is what it will draw from.
+Departures are those of the two methods. In the paper, one batch of states at sCM's times serves both losses; here the
+adversarial loss uses states of the student's own schedules, which are those seen at inference.
 """
 
 import torch
@@ -29,7 +29,7 @@ from weights.denoiser import Cond
 
 
 class HybridConfig(AdversaryConfig, SCMConfig):
-    """The settings of both, with SANA-Sprint's defaults."""
+    """Settings of the hybrid: those of sCM and of the discriminator, with SANA-Sprint's defaults."""
 
     adversarial_weight: float = Field(0.5, gt=0, description="of the adversarial loss beside sCM's; without it: scm")
     noise_share: float = Field(
@@ -38,7 +38,7 @@ class HybridConfig(AdversaryConfig, SCMConfig):
 
 
 class Hybrid(SCM):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "hybrid"
     Config = HybridConfig
@@ -74,7 +74,7 @@ class Hybrid(SCM):
         return TurnLoss(loss=followed.loss + self.config.adversarial_weight * adversarial, metrics=metrics)
 
     def _sample(self, real: Tensor, cond: Cond, step: Step) -> Tensor:
-        """The student's pictures ``(B, ...)`` that the adversary judges."""
+        """The student's images ``(B, ...)`` that the discriminator judges."""
         noise = draw_noise(tuple(real.shape), step.local, real.device)
         student, schedules = self.student.denoiser, list(self.config.schedules.values())
         x_t, t = starting_states(real, noise, student.schedule, schedules, self.config.noise_share, step.local)

@@ -1,4 +1,4 @@
-"""What methods share whose student is judged by a discriminator in turns of its own: its heads', after the student's."""
+"""Base classes of methods whose discriminator heads are updated in turns of their own, after the student's."""
 
 from distillers.adversary import Adversary
 from distillers.adversary_settings import AdversaryConfig
@@ -7,7 +7,7 @@ from distillers.methods.few_step import FewStepConfig, FewStepMethod
 
 
 class JudgedConfig(AdversaryConfig, FewStepConfig):
-    """Of a method that trains a student and a discriminator's heads; each says what its defaults are."""
+    """Settings of a method that trains a student and discriminator heads; each method sets its own defaults."""
 
     student_every: int
     student_lr: float
@@ -17,7 +17,7 @@ class JudgedConfig(AdversaryConfig, FewStepConfig):
 
 
 class Judged(FewStepMethod):
-    """Makes the discriminator, and has the student step before its heads."""
+    """Builds the discriminator, and updates the student before the heads."""
 
     config: JudgedConfig
 

@@ -1,22 +1,23 @@
 """LADD: latent adversarial diffusion distillation (Sauer et al. 2024, https://arxiv.org/abs/2403.12015).
 
-The student G denoises real pictures y that were noised to a time t of its own schedules, or noise alone, in one step. The
-result shall pass for a real picture with a discriminator that is the frozen teacher under small heads
-(`distillers.adversary`, which states its losses and departures):
+The student G denoises real images y in one step, from a time t of its own schedules or from pure noise. The result
+should pass for a real image with a discriminator made of the frozen teacher and small heads (`distillers.adversary`,
+which documents the losses and its own departures):
 
-    x = G(alpha_t y + sigma_t eps, t | c)         t is pure noise's with probability ``noise_share``
-    student's step, then the heads'               hinge losses on x and y, noised anew
+    x = G(alpha_t y + sigma_t eps, t | c)         t is that of pure noise with probability ``noise_share``
+    student's turn, then the heads'               hinge losses on x and y, noised again
 
-There is no other loss: nothing follows the teacher's trajectories. LADD's pictures y are the teacher's, drawn beforehand
-with guidance, which show their prompts better than most data. ``pictures = "teacher"`` does that, and then prompts alone are
-enough; the default is the data's.
+There is no other loss: nothing follows the teacher's trajectories. In the paper, the images y are generated beforehand
+by the guided teacher, since they match their prompts better than most data. ``pictures = "teacher"`` does the same, and
+then prompts are enough; by default, y come from the data.
 
-Departures: the paper draws t from four fixed times, noise rarely at first and mostly after a warm-up. Here its share is
-constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, "max-time weighting"), and the other times are those of all
-later steps of the student's schedules, equally. The discriminator's times are SANA-Sprint's as well: its public code draws
-tan t = e^n / 0.5 with n ~ N(-0.6, 1), for latents scaled to a standard deviation of 0.5, so that ln(sigma / alpha) has the
-mean ln 2 - 0.6, about 0.1. AdamW with beta1 = 0 stands for its CAME. The heads' turn judges the pictures of the student's
-turn of that iteration, where the public code makes new ones: that saves an evaluation.
+Departures: the paper draws t from four fixed times, pure noise rarely at first and mostly after a warm-up. Here the
+share of pure noise is constant, SANA-Sprint's 0.5 (https://arxiv.org/abs/2503.09641, "max-time weighting"), and all
+later steps of the student's schedules are equally likely. The discriminator's times are SANA-Sprint's as well: its
+public code draws tan t = e^n / 0.5 with n ~ N(-0.6, 1), for latents scaled to a standard deviation of 0.5, so that
+ln(sigma / alpha) has the mean ln 2 - 0.6, about 0.1. AdamW with beta1 = 0 replaces its CAME optimizer. The heads' turn
+reuses the images of the student's turn in that iteration, where the public code generates new ones; this saves an
+evaluation.
 """
 
 from typing import Literal
@@ -42,7 +43,7 @@ from weights.diffusion.schedules import Schedule, add_noise, expand
 
 
 class LADDConfig(JudgedConfig):
-    """The defaults are SANA-Sprint's."""
+    """Settings of LADD. The defaults are SANA-Sprint's."""
 
     noise_share: float = Field(
         0.5, ge=0, le=1, description="how often the student starts from noise alone, at a schedule's first time"
@@ -61,7 +62,7 @@ class LADDConfig(JudgedConfig):
 
 
 class LADD(Judged):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "ladd"
     Config = LADDConfig
@@ -102,7 +103,7 @@ class LADD(Judged):
         return self.adversary.critic_loss(x, cond, real, cond, step.local)
 
     def _sample(self, step: Step) -> tuple[Tensor, Tensor, Cond]:
-        """The student's pictures, the real ones that it started from, and the conditions of both."""
+        """The student's images, the real images that they started from, and the conditions of both."""
         real, cond = self._real(step)
         noise = draw_noise(tuple(real.shape), step.local, real.device)
         denoiser, config = self.student.denoiser, self.config
@@ -126,19 +127,19 @@ def starting_states(
     noise_share: float,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """What the student denoises, row by row: noise alone, or a real picture at the time of a later step.
+    """The states that the student denoises: in each row pure noise, or a real image noised to the time of a later step.
 
     Args:
-        real: pictures ``(B, ...)``.
+        real: images ``(B, ...)``.
         noise: unit normal, ``(B, ...)``.
         diffusion: the student's noise schedule.
-        schedules: of the step counts; all their first steps are as likely as each other, and so are all later ones.
-        noise_share: how often it is a first step, which sees noise alone, as it does when drawing; always where the
-            schedules have one step.
+        schedules: the step schedules. All first steps are equally likely, and so are all later steps.
+        noise_share: probability of a first step, which starts from pure noise as at inference; 1 if no schedule has
+            later steps.
         generator: on the CPU.
 
     Returns:
-        States ``(B, ...)`` and the times that the network is told ``(B,)``.
+        States ``(B, ...)``, and the times that the network is conditioned on, ``(B,)``.
     """
     steps = [list(zip(each.timesteps, each.network_times, strict=True)) for each in schedules]
     first = [each[0] for each in steps]
@@ -148,6 +149,6 @@ def starting_states(
     at_first = torch.randint(len(first), (len(real),), generator=generator)
     at_later = len(first) + torch.randint(max(1, len(later)), (len(real),), generator=generator)
     t, told = table[torch.where(starts, at_first, at_later.clamp_max(len(table) - 1))].to(real.device).unbind(1)
-    norm = expand(torch.hypot(diffusion.alpha(t), diffusion.sigma(t)), noise).float()  # `initial_state`, row by row
+    norm = expand(torch.hypot(diffusion.alpha(t), diffusion.sigma(t)), noise).float()  # `initial_state` for each row
     x_t = torch.where(expand(starts.to(real.device), real), norm * noise, add_noise(diffusion, real, noise, t.float()))
     return x_t, told.float()

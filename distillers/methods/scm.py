@@ -1,45 +1,48 @@
-"""sCM: continuous-time consistency distillation (Lu & Song 2024, https://arxiv.org/abs/2410.11081), for a teacher of any
-schedule and prediction (SANA-Sprint, Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.1).
+"""sCM: continuous-time consistency distillation, for a teacher of any schedule and prediction type.
 
-Teacher and student are seen in TrigFlow's schedule by matching SNRs (`weights.diffusion.conversion`), which takes no
-training. There, with t the angle in (0, pi / 2) and sd = ``sigma_data``,
+Lu & Song 2024, https://arxiv.org/abs/2410.11081; any teacher as in SANA-Sprint, Chen et al. 2025,
+https://arxiv.org/abs/2503.09641, section 3.1. Teacher and student are converted to the TrigFlow schedule by matching
+SNRs (`weights.diffusion.conversion`), without training. There, with t the angle in (0, pi / 2) and ``sigma_data`` as
+sd,
 
-    x_t = cos(t) x + sin(t) sd eps                        x a real picture, ln(sd tan t) ~ N(time_mean, time_std^2)
+    x_t = cos(t) x + sin(t) sd eps                        x a real image, ln(sd tan t) ~ N(time_mean, time_std^2)
     sd F = (cos(t) x_t - D(x_t, t)) / sin(t)              F_T of the guided teacher, F of the student
     g = -cos^2(t) sd (F^- - F_T) - r cos(t) sin(t) (x_t + sd dF^-/dt),    dx_t/dt = sd F_T
     loss = w e^{-u(t)} mean (sd F - sg(sd F^- + k g / (|g| + c)))^2 / k^2 + u(t),     w = 1 / (sd tan t)
 
 (equations 5 to 8 and algorithm 1; see `distillers.losses.continuous_consistency`). r rises from 0 to 1 over
-``tangent_warmup`` iterations. u is a small network of t that learns how large the loss is there, and so evens it out:
-in the end it cancels w, which decides how the first updates are spread (1 / sigma: on times near the picture). What g
-asks for at one time rests on the answer a moment earlier, down to the picture itself: times that are hardly ever drawn
-drift there unheeded, and all noisier ones follow them. ``time_std`` has to reach both ends of the schedule.
+``tangent_warmup`` iterations. u is a small network of t that learns the size of the loss at each t and so equalises it.
+In the end it cancels w, which therefore only decides how the first updates are distributed (1 / sigma favours low
+noise). The target at one time depends on the prediction a moment earlier, and so on down to the clean image: at times
+that are rarely sampled, predictions drift unnoticed, and those at all higher noise levels follow. ``time_std`` must
+therefore be large enough to reach both ends of the schedule.
 
-F^- is the student itself without a graph, as in the paper, where k = ``tangent_scale`` is 1, or its moving average
-(``target_decay``). A network answers alike at t and a moment earlier, so that moving its answer towards the earlier one
-moves that one as well: with small batches a student that is its own target runs away, near the picture first, and its
-pictures get grainier with every step. The average stays behind, and holds the student near itself.
+F^- is the student itself without a graph, with k = ``tangent_scale`` = 1, as in the paper, or its moving average
+(``target_decay``). A network's predictions at t and a moment earlier are tied, so that moving one towards the other
+moves the other as well. With small batches, a student that is its own target diverges, at low noise first, and its
+images get grainier with every step. The average lags behind and stabilises the student.
 
-dF^-/dt, along the teacher's trajectory, is a forward-mode product (``tangent = "jvp"``), or the difference to the
-answer after the teacher's DDIM step to where ln(sigma / alpha) is ``finite_difference_step`` less
-(``"finite_difference"``), for networks that have no such product, or waver: one that is told its timestep in 0..999 by
-sines of it does, from one timestep to the next, which the exact derivative sees and a difference over several of them
-does not. The difference looks back, since what a consistency function knows comes from cleaner states, and so far that
-bfloat16 can tell both answers apart. In ln(sigma / alpha) the rounding of both is as large in g at all times, and the
-step shrinks towards pure noise, where a guided teacher's estimate turns quickly. An iteration costs, in evaluations of
-the network, one trained, two plain of the teacher (one without guidance), and two plain of F^-.
+dF^-/dt, along the teacher's trajectory, is a Jacobian-vector product (``tangent = "jvp"``) or a finite difference to
+the prediction after the teacher's DDIM step to where ln(sigma / alpha) is ``finite_difference_step`` less
+(``"finite_difference"``). The difference is for networks that have no forward-mode derivative, or whose exact
+derivative is not useful: with sinusoidal embeddings of timesteps 0..999, predictions fluctuate from one timestep to the
+next, which a difference over several timesteps averages out. The difference is backward, because a consistency function
+is learned from cleaner states, and long enough for bfloat16 to distinguish both predictions. With a fixed step in
+ln(sigma / alpha), rounding errors contribute equally to g at all times, and the step in t shrinks towards pure noise,
+where a guided teacher's estimate changes quickly. An iteration costs, in network evaluations, one trained, two plain
+ones of the teacher (one without guidance), and two plain ones of F^-.
 
-The published student is a denoiser of its base's own schedule, as in `distillers.methods.consistency`.
+The published student is a denoiser on its base's own schedule, as in `distillers.methods.consistency`.
 
 Departures from the paper: sigma_data is 1, since latents have unit variance here (at the paper's 0.5 the same
-trajectories run at another speed), and time_mean is the paper's -1 at its sigma_data, ln 2 higher. k and an average in
-F^- are not in it; the loss is divided by k^2, so that u starts about where it settles. |g| is a root mean square, and w
-multiplies the normalized loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t) is
-multiplied to the derivative and not to what enters the product, which only half precision would notice. The guidance
-scale is fixed; SANA-Sprint's embedding of it, and the dense time embedding that it trains first, are other networks. A
-network that predicts x0 is free at t = 0, where the others answer x_t whatever their weights, so that every constant
-would be a consistency function of it: at noise below ``boundary`` its r stays 0, and it follows the teacher's own
-estimate there.
+trajectories run at another speed), and time_mean is the paper's -1 plus ln 2 accordingly. k and the average in F^- are
+not in the paper; the loss is divided by k^2, so that u starts near its final value. |g| is a root mean square, and w
+multiplies the normalised loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t)
+multiplies the derivative, and not the tangents that enter the JVP; this would matter only in half precision. The
+guidance scale is fixed; SANA-Sprint's guidance embedding, and the dense time embedding that it trains first, need other
+networks. A network that predicts x0 is unconstrained at t = 0, where the other prediction types return x_t whatever
+their weights, so that any constant would be a valid consistency function: at noise levels below ``boundary`` its r
+stays 0, and it learns the teacher's own estimate.
 """
 
 import math
@@ -77,13 +80,13 @@ from weights.diffusion.schedules import TrigFlow, add_noise
 
 QUARTER_TURN = math.pi / 2
 MARGIN = 1e-4
-"""How far times stay from the ends of the teacher's schedule, beyond which nothing moves and derivatives are 0."""
+"""Distance of times from the ends of the teacher's schedule, beyond which states are constant and derivatives 0."""
 FREE_BOUNDARY = 0.1
-"""sigma / alpha below which a network that predicts x0 follows the teacher's own estimate."""
+"""sigma / alpha below which a network that predicts x0 learns the teacher's own estimate."""
 
 
 class SCMConfig(SelfTaughtConfig):
-    """The defaults are the paper's and its public code's, but for the guidance scale, which is one of SANA-Sprint's."""
+    """Settings of sCM. Defaults are those of the paper and its public code; guidance_scale is from SANA-Sprint."""
 
     sigma_data: float = Field(1.0, gt=0, description="TrigFlow's: the latents' standard deviation (the paper's is 0.5)")
     guidance_scale: float = Field(4.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
@@ -120,7 +123,7 @@ class SCMConfig(SelfTaughtConfig):
 
 
 class LogVariance(nn.Module):
-    """u(t): a cosine series in ln tan(t), which starts as 0."""
+    """u(t): a cosine series in ln tan(t), initialised to 0."""
 
     TERMS, REACH = 16, 8.0
 
@@ -130,14 +133,14 @@ class LogVariance(nn.Module):
         nn.init.zeros_(self.series.weight)
 
     def forward(self, angle: Tensor) -> Tensor:
-        """``(B,)`` float32 for angles ``(B,)`` in (0, pi / 2)."""
+        """Returns ``(B,)`` float32 for angles ``(B,)`` in (0, pi / 2)."""
         place = (0.5 + angle.tan().log() / (2 * self.REACH)).clamp(0, 1)
         terms = torch.cos(math.pi * place.unsqueeze(1) * torch.arange(self.TERMS, device=angle.device))
         return (terms.float() @ self.series.weight.float().T).squeeze(1)
 
 
 class SCM(SelfTaught):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "scm"
     Config = SCMConfig
@@ -173,7 +176,7 @@ class SCM(SelfTaught):
         return self.consistency_loss(step)
 
     def consistency_loss(self, step: Step) -> TurnLoss:
-        """The whole loss of a micro-batch; a method that adds another to it (an adversarial one) calls this."""
+        """The whole loss of a micro-batch, for methods that add another (adversarial) loss to it."""
         real, cond = step.batch.pictures
         angle = self._angles(len(real), step)
         eps = draw_noise(tuple(real.shape), step.local, real.device)
@@ -190,7 +193,7 @@ class SCM(SelfTaught):
         return TurnLoss(loss=tangent_loss(velocity, target, weight, log_variance), metrics=metrics)
 
     def _angles(self, count: int, step: Step) -> Tensor:
-        """t, ``(count,)`` float64, inside what the teacher's schedule reaches."""
+        """Draws angles t, ``(count,)`` float64, within the range of the teacher's schedule."""
         config, schedule = self.config, self.teacher.schedule
         t = draw_lognormal_times(count, config.time_mean, config.time_std, schedule, step.local, self.setup.device)
         return self._angle(t.double().clamp(MARGIN, 1 - MARGIN))
@@ -203,7 +206,7 @@ class SCM(SelfTaught):
     def _target(
         self, velocity: Tensor, x_t: Tensor, angle: Tensor, cond: Cond, iteration: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """F^- and a step along the normalized g, and what to log."""
+        """The target, F^- plus a step along the normalised g, and values to log."""
         config, t = self.config, angle / QUARTER_TURN
         guided = guided_x0(Converted(self.teacher, self.trig), x_t, t, cond, self.setup.uncond, config.guidance_scale)
         teacher = trig_velocity(guided, x_t, angle)
@@ -220,7 +223,15 @@ class SCM(SelfTaught):
     def _derivative(
         self, x_t: Tensor, angle: Tensor, cond: Cond, guided: Tensor, velocity: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """sd F^- and its d/dt along the teacher's trajectory: it estimates x_0 as ``guided``, so dx_t/dt is ``velocity``."""
+        """sd F^- and its derivative d/dt along the teacher's trajectory.
+
+        Args:
+            x_t: state, ``(B, ...)``.
+            angle: t, ``(B,)``.
+            cond: B rows.
+            guided: the teacher's x_0 estimate at x_t.
+            velocity: dx_t/dt, from the same estimate.
+        """
         view = Converted(self.target, self.trig)
         exact = self.config.tangent == "jvp"
         told = cond if exact else cond_cat([cond, cond])
@@ -243,7 +254,7 @@ class SCM(SelfTaught):
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout, which would be another function at each evaluation of a finite difference."""
+    """Evaluation mode: dropout would make the two evaluations of a finite difference two different functions."""
     training = network.training
     network.eval()
     try:

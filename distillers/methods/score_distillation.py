@@ -1,20 +1,20 @@
-"""What the score distillation family shares: three networks, two turns, and one place for the loss between two scores.
+"""The score distillation family: three networks, two turns, and one hook for the loss between the two scores.
 
-Student G, frozen teacher (x0 estimate F_T, guided), fake score (F_S, a copy of the teacher that follows the student's
-distribution). Every iteration the fake score learns from the student's samples; every ``student_every``-th the student
-steps as well (the two-time-scale rule, DMD2, https://arxiv.org/abs/2405.14867, section 4.2). The losses, for a student's
-picture x and ``x_t = alpha_t x + sigma_t eps``:
+The networks are the student G, the frozen teacher (guided x0 estimate F_T) and the fake score (F_S, a copy of the
+teacher that tracks the student's distribution). The fake score learns from the student's samples in every iteration;
+the student is updated in every ``student_every``-th (the two-time-scale update rule, DMD2,
+https://arxiv.org/abs/2405.14867, section 4.2). For a student's image x and ``x_t = alpha_t x + sigma_t eps``:
 
-    student     dm_weight * matching(x, F_S(x_t), F_T(x_t))                   each method's own: `ScoreDistillation.matching`
-                + gan_weight * softplus(-D(x_t))                              DMD2, section 4.3
-    fake score  w_t ||F_S(x_t) - x||^2                                        denoising score matching
+    student     dm_weight * matching(x, F_S(x_t), F_T(x_t))               defined by each method: `matching`
+                + gan_weight * softplus(-D(x_t))                          DMD2, section 4.3
+    fake score  w_t ||F_S(x_t) - x||^2                                    denoising score matching
                 + discriminator_weight * (softplus(D(x_t)) + softplus(-D(real_t)))
 
-D is a small head on the fake score's bottleneck. With ``adversary`` a second discriminator, LADD's, judges the student's
-pictures too, on several blocks of the frozen teacher (`distillers.adversary`); it steps once for every step of the student,
-and its gradient by the pictures is scaled to ``adversary_weight`` times the matching loss's. A student of several steps is
-trained on the states it makes itself (backward simulation, DMD2, section 4.5); here one student serves several step counts:
-each iteration draws a count and a step.
+D is a small head on the fake score's bottleneck features. With ``adversary``, a second discriminator (LADD's) also
+judges the student's images, on features of several blocks of the frozen teacher (`distillers.adversary`). It is updated
+once per student update, and its gradient with respect to the images is scaled to ``adversary_weight`` times that of the
+matching loss. A multi-step student is trained on states that it generates itself (backward simulation, DMD2, section
+4.5). One student serves several step counts: each iteration draws a count and one of its steps.
 """
 
 from abc import abstractmethod
@@ -48,27 +48,27 @@ from weights.diffusion.schedules import add_noise
 
 @dataclass(frozen=True, kw_only=True)
 class Noised:
-    """A student's pictures under noise, as both scores see them."""
+    """A batch of the student's images, noised, with the estimates of both scores."""
 
     x: Tensor
-    """Before noising, ``(B, ...)``, with a graph to the student."""
+    """Images before noising, ``(B, ...)``, with a graph to the student."""
     x_t: Tensor
     t: Tensor
     """``(B,)``."""
     fake_x0: Tensor
-    """``F_S(x_t)``; with a graph to x where the method differentiates scores."""
+    """``F_S(x_t)``; with a graph to x if the method differentiates through the scores."""
     teacher_x0: Tensor
-    """``F_T(x_t)``, guided; likewise."""
+    """``F_T(x_t)``, guided; with a graph to x in the same case."""
     logits: Tensor | None
-    """The discriminator's, ``(B, heads)``, with a graph to x; of x_t itself where times are shared."""
+    """The discriminator's logits, ``(B, heads)``, with a graph to x; at x_t itself if times are shared."""
 
 
 class ScoreDistillation(RolledOut):
-    """See the module's text. A method of the family says what its loss between the scores is."""
+    """See the module docstring. Subclasses define the loss between the scores."""
 
     config: ScoreDistillationConfig
     differentiates_scores: ClassVar[bool] = False
-    """Whether the loss's gradient flows through both scores to x_t; it costs their backward passes."""
+    """Whether the loss's gradient flows through both scores to x_t, which costs their backward passes."""
 
     def __init__(self, config: ScoreDistillationConfig, setup: Setup) -> None:
         super().__init__(config, setup)
@@ -101,12 +101,12 @@ class ScoreDistillation(RolledOut):
 
     @property
     def fake_score_network(self) -> nn.Module:
-        """What the fake score trains."""
+        """The fake score's trainable network."""
         return self._fake_score.network
 
     @abstractmethod
     def matching(self, seen: Noised) -> Tensor:
-        """The loss that moves the student's distribution to the teacher's, a scalar with a graph to the student."""
+        """The loss that moves the student's distribution towards the teacher's: a scalar, with a graph to x."""
 
     def trained(self) -> dict[str, Trained]:
         config = self.config
@@ -140,11 +140,11 @@ class ScoreDistillation(RolledOut):
         return turns
 
     def critic_turn(self) -> Turn:
-        """The turn of fake score and discriminator."""
+        """The turn of the fake score and the discriminator."""
         return Turn(name="critic", trains=("fake_score", "heads") if self.heads is not None else ("fake_score",))
 
     def branch(self, iteration: int, shared: Callable[[Turn], torch.Generator]) -> Hashable:
-        """Which step each turn that draws pictures trains, as the states and times on the way to it."""
+        """For each turn that generates images, the step it trains, as the times and sampler that lead to it."""
         turns = self.turns(iteration)
         if self.config.share_samples and turns[0].name == "student":
             turns = turns[:1]
@@ -161,13 +161,13 @@ class ScoreDistillation(RolledOut):
         return add_noise(self.teacher.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
 
     def _shares_pass(self) -> bool:
-        """Whether one pass of the fake score gives both its estimate and the discriminator's features."""
+        """Whether one pass of the fake score yields both its estimate and the discriminator's features."""
         return self.heads is not None and self.config.share_times and self.critic is self.fake_score
 
     def _features(
         self, x: Tensor, shared: tuple[Tensor, Tensor], cond: Cond, step: Step
     ) -> tuple[list[Tensor], Tensor]:
-        """The discriminator's features of x and the times of its noise: the score losses' (x_t, t), or its own."""
+        """The discriminator's features of x, and their times: the score losses' (x_t, t), or newly drawn ones."""
         x_t, t = shared
         if not self.config.share_times:
             t = draw_times(step.size, self.config.gan_times, step.local, x.device)
@@ -175,7 +175,7 @@ class ScoreDistillation(RolledOut):
         return self.critic.features(x_t, t, cond), t
 
     def _see(self, x: Tensor, cond: Cond, step: Step) -> Noised:
-        """The pictures, noised, with both scores' estimates and the discriminator's logits."""
+        """Noises the images, and computes both scores' estimates and the discriminator's logits."""
         config = self.config
         if config.dm_levels is None:
             t = draw_times(step.size, config.dm_times, step.local, x.device)
@@ -264,7 +264,7 @@ class ScoreDistillation(RolledOut):
     def _discriminator_loss(
         self, heads: Heads, fake_logits: Tensor, t: Tensor, step: Step
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss and what to log, given its logits on the student's pictures at times t."""
+        """The discriminator's loss and values to log, given its logits for the student's images at times t."""
         real, cond = step.batch.pictures
         real_t = self._noised(real, t[: len(real)], step)
         logits = heads(self.critic.features(real_t, t[: len(real)], cond))

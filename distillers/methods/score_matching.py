@@ -1,17 +1,19 @@
-"""Teacher score matching: a network of another size learns the teacher's answers (Multi-Student Distillation, Song et al.
-2024, https://arxiv.org/abs/2410.23274, section 4.3).
+"""Teacher score matching: a network of another size learns the teacher's predictions.
 
-A distillation that starts from the teacher's weights needs a student of the teacher's shape. A smaller one first learns to
-denoise as the teacher does, on noised real pictures x (equation 6),
+Multi-Student Distillation, Song et al. 2024, https://arxiv.org/abs/2410.23274, section 4.3. A distillation that starts
+from the teacher's weights needs a student of the teacher's shape. A smaller one first learns to denoise like the
+teacher, on noised real images x (equation 6),
 
-    loss = lambda_t |S(x_t, t) - T(x_t, t)|^2,    x_t = alpha_t x + sigma_t eps,  t uniform        S, T the x_0 estimates
+    loss = lambda_t |S(x_t, t) - T(x_t, t)|^2,    x_t = alpha_t x + sigma_t eps,  t uniform        S, T: x_0 estimates
 
-and is then a teacher of its own size, whose few steps are as poor as any teacher's: the next job distils it (``start`` is
-this one's student) with any other method, such as dmd2 first without and then with the discriminator. The job's ``network``
-says how it differs from the teacher's. A partition's students each start from their own one.
+and then is a teacher of its own size, whose few-step images are as poor as any teacher's. The next job distils it
+(``start`` names this job's student) with any other method, such as dmd2, first without and then with the discriminator.
+The job's ``network`` lists the settings that differ from the teacher's. With a partition, each student starts from the
+one of its own part.
 
-lambda_t is that of a prediction's squared error (``weighting``), as in `distillers.losses.score`. Departures: the paper's
-lambda_t is EDM's, for its EDM teachers; the default here is v's, which is bounded at both ends.
+lambda_t makes this the squared error of the prediction named by ``weighting`` (`distillers.losses.score`). Departures:
+the paper's lambda_t is EDM's, for its EDM teachers; the default here is that of v, which on a variance-preserving
+schedule is EDM's with sigma_data = 1.
 """
 
 from typing import Self
@@ -28,7 +30,7 @@ from weights.diffusion.schedules import add_noise
 
 
 class ScoreMatchingConfig(LoneStudentConfig):
-    """The settings; its schedules are those of the sample sheets, and of the stage that follows."""
+    """Settings of score matching. The schedules are for the sample sheets, and for the stage that follows."""
 
     guidance_scale: float = Field(
         1.0,
@@ -49,7 +51,7 @@ class ScoreMatchingConfig(LoneStudentConfig):
 
 
 class ScoreMatching(LoneStudent):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "score_matching"
     Config = ScoreMatchingConfig

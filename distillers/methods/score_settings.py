@@ -13,7 +13,7 @@ Interval = tuple[float, float]
 
 
 class ScoreDistillationConfig(RolledOutConfig):
-    """Settings of the whole family; the defaults are DMD2's for SD1.5 where its public code has them."""
+    """Settings of the whole family. The defaults are DMD2's for SD1.5 where its public code has them."""
 
     guidance_scale: float = Field(
         1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
@@ -78,7 +78,7 @@ class ScoreDistillationConfig(RolledOutConfig):
 
 
 class TurnAboutConfig(ScoreDistillationConfig):
-    """Student and fake score step in turn, with neither guidance nor a discriminator, as before DMD2."""
+    """Settings of methods before DMD2: student and fake score alternate, without guidance or a discriminator."""
 
     guidance_scale: float = Field(
         1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"

@@ -1,16 +1,19 @@
 """SiD: Score identity Distillation (Zhou et al. 2024, https://arxiv.org/abs/2404.04057).
 
-Of the score distillation family (`distillers.methods.score_distillation`): student and fake score step in turn, and the
-student's loss is differentiated through both scores (eq. 23; see `distillers.losses.score_identity` for what it means):
+A member of the score distillation family (`distillers.methods.score_distillation`): student and fake score are updated
+alternately, and the student's loss is differentiated through both scores (eq. 23; derivation in
+`distillers.losses.score_identity`):
 
     loss = [(1 - alpha) |F_T - F_S|^2 + (F_T - F_S) . (F_S - x)] / mean|x - F_T|        F_T, F_S at x_t
 
-alpha = 1.2 is the paper's choice on its benchmarks (1.0 on AFHQ); elsewhere 0.5 to 1.0 is worth trying: at 0.5 the gradient
-is that of the Fisher divergence itself. The loss hovers about 0 whatever the student is worth: watch ``student/score_gap``.
+The paper uses alpha = 1.2 on its benchmarks (1.0 on AFHQ); elsewhere 0.5 to 1.0 is worth trying. At 0.5 the gradient is
+exactly that of the Fisher divergence. The loss hovers around 0 however good the student is: watch
+``student/score_gap``.
 
-Departures: the loss is a mean where the public code has a sum times 100, a factor that Adam does not see; the paper's
-generator is fed noise of standard deviation 2.5 in EDM's units, here what a student is fed is its step schedule's matter;
-times are uniform on the schedule. A discriminator may be switched on (``gan_weight``: then it is much like SiDA).
+Departures: the loss is a mean, where the public code has a sum times 100, a factor to which Adam is invariant. The
+paper's generator starts from noise of standard deviation 2.5 in EDM's units; here the step schedule decides what the
+student starts from. Times are uniform on the schedule. A discriminator can be enabled (``gan_weight``), which makes
+this similar to SiDA.
 """
 
 from pydantic import Field
@@ -22,19 +25,19 @@ from distillers.methods.score_settings import TurnAboutConfig
 
 
 class ScoreIdentityConfig(TurnAboutConfig):
-    """The family's settings with the defaults of SiD's paper."""
+    """Settings of the family, with the defaults of SiD's paper."""
 
     normalize: bool = Field(True, description="divide each picture's loss by mean|x - F_T|")
 
 
 class SiDConfig(ScoreIdentityConfig):
-    """SiD's settings."""
+    """Settings of SiD."""
 
     alpha: float = Field(1.2, ge=0, le=2, description="how much of |F_T - F_S|^2 is taken back; 0.5 to 1.2 in use")
 
 
 class SiD(ScoreDistillation):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "sid"
     Config = SiDConfig

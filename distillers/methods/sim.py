@@ -1,14 +1,14 @@
 """SIM: Score Implicit Matching (Luo et al. 2024, https://arxiv.org/abs/2410.16794).
 
-SiD's turns and networks (`distillers.methods.sid`) under another distance d between the two scores (theorem 3.1):
+Like SiD (`distillers.methods.sid`) in turns and networks, with another distance d between the two scores (theorem 3.1):
 
     loss = -d'(F_S - F_T) . (F_S - x)        F_S, F_T at x_t, differentiated through both
 
-with d the pseudo-Huber, ``d'(y) = y / sqrt(mean y^2 + c^2)`` (eq. 3.9): far scores pull no harder than near ones. The
-square distance would be SiD with alpha 1.
+where d is the pseudo-Huber distance with ``d'(y) = y / sqrt(mean y^2 + c^2)`` (eq. 3.9), so that the pull stays bounded
+however far apart the scores are. The squared distance would be SiD with alpha = 1.
 
-Departures: scores are taken as x0 estimates, so that c is in units of the latents' standard deviation; a picture's loss is
-divided by ``mean|x - F_T|`` only on request (``normalize``), since the pseudo-Huber bounds it already.
+Departures: the scores are compared as x0 estimates, so that c is in units of the latents' standard deviation. Each
+image's loss is divided by ``mean|x - F_T|`` only on request (``normalize``), since the pseudo-Huber bounds it already.
 """
 
 from pydantic import Field
@@ -20,14 +20,14 @@ from distillers.methods.sid import ScoreIdentityConfig
 
 
 class SIMConfig(ScoreIdentityConfig):
-    """SIM's settings."""
+    """Settings of SIM."""
 
     normalize: bool = Field(False, description="divide each picture's loss by mean|x - F_T|")
     huber: float = Field(0.1, gt=0, description="pseudo-Huber constant c, of the latents' standard deviation")
 
 
 class SIM(ScoreDistillation):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "sim"
     Config = SIMConfig

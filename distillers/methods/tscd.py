@@ -1,39 +1,43 @@
-"""Trajectory-segmented consistency distillation: Hyper-SD (Ren et al. 2024, https://arxiv.org/abs/2404.13686), PCM (Wang
-et al. 2024, https://arxiv.org/abs/2405.18407).
+"""TSCD: trajectory-segmented consistency distillation, as in Hyper-SD and PCM.
 
-Consistency distillation (`distillers.methods.consistency`, whose solver, target and settings these are) asks for the
-picture from every state of a trajectory. Here the trajectory is cut into K segments (`distillers.losses.trajectories`), and
-only the state at the clean end of one's own segment, e, is asked for: an easier task, whose student draws in K
-deterministic steps. K falls by stages, 8, 4, 2, 1; with one segment this is consistency distillation.
+Hyper-SD (Ren et al. 2024, https://arxiv.org/abs/2404.13686); phased consistency models, PCM (Wang et al. 2024,
+https://arxiv.org/abs/2405.18407).
 
-    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real picture, n uniform in 1..solver_steps
+Consistency distillation (`distillers.methods.consistency`, whose solver, target and settings are used here) predicts
+the clean image from every state of a trajectory. Here the trajectory is cut into K segments
+(`distillers.losses.trajectories`), and the student predicts only the state at the clean end e of the current segment:
+an easier task, whose student generates in K deterministic steps. K falls in stages, 8, 4, 2, 1; with one segment this
+is consistency distillation.
+
+    x_t = alpha_t x + sigma_t eps,  t = t_n             x a real image, n uniform in 1..solver_steps
     x_s = DDIM(x_t, D_T(x_t, t; w), t -> s)             s = t_{n - skip}, but not below e
-    ours = DDIM(x_t, f(x_t, t), t -> e)                 at e = 0 f itself
+    ours = DDIM(x_t, f(x_t, t), t -> e)                 at e = 0, f itself
     target = DDIM(x_s, f^-(x_s, s), s -> e),  x_s itself where s = e
     loss = d(ours / |e|, target / |e|),  |e| = sqrt(alpha_e^2 + sigma_e^2)
            - gan_weight D(ours_u)                       u uniform in the segment, (e, its upper edge]
     heads: max(0, 1 - D(target_u)) + max(0, 1 + D(ours_u))
 
-f^- is the student itself without gradient (PCM's public code), or its moving average (``target_decay``). D compares what
-the student jumps to with what it should have jumped to, both noised on from e to u by the forward process: heads on
-features of the teacher's own frozen network, which know u and the prompt. One turn each, on the same pair of jumps; with
-``gan_weight = 0`` there are no heads and no second turn.
+f^- is the student itself without gradient (as in PCM's public code), or its moving average (``target_decay``). D
+compares the state that the student jumps to with its target, both noised further from e to u by the forward process. It
+consists of heads on features of the frozen teacher, which are conditioned on u and the prompt. Student and heads have
+one turn each, on the same pair of states; with ``gan_weight = 0`` there are no heads and no second turn.
 
-|e| is 1 where variance is preserved, as in both papers. Elsewhere it makes the loss what it is in the variance-preserving
-schedule of the same signal-to-noise ratios: segments keep their weights, and the pseudo-Huber constant its meaning, in EDM,
-whose states are up to 80 in size, as in the others.
+|e| is 1 on variance-preserving schedules, as in both papers. Elsewhere it makes the loss that of the
+variance-preserving schedule with the same SNRs. The weights of segments and the meaning of the pseudo-Huber constant
+are then the same in EDM, whose states reach a size of 80, as in the other schedules.
 
-What Hyper-SD does after this, human feedback and score distillation for one step, are other jobs that ``start`` from this
-one's student. A student of one segment draws with the consistency sampler, which is TCD's at eta = 1 (Hyper-SD's choice for
-its unified LoRA); "ddim" schedules lower it. One of K > 1 segments has to stop at each segment's end: its schedules are
-"ddim", and hold the segments' upper edges. Until a job's last stage its sample sheets show a student of more segments than
-its schedules have steps, and a job that ends earlier publishes one: the log's ``student/segments`` tells.
+Hyper-SD's next stages, human feedback and score distillation for one step, are other jobs that ``start`` from this
+job's student. A student of one segment generates with the consistency sampler, which is TCD's at eta = 1 (Hyper-SD's
+choice for its unified LoRA); "ddim" schedules lower eta. A student of K > 1 segments must stop at the end of each
+segment: its schedules are "ddim" and include the segments' upper edges. Before the job's last stage, the student has
+more segments than its schedules may have steps; this affects the sample sheets, and the published student if the job
+ends early. The metric ``student/segments`` shows the current number.
 
-Departures from PCM's public code: the student's adversarial loss is -D, not max(0, 1 - D); the heads are DMD2's, on the
-teacher's bottleneck, not four on every block; D's turn uses the pair of the student's turn instead of a batch of its own;
-the guidance scale is fixed, where PCM draws it; u is not on the grid of native timesteps, and the boundary e = 0 is the
-picture, not the first timestep. From Hyper-SD: it moves weight from the distance to the adversarial loss as K falls, here
-``gan_weight`` stays (a job for each stage can change it).
+Departures from PCM's public code: the student's adversarial loss is -D, not max(0, 1 - D). The heads are DMD2's, on the
+teacher's bottleneck, not four on every block. D's turn reuses the pair of the student's turn instead of a batch of its
+own. The guidance scale is fixed, where PCM draws it. u is not on the grid of native timesteps, and the boundary e = 0
+is the clean image, not the first timestep. Departure from Hyper-SD: it shifts weight from the distance to the
+adversarial loss as K falls; here ``gan_weight`` is constant (a separate job per stage can change it).
 """
 
 from dataclasses import dataclass, replace
@@ -67,7 +71,7 @@ SAME_TIME = 1e-6
 
 
 class Stage(MethodConfig):
-    """Iterations with one number of segments."""
+    """A stage of training with a fixed number of segments."""
 
     segments: int = Field(ge=1, description="K")
     iterations: int | None = Field(
@@ -76,12 +80,12 @@ class Stage(MethodConfig):
 
 
 def default_stages() -> list[Stage]:
-    """Hyper-SD's 8, 4, 2 and 1 segments, each for as long as PCM trains one number of them."""
+    """Hyper-SD's 8, 4, 2 and 1 segments, each for as many iterations as PCM trains one number of segments."""
     return [*(Stage(segments=segments, iterations=5000) for segments in (8, 4, 2)), Stage(segments=1)]
 
 
 class TSCDConfig(ConsistencyConfig):
-    """The defaults are PCM's for SD1.5, with Hyper-SD's stages."""
+    """Settings of TSCD. The defaults are PCM's for SD1.5, with Hyper-SD's stages."""
 
     stages: list[Stage] = Field(
         default_factory=default_stages,
@@ -140,21 +144,21 @@ class TSCDConfig(ConsistencyConfig):
 
 @dataclass(frozen=True)
 class Landing:
-    """Where a batch's jumps end."""
+    """Where a batch's jumps land."""
 
     ours: Tensor
-    """The student's jump from t, ``(B, ...)``, a state at ``edge``."""
+    """The student's jump from t, ``(B, ...)``: a state at ``edge``."""
     target: Tensor
-    """What it should be, ``(B, ...)``, without a graph."""
+    """The target of that jump, ``(B, ...)``, without a graph."""
     edge: Tensor
     """Time of the segment's clean end, ``(B,)``."""
     top: Tensor
-    """Time of its noisy end, ``(B,)``."""
+    """Time of the segment's noisy end, ``(B,)``."""
     cond: Cond
 
 
 class TSCD(Consistency):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "tscd"
     Config = TSCDConfig
@@ -165,7 +169,7 @@ class TSCD(Consistency):
         super().__init__(config, setup)
         self.heads: Heads | None = None
         if config.gan_weight > 0:
-            # The teacher's network, as the family sees networks: an analytic teacher has features nowhere else.
+            # A denoiser around the teacher's network: an analytic teacher's own denoiser has no features.
             self.critic = setup.base.with_network(setup.base.network).denoiser
             self.heads = Heads(self.critic, setup.latent_shape, setup.uncond, setup.device)
 
@@ -184,7 +188,7 @@ class TSCD(Consistency):
         return [*super().turns(iteration), *discriminator]
 
     def segments(self, iteration: int) -> int:
-        """K at an iteration, from 0."""
+        """K at that iteration, counted from 0."""
         for stage in self.config.stages[:-1]:
             iteration -= stage.iterations or 0
             if iteration < 0:
@@ -227,7 +231,7 @@ class TSCD(Consistency):
         return TurnLoss(loss=hinge_discriminator_loss(real, fake), metrics=metrics)
 
     def _land(self, step: Step) -> Landing:
-        """Both jumps of a batch; the student's with a graph."""
+        """The student's and the target's jumps for a batch; only the student's has a graph."""
         config, schedule, steps = self.config, self.teacher.schedule, self.config.solver_steps
         real, plain = step.batch.pictures
         cond = self._told(plain, step)
@@ -238,7 +242,7 @@ class TSCD(Consistency):
         x_t, guided, x_s = self._solve(real, cond, t, s, step)
         with torch.no_grad():
             x_s = torch.where(expand(s, x_s) > 0, x_s, guided)
-            # In rows that have arrived no network is asked: they are computed, and dropped.
+            # Rows that have reached their edge need no prediction: it is computed for them, then discarded.
             asked = s.clamp_min(1 / steps)
             answered = jump(x_s, self.target(x_s, asked, cond), asked, edge, schedule)
             target = torch.where(expand(later > lower, x_s), answered, x_s)
@@ -247,7 +251,7 @@ class TSCD(Consistency):
 
     @staticmethod
     def _times(landing: Landing, step: Step) -> Tensor:
-        """Where the discriminator looks, ``(B,)``: uniform above each edge, up to the segment's other end."""
+        """Times at which the discriminator sees states, ``(B,)``: uniform over the segment, without its clean end."""
         drawn = torch.rand(len(landing.edge), generator=step.local).to(landing.edge.device)
         return landing.top - drawn * (landing.top - landing.edge)
 

@@ -1,16 +1,17 @@
 """Uni-Instruct: any f-divergence, expanded over the diffusion (Wang et al. 2025, https://arxiv.org/abs/2505.20755).
 
-An f-divergence between the clean distributions is an integral of weighted Fisher divergences over the noise levels
-(theorem 3.1): ``integral of g^2 / 2 E_q[h(r) |score_q - score_p|^2] dt``, ``h(r) = r^2 f''(r)``, r = p / q. Its gradient is
-SiD's loss (`distillers.methods.sid`) with a weight and an alpha that follow from r (`distillers.losses.score_identity`):
+An f-divergence between clean distributions is an integral of weighted Fisher divergences over noise levels (theorem
+3.1): ``integral of g^2 / 2 E_q[h(r) |score_q - score_p|^2] dt`` with ``h(r) = r^2 f''(r)`` and r = p / q. Its gradient
+is that of SiD's loss (`distillers.methods.sid`) with a weight and an alpha that depend on r
+(`distillers.losses.score_identity`):
 
     loss = h(r) [(1 - a) |F_T - F_S|^2 + (F_T - F_S) . (F_S - x)] / mean|x - F_T|,    a = (1 + r h'(r) / h(r)) / 2
 
-r = e^{D(x_t)} from the discriminator, as in `distillers.methods.f_distill`. Under the reverse KL, h = 1 and a = 1/2.
+r = e^{D(x_t)} comes from the discriminator, as in `distillers.methods.f_distill`. The reverse KL has h = 1, a = 1/2.
 
-Departures: the paper splits the gradient into one of Diff-Instruct's kind and one of SIM's, with r outside of the graph; the
-form above is the total derivative in one term, checked by quadrature, and needs r's gradient by x_t, which
-``ratio_gradient = false`` drops. Times and the normalisation are SiD's.
+Departures: the paper splits the gradient into a term like Diff-Instruct's and one like SIM's, with r outside the graph.
+The form above is the total derivative in one term, verified by quadrature. It needs the gradient of r with respect to
+x_t, which ``ratio_gradient = false`` drops. Times and normalisation are SiD's.
 """
 
 from pydantic import Field
@@ -24,7 +25,7 @@ from distillers.ratios import RatioConfig, WithRatios
 
 
 class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
-    """SiD's settings, and the divergence's."""
+    """Settings of Uni-Instruct: SiD's, and those of the divergence."""
 
     divergence: Divergence = Field(
         "forward_kl", description="whose expansion is descended; a name, or (a, b) of h(r) = r^a (1 + r)^b"
@@ -36,7 +37,7 @@ class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
 
 
 class UniInstruct(WithRatios):
-    """See the module's text."""
+    """See the module docstring."""
 
     name = "uni_instruct"
     Config = UniInstructConfig
