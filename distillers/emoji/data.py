@@ -1,4 +1,4 @@
-"""The bundled emoji pictures and their captions, as tensors."""
+"""The bundled emoji images and their captions, as tensors."""
 
 import io
 import json
@@ -18,13 +18,13 @@ FOLDER = Path(__file__).resolve().parents[2] / "weights" / "bundled" / "emoji-da
 
 @lru_cache(maxsize=1)
 def load_records(folder: Path = FOLDER) -> list[Record]:
-    """Every picture's record, in the archive's order."""
+    """The records of all images, in the archive's order."""
     with (folder / "metadata.jsonl").open() as lines:
         return [Record(**json.loads(line)) for line in lines]
 
 
 def load_pictures(records: list[Record], folder: Path = FOLDER) -> Tensor:
-    """The pictures as ``(N, 3, 64, 64)`` uint8; about 5 s and 127 MB for all of them."""
+    """The images as ``(N, 3, 64, 64)`` uint8; about 5 s and 127 MB for all of them."""
     pictures = np.empty((len(records), 64, 64, 3), np.uint8)
     with zipfile.ZipFile(folder / "pictures.zip") as archive:
         for index, record in enumerate(records):
@@ -33,15 +33,16 @@ def load_pictures(records: list[Record], folder: Path = FOLDER) -> Tensor:
 
 
 def to_range(pictures: Tensor) -> Tensor:
-    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    """Converts uint8 in [0, 255] to float32 in [-1, 1]."""
     return pictures.float().div_(127.5).sub_(1)
 
 
 def sampling_weights(records: list[Record]) -> Tensor:
-    """How often each picture is drawn, ``(N,)``, summing to 1.
+    """Sampling probability of each image, ``(N,)``, summing to 1.
 
-    Each (emoji, style) pair counts once, its skin tones sharing 1.5 times that; a flag counts a quarter, since flags are
-    a fifth of the set and the easiest to draw; animals and food count half as much again, the hardest.
+    Each (emoji, style) pair has weight 1; if it has skin tones, they share a weight of 1.5. Flags have a quarter of
+    that, since they are a fifth of the set and the easiest to generate; animals and food, the hardest, have one and a
+    half times as much.
     """
     pairs: dict[tuple[str, str], int] = {}
     for record in records:
@@ -57,14 +58,14 @@ def sampling_weights(records: list[Record]) -> Tensor:
 
 
 CAPTION_ODDS = (0.35, 0.10, 0.20, 0.12, 0.06, 0.10)
-"""How often each of `captions` is drawn. What is left of 1 is, for the teacher, no caption at all."""
+"""Sampling probability of each of `captions`. The remainder is the probability that the teacher gets no caption."""
 
 
 def captions(record: Record) -> list[str]:
-    """A picture's captions, from the most specific to the coarsest.
+    """An image's captions, from the most specific to the coarsest.
 
-    The first names the very emoji in its style; the last three name only a sub-category or category, so that many
-    pictures are right answers: there diversity can be lost, and measured.
+    The first names the very emoji in its style. The last three name only a sub-category or category, for which many
+    images are right answers: these are where diversity can be lost, and measured.
     """
     style = STYLES[record.style]
     tone = f", {record.skin_tone}" if record.skin_tone else ""

@@ -1,13 +1,13 @@
-"""Prepares the bundled emoji pictures: three open sets, 64x64 on white, with captions at several levels.
+"""Prepares the bundled emoji images: three open sets, 64x64 on white, with captions at several levels.
 
-Input are three npm packages, fetched with ``npm pack`` (about 150 MB): ``emoji-datasource-google`` (Noto),
-``emoji-datasource-twitter`` (Twemoji) and ``@lobehub/fluent-emoji-3d`` (Fluent 3D). Output is one folder:
+The input is three npm packages, fetched with ``npm pack`` (about 150 MB): ``emoji-datasource-google`` (Noto),
+``emoji-datasource-twitter`` (Twemoji) and ``@lobehub/fluent-emoji-3d`` (Fluent 3D). The output is one folder:
 
-- ``pictures.zip``: one lossless WebP a picture, stored uncompressed, at ``<style>/<unified>.webp``
-- ``metadata.jsonl``: one record a picture (see `Record`), in the archive's order
+- ``pictures.zip``: one lossless WebP per image, stored uncompressed, at ``<style>/<unified>.webp``
+- ``metadata.jsonl``: one record per image (see `Record`), in the archive's order
 
-Held out is a fixed tenth of the (emoji, style) pairs, skin tones included: the model has then seen the emoji in another
-style, and the style on other emoji, but never this picture.
+A fixed tenth of the (emoji, style) pairs is held out, including skin tones: a model then has seen the emoji in another
+style, and the style on other emoji, but never this image.
 
     python -m distillers.emoji.prepare --fetch work/emoji weights/bundled/emoji-data
 """
@@ -41,7 +41,7 @@ HELD_OUT_PERCENT = 10
 
 @dataclass(frozen=True)
 class Record:
-    """One picture: where it lies in the archive, what it shows, in whose style, and whether training may see it."""
+    """One image: its place in the archive, what it shows, its style, and its split."""
 
     file_name: str
     concept: str  # the emoji without skin tone, as code points: "1f34e"
@@ -55,7 +55,7 @@ class Record:
 
 
 def fetch(folder: Path) -> None:
-    """Downloads and unpacks the three packages into ``folder/<package>/package``; what is there is kept."""
+    """Downloads and unpacks the three packages into ``folder/<package>/package``, unless they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
         stem = package.removeprefix("@").replace("/", "-").replace("@", "-")
@@ -67,22 +67,22 @@ def fetch(folder: Path) -> None:
 
 
 def split_of(concept: str, style: str) -> str:
-    """The split of an (emoji, style) pair: a hash of its name, so that it never changes when emoji are added."""
+    """The split of an (emoji, style) pair, from a hash of its name, so that adding emoji does not change it."""
     digest = hashlib.sha256(f"{concept}/{style}".encode()).digest()
     return "held_out" if digest[0] * 100 < HELD_OUT_PERCENT * 256 else "train"
 
 
 def clean_name(raw: str) -> str:
-    """``"GRINNING CAT FACE (SMILING)"`` to ``"grinning cat face smiling"``."""
+    """Turns ``"GRINNING CAT FACE (SMILING)"`` into ``"grinning cat face smiling"``."""
     return re.sub(r"\s+", " ", re.sub(r"[^\w\s&'.#*+-]", " ", raw)).strip().lower()
 
 
 def records(emoji: list[dict]) -> Iterator[tuple[Record, str]]:
-    """Every record the datasource allows, with the code points of its picture (``"1F3C3-1F3FB"``)."""
+    """All records in the datasource, with the code points of their images (``"1F3C3-1F3FB"``)."""
     for entry in sorted(emoji, key=lambda e: e["sort_order"]):
         tones = {entry["unified"]: ""}
         for tone, variation in entry.get("skin_variations", {}).items():
-            if tone in SKIN_TONES:  # couples of mixed tones are left out: 25 pictures of one thing teach little
+            if tone in SKIN_TONES:  # couples of mixed tones are left out: 25 images of one thing teach little
                 tones[variation["unified"]] = SKIN_TONES[tone]
         for style in STYLES:
             concept = entry["unified"].lower()
@@ -102,7 +102,7 @@ def records(emoji: list[dict]) -> Iterator[tuple[Record, str]]:
 
 
 def source_picture(folder: Path, style: str, unified: str) -> Path | None:
-    """The picture's file in the unpacked packages, or None where the style lacks it."""
+    """The image's file in the unpacked packages, or None if the style lacks it."""
     name = unified.lower()
     candidates = {
         "noto": [folder / f"emoji-datasource-google-16.0.0/package/img/google/64/{name}.png"],
@@ -116,7 +116,7 @@ def source_picture(folder: Path, style: str, unified: str) -> Path | None:
 
 
 def on_white(path: Path, size: int = 64) -> Image.Image:
-    """The picture at ``size`` x ``size``, composed onto white in linear-alpha before it is scaled down."""
+    """The image scaled down to fit ``size`` x ``size``, then centred on white."""
     with Image.open(path) as picture:
         rgba = picture.convert("RGBA")
     if rgba.size != (size, size):
@@ -127,14 +127,14 @@ def on_white(path: Path, size: int = 64) -> Image.Image:
 
 
 def encode(path: Path) -> bytes:
-    """The picture on white as a lossless WebP."""
+    """The image on white as a lossless WebP."""
     buffer = io.BytesIO()
     on_white(path).save(buffer, "WEBP", lossless=True, quality=70, method=4)
     return buffer.getvalue()
 
 
 def prepare(source: Path, target: Path) -> int:
-    """Writes ``pictures.zip`` and ``metadata.jsonl`` into ``target``; returns the number of pictures."""
+    """Writes ``pictures.zip`` and ``metadata.jsonl`` into ``target``; returns the number of images."""
     emoji = json.loads((source / "emoji-datasource-google-16.0.0/package/emoji.json").read_text())
     found = [(record, source_picture(source, record.style, unified)) for record, unified in records(emoji)]
     rows = [(record, path) for record, path in found if path is not None]
@@ -142,7 +142,7 @@ def prepare(source: Path, target: Path) -> int:
     with zipfile.ZipFile(target / "pictures.zip", "w", zipfile.ZIP_STORED) as archive, ProcessPoolExecutor() as pool:
         encoded = pool.map(encode, [path for _, path in rows], chunksize=64)
         for (record, _), data in zip(rows, encoded, strict=True):
-            # A fixed date keeps the archive the same, byte for byte, however often it is made.
+            # A fixed date makes the archive reproducible, byte for byte.
             archive.writestr(zipfile.ZipInfo(record.file_name, (2024, 1, 1, 0, 0, 0)), data)
     lines = [json.dumps(asdict(record), ensure_ascii=False) for record, _ in rows]
     (target / "metadata.jsonl").write_text("\n".join(lines) + "\n")

@@ -1,10 +1,9 @@
-"""Captions of emoji that do not exist, made of the names of those that do: what to ask a student for beside its pictures.
+"""Captions of emoji that do not exist, recombined from the names of those that do, as prompts to train a student on.
 
-A teacher that knows its pictures by heart answers their captions in one step nearly as well as in fifty, and a student that
-trains on these has little to learn from it. What such a teacher draws in few steps for a caption that it has never seen is
-blurred: there a student learns. Names are put together from two emoji of one sub-category, so that the outcome is something
-to be drawn: "rabbit face and mouse, twemoji", "fallen mushroom, noto emoji". None is a caption of any picture, trained on or
-held out.
+For captions that a teacher has memorised, its one-step images are nearly as good as its fifty-step images, so a student
+trained on them has little to learn. For captions that it has never seen, its few-step images are blurred, and there a
+student learns. Two names from one sub-category are combined, so that the result can be drawn: "rabbit face and mouse,
+twemoji", "fallen mushroom, noto emoji". None of them is the caption of an image, in training or held out.
 """
 
 import random
@@ -17,16 +16,18 @@ from distillers.emoji.data import CAPTION_ODDS, captions, sampling_weights
 from distillers.emoji.prepare import Record
 
 CROSSED, JOINED, KNOWN = 9_000, 6_000, 9_000
-"""How many prompts have the first words of one name and the last of another; both names with "and" between; a picture."""
+"""Number of prompts made of the first words of one name and the last of another; of two names joined by "and"; of
+training captions."""
 
 
 def recombined_prompts(records: Sequence[Record]) -> list[str]:
-    """The prompts, `CROSSED` and `JOINED` different ones that name no picture, and `KNOWN` drawn from training's captions.
+    """The prompts: `CROSSED` and `JOINED` distinct ones that caption no image, and `KNOWN` drawn from training
+    captions.
 
-    The same for the same records. Skin tone and style are the first emoji's.
+    Deterministic. Skin tone and style are those of the first emoji.
 
     Args:
-        records: all of them; held-out ones only tell which captions not to make.
+        records: all of them; held-out ones only exclude their captions.
     """
     train = [record for record in records if record.split != "held_out"]
     odds = sampling_weights(train).tolist()
@@ -39,7 +40,7 @@ def recombined_prompts(records: Sequence[Record]) -> list[str]:
 
 
 def _crossed(one: str, other: str, chance: random.Random) -> str:
-    """The first words of one name, not all of them where there are several, and the last of the other."""
+    """The first words of one name, not all of them if there are several, followed by the last words of the other."""
     first, last = one.split(), other.split()
     return " ".join(first[: chance.randint(1, max(1, len(first) - 1))] + last[chance.randrange(len(last)) :])
 
@@ -56,7 +57,7 @@ def _made(
     combine: Callable[[str, str, random.Random], str],
     count: int,
 ) -> list[str]:
-    """That many different captions of names that are combined, none of which is taken."""
+    """Generates ``count`` distinct captions from combined names, none of which is taken."""
     whole = list(accumulate(odds))
     kin: dict[str, tuple[list[Record], list[float]]] = defaultdict(lambda: ([], []))
     for record, each in zip(train, odds, strict=True):

@@ -1,4 +1,4 @@
-"""A training run's state on disk, for the two networks that the bundled teacher is made of."""
+"""The state of a training run on disk, for the networks that make up the bundled teacher."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ from distillers.checkpoint import (
 def save_run(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, step: int, seconds: float
 ) -> None:
-    """Writes modules, optimizer moments, the step, and the seconds trained so far."""
+    """Writes modules, optimizer moments, the step, and the training time so far in seconds."""
     moments, hyper = pack_optimizer(optimizer, "optimizer")
     tensors = dict(moments)
     for name, module in modules.items():
@@ -30,10 +30,10 @@ def save_run(
 def load_run(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> tuple[int, float] | None:
-    """Puts back what `save_run` wrote; the step and the seconds, or None where there is no such file.
+    """Restores what `save_run` wrote; returns the step and the seconds, or None if there is no such file.
 
     Raises:
-        ValueError: the file cannot be read, or is of other modules.
+        ValueError: the file cannot be read, or belongs to other modules.
     """
     if not path.exists():
         return None

