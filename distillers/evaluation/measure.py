@@ -1,4 +1,4 @@
-"""The measurements of one evaluation: real pictures, then what every subject draws, held against them."""
+"""The measurements of an evaluation: real images, then every subject's images compared with them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,12 +16,12 @@ from distillers.evaluation.real import EmojiPictures, RealPictures
 from distillers.evaluation.subjects import Model, Subject
 
 Track = Callable[[str, int], Callable[[int], None]]
-"""Opens a progress bar of that title and length; returns what advances it."""
+"""Opens a progress bar with this title and length; returns the function that advances it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """A set of pictures against the reference set, in one extractor's features."""
+    """Distances of a set of images from the reference set, in one extractor's features."""
 
     kernel_distance: Estimate
     frechet_distance: float
@@ -34,39 +34,39 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class Real:
-    """What real pictures score: the yardsticks."""
+    """Scores of real images, as references."""
 
     floor: dict[str, Distances]
-    """Other training pictures, as many as are drawn, by extractor: a perfect model's distances."""
+    """Distances of a perfect model, by extractor: other training images, as many as are generated."""
     held_out: dict[str, Distances]
-    """The held-out pictures themselves: fewer, so that their Frechet distance reads higher."""
+    """The held-out images themselves: fewer, and therefore with a higher Fréchet distance."""
     held_out_pictures: int
     r_precision: Estimate
     psnr: Estimate
-    """The autoencoder's, on the held-out pictures, in dB."""
+    """PSNR of the autoencoder on the held-out images, in dB."""
     penalty: float
-    """The alignment regression's, by leave-one-out."""
+    """Penalty of the alignment regression, chosen by leave-one-out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What one subject scores on the specific captions."""
+    """Scores of a subject on the specific captions."""
 
     subject: Subject
     distances: dict[str, Distances]
     r_precision: Estimate
     evaluations: int
     milliseconds: float
-    """Per picture, in batches."""
+    """Per image, in batches."""
     latency: float
-    """Milliseconds for one picture alone."""
+    """Milliseconds for a single image."""
     shown: Tensor = field(repr=False)
-    """The sheet's pictures, ``(N, 3, H, W)`` uint8."""
+    """Images for the contact sheet, ``(N, 3, H, W)`` uint8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How different one subject's pictures of the same coarse prompt are."""
+    """Diversity of a subject's images of the same coarse prompt."""
 
     subject: Subject
     distance: Estimate
@@ -75,7 +75,7 @@ class Spread:
     evaluations: int
     milliseconds: float
     shown: Tensor = field(repr=False)
-    """``(P, S, 3, H, W)`` uint8, of the first prompts."""
+    """Images of the first prompts, ``(P, S, 3, H, W)`` uint8."""
 
 
 SPREAD_SHOWN = 8
@@ -85,14 +85,14 @@ class Evaluation:
     """Measures subjects under one protocol.
 
     Args:
-        protocol: what is drawn, and against what.
-        base: the base model, whose text encoder is also the space of prompt alignment.
-        extractors: the first one's features are what alignment, diversity and the bars are measured in.
-        shared: cache of what belongs to the base and to the real pictures.
-        own: cache of what belongs to the students.
+        protocol: prompts, seeds and real images.
+        base: the base model, whose text encoder also defines the space of prompt alignment.
+        extractors: alignment, diversity and the targets use the first one's features.
+        shared: cache for the base and the real images.
+        own: cache for the students.
         track: progress.
-        batch: pictures drawn at a time.
-        pictures: the real ones; the bundled emoji when left out.
+        batch: images generated at a time.
+        pictures: the real images; the bundled emoji when left out.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Evaluation:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Features of the real pictures, and the alignment's regression, fitted on training pictures alone."""
+        """Computes features of real images, and fits the alignment regression, on training images only."""
         self.held_out_pictures = self.pictures.load([prompt.file_name for prompt in self.protocol.held_out])
         self.reference = self._real_features(self.protocol.reference, "real, reference")
         self.floor = self._real_features(self.protocol.floor, "real, floor")
@@ -123,7 +123,7 @@ class Evaluation:
         }
         train = self.pictures.training()
         if self.protocol.fit is not None:
-            # Every k-th, since the archive lists one category after the other.
+            # Every k-th image, since the archive is ordered by category.
             train = train[:: max(1, len(train) // self.protocol.fit)]
         texts = self._texts([prompt.caption for prompt in train])
         names = [prompt.file_name for prompt in train]
@@ -135,7 +135,7 @@ class Evaluation:
     def _real_features(
         self, names: Sequence[str], title: str, extractors: Sequence[Extractor] | None = None
     ) -> dict[str, Tensor]:
-        """Features of these pictures, by extractor. Only so many are in memory at a time as share a file of features."""
+        """Features of these images, by extractor; loads only as many images at a time as share a file of features."""
         used = self.extractors if extractors is None else extractors
         parts: dict[str, list[Tensor]] = {extractor.name: [] for extractor in used}
         advance = self.track(f"{title}: {', '.join(parts)}", len(names) * len(used))
@@ -146,7 +146,7 @@ class Evaluation:
         return {name: torch.cat(of) for name, of in parts.items()}
 
     def real(self) -> Real:
-        """What real pictures score."""
+        """Scores of real images."""
         predicted = self.regression(self.held_out[self.extractors[0].name])
         score = alignment.r_precision(
             predicted, self.caption_texts, torch.arange(len(self.captions)), self.protocol.choices
@@ -163,7 +163,7 @@ class Evaluation:
         )
 
     def quality(self, subject: Subject) -> Quality:
-        """Draws the specific captions and measures them; the first subject measured is all later ones' teacher."""
+        """Generates the specific captions and measures them; the first subject measured is the teacher of all others."""
         drawn = self._draw(subject, self.protocol.drawings)
         distances = {}
         for extractor in self.extractors:
@@ -185,7 +185,7 @@ class Evaluation:
         )
 
     def spread(self, subject: Subject) -> Spread:
-        """Draws the coarse prompts and measures how a prompt's pictures differ."""
+        """Generates the coarse prompts and measures the diversity of each prompt's images."""
         drawn = self._draw(subject, self.protocol.coarse_drawings)
         features = self._features(self._cache(subject), self.extractors[0], drawn.pictures, subject.title)
         shape = (len(self.protocol.coarse), len(self.protocol.coarse_seeds))
@@ -211,7 +211,7 @@ class Evaluation:
         return cache.features(extractor, pictures, advance)
 
     def _texts(self, prompts: list[str]) -> Tensor:
-        """The prompts in the base's text space, ``(N, E)`` float64."""
+        """Embeddings of the prompts in the base's text space, ``(N, E)`` float64."""
 
         def embed() -> dict[str, Tensor]:
             advance = self.track("captions", len(prompts))
@@ -247,7 +247,7 @@ class Evaluation:
 
     @torch.no_grad()
     def _reconstruction(self) -> Tensor:
-        """PSNR of each held-out picture after the autoencoder, ``(N,)`` in dB."""
+        """PSNR of each held-out image after the autoencoder, ``(N,)`` in dB."""
         ratios = []
         for pictures in self.held_out_pictures.split(self.batch):
             target = to_range(pictures)
@@ -257,7 +257,7 @@ class Evaluation:
 
 
 def as_json(value: object) -> object:
-    """Measurements as JSON: estimates with their interval, a subject by its settings, pictures left out."""
+    """Converts measurements to JSON: estimates with their intervals, subjects by their settings, without images."""
     if isinstance(value, Estimate):
         return value.summary()
     if isinstance(value, Subject):

@@ -1,8 +1,8 @@
-"""Distances between sets of pictures, as pure functions of their features.
+"""Distances between sets of images, as pure functions of their features.
 
-Features are ``(N, D)`` tensors, one row a picture; everything is computed in float64. Where a figure has an error worth
-knowing, it comes as an `Estimate`, which also keeps its leave-one-group-out values: two models measured on the same
-prompts and seeds share most of their noise, so the `ratio` of two estimates is far surer than either.
+Features are ``(N, D)`` tensors, one row per image; everything is computed in float64. Figures with a relevant error are
+returned as an `Estimate`, which also keeps its leave-one-group-out values. Two models measured on the same prompts and
+seeds share most of their noise, so the `ratio` of two estimates is far more precise than either.
 """
 
 import math
@@ -18,11 +18,11 @@ _NORMAL_95 = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% confidence interval, by the delete-a-group jackknife."""
+    """A figure with its 95% confidence interval, from the delete-a-group jackknife."""
 
     value: float
     leave_one_out: tuple[float, ...]
-    """The figure computed without each of the groups in turn; empty for a figure that has no error."""
+    """The figure computed without each group in turn; empty for a figure without error."""
 
     @property
     def error(self) -> float:
@@ -42,16 +42,16 @@ class Estimate:
         return self.value + _NORMAL_95 * self.error
 
     def summary(self) -> dict[str, float | None]:
-        """The figure and its interval, as JSON, which knows no infinity: None where there is none."""
+        """The figure and its interval for JSON, which cannot represent infinity: such values become None."""
         found = {"value": self.value, "low": self.low, "high": self.high}
         return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Their ratio, with the error that is left when both were measured on the same groups.
+    """The ratio of two estimates, with the error that remains since both were measured on the same groups.
 
     Raises:
-        ValueError: they were not measured on the same number of groups.
+        ValueError: they have different numbers of groups.
     """
     if len(numerator.leave_one_out) != len(denominator.leave_one_out):
         raise ValueError(
@@ -63,7 +63,7 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
 
 
 def mean(values: Tensor, groups: int = GROUPS) -> Estimate:
-    """The mean of ``values: (N,)``; jackknife groups are contiguous runs, so keep dependent values together."""
+    """The mean of ``values: (N,)``. Jackknife groups are contiguous runs, so dependent values must be adjacent."""
     values = values.double()
     count = min(groups, len(values))
     members = torch.arange(len(values)) * count // len(values)
@@ -76,10 +76,10 @@ def mean(values: Tensor, groups: int = GROUPS) -> Estimate:
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """``|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))`` between Gaussians fitted to two sets.
 
-    Dowson & Landau 1982, eq. 4; as a picture metric Heusel et al. 2017 (arXiv 1706.08500, eq. 6). With centred features
-    A and B scaled to ``S_x = A^T A`` and ``S_y = B^T B``, the last trace is the sum of the singular values of
-    ``A B^T``, which is exact where the matrix square root of two rank-deficient covariances is not. Biased upwards at
-    small N: read it beside the distance of two real sets of the same size.
+    Dowson & Landau 1982, eq. 4; as an image metric, Heusel et al. 2017 (arXiv 1706.08500, eq. 6). With centred features
+    A and B scaled to ``S_x = A^T A`` and ``S_y = B^T B``, the trace of the square root is the sum of the singular
+    values of ``A B^T``. This is exact even for rank-deficient covariances, unlike the matrix square root of their
+    product. Biased upwards for small N: compare it with the distance of two real sets of the same size.
 
     Args:
         x: ``(N, D)``, N >= 2.
@@ -98,16 +98,17 @@ def kernel_distance(
 ) -> Estimate:
     """Squared maximum mean discrepancy under ``k(a, b) = (a.b / D + 1)^3``, unbiased: it can be below 0.
 
-    Binkowski et al. 2018 (arXiv 1801.01401, section 4; the U-statistic is Gretton et al. 2012, eq. 3), on all pictures
-    instead of the mean over random subsets. It wants independent pictures, and those drawn of one caption are more alike
-    than any two are: pairs of these are left out, as a picture's with itself is.
+    Binkowski et al. 2018 (arXiv 1801.01401, section 4; the U-statistic is Gretton et al. 2012, eq. 3), on all images
+    instead of averaged over random subsets. The estimator assumes independent images, but images of the same caption
+    are more alike than others: pairs of these are left out, as is the pair of an image with itself.
 
     Args:
-        x: ``(N, D)``, a caption's pictures one after the other.
+        x: ``(N, D)``, with a caption's images adjacent.
         y: ``(M, D)``.
-        groups: the jackknife's, contiguous runs of captions; at most half as many as there are captions.
-        seeds: pictures of a caption in ``x``, S; N is at least 4 S.
-        same_captions: ``y`` is of the same captions, in the same order and with as many seeds; else one picture each.
+        groups: of the jackknife: contiguous runs of captions, at most half as many as there are captions.
+        seeds: images per caption in ``x``, S; N is at least 4 S.
+        same_captions: whether ``y`` has the same captions, in the same order, with as many seeds; otherwise its images
+            are independent.
     """
     x, y = _checked(x, y, least=4 * seeds)
     runs_x, runs_y = (rows.unflatten(0, (-1, of)) for rows, of in ((x, seeds), (y, seeds if same_captions else 1)))
@@ -132,16 +133,16 @@ def kernel_distance(
 
 
 def _run_sums(x: Tensor, y: Tensor, members: Tensor, groups: int) -> Tensor:
-    """Kernel sums inside each run of ``x: (P, S, D)`` and its run of ``y: (P, T, D)``, by group, ``(groups,)``."""
+    """Kernel sums between each run of ``x: (P, S, D)`` and its run of ``y: (P, T, D)``, by group: ``(groups,)``."""
     own = _kernel(x @ y.transpose(1, 2), x.shape[-1]).sum(dim=(1, 2))
     return torch.zeros(groups, dtype=torch.float64).index_add_(0, members, own)
 
 
 def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """How much of what was drawn lies on the real manifold, and how much of that is covered; both in [0, 1].
+    """Share of the generated images on the real manifold, and of real images on the generated one; both in [0, 1].
 
-    Kynkaanniemi et al. 2019 (arXiv 1904.06991, eqs. 1-2): a point is on a set's manifold if it lies within any of the
-    set's points' distance to its ``neighbours``-th nearest other point.
+    Kynkaanniemi et al. 2019 (arXiv 1904.06991, eqs. 1-2): a point is on a set's manifold if it is no further
+    from some point of the set than that point's ``neighbours``-th nearest other point.
 
     Args:
         real: ``(N, D)``, N > neighbours.
@@ -151,7 +152,7 @@ def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[
     across = torch.cdist(real, drawn)
 
     def radii(rows: Tensor) -> Tensor:
-        # The point itself is at distance 0, so the k-th other one is the (k + 1)-th smallest.
+        # The point itself is at distance 0, so its k-th nearest other point is the (k + 1)-th smallest.
         return torch.cdist(rows, rows).kthvalue(neighbours + 1, dim=1).values
 
     precision = (across <= radii(real)[:, None]).any(dim=0)
@@ -160,10 +161,10 @@ def precision_recall(real: Tensor, drawn: Tensor, neighbours: int = 3) -> tuple[
 
 
 def pairwise_diversity(sets: Tensor) -> Estimate:
-    """Mean Euclidean distance between two pictures of the same prompt, over prompts.
+    """Mean Euclidean distance between two images of the same prompt, over prompts.
 
     Args:
-        sets: ``(P, S, D)``, S >= 2 pictures for each of P prompts.
+        sets: ``(P, S, D)``, S >= 2 images for each of P prompts.
     """
     if sets.ndim != 3 or sets.shape[1] < 2:
         raise ValueError(f"want features (prompts, at least 2 seeds, dimensions), got {tuple(sets.shape)}")
@@ -173,10 +174,10 @@ def pairwise_diversity(sets: Tensor) -> Estimate:
 
 
 def vendi_score(features: Tensor) -> float:
-    """The effective number of different pictures, in [1, N].
+    """The effective number of distinct images, in [1, N].
 
     Friedman & Dieng 2022 (arXiv 2210.02410, definition 3.1): exponential of the entropy of the eigenvalues of K / N,
-    with K the cosine similarities of ``features: (N, D)``.
+    where K contains the cosine similarities of ``features: (N, D)``.
     """
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     eigenvalues = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
@@ -184,13 +185,13 @@ def vendi_score(features: Tensor) -> float:
 
 
 def vendi_over_prompts(sets: Tensor) -> Estimate:
-    """The mean over prompts of each prompt's Vendi score; ``sets: (P, S, D)``, so in [1, S]."""
+    """The mean Vendi score over prompts, of ``sets: (P, S, D)``; in [1, S]."""
     scores = torch.tensor([vendi_score(features) for features in sets], dtype=torch.float64)
     return mean(scores, groups=len(scores))
 
 
 def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Each picture's peak signal-to-noise ratio in dB, ``(N,)``; at most 100, which is a perfect copy.
+    """Peak signal-to-noise ratio of each image in dB, ``(N,)``; at most 100, for a perfect copy.
 
     Args:
         output: ``(N, C, H, W)`` in [0, 1].

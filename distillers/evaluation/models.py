@@ -1,4 +1,4 @@
-"""From the names on the command line to loaded models."""
+"""Loads models from the names on the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,20 +18,20 @@ DEFAULT_FAMILY = "stable_diffusion"
 def load_models(
     names: Sequence[str], store: Path | None, base: str | None = None, device: str = "cpu"
 ) -> tuple[Model, list[Model]]:
-    """The base and the students to measure.
+    """Loads the base and the students to measure.
 
     Args:
-        names: students, in the order of the report; a bundled base's name or a pipeline folder only chooses the base.
-            Every student of the store, and the bundled ones, when there are none.
-        store: the store's folder; only bundled students without it.
-        base: chooses the base over what the students name.
+        names: students, in the order of the report; the name of a bundled base or a pipeline folder only selects the
+            base. If empty, all students in the store, and the bundled ones.
+        store: the store's folder; if None, only bundled students are available.
+        base: overrides the base that the students name.
         device: where to load them.
 
     Raises:
-        ValueError: more than one base is named, or a student comes from another one.
-        FileNotFoundError: the base cannot be had.
-        StoreError: a student is missing, or its files are not what was published.
-        WrongMember: a routed student's students are not alike.
+        ValueError: more than one base is named, or the students come from different ones.
+        FileNotFoundError: the base is not available.
+        StoreError: a student is missing, or its files are not those that were published.
+        WrongMember: the members of a routed student do not match.
     """
     found = Store(store if store is not None else STUDENTS, STUDENTS)
     bases = [name for name in names if is_base(name)]
@@ -50,7 +50,7 @@ def load_models(
 
 
 def student_model(store: Store, folder: StudentFolder, base: TextToImage) -> Model:
-    """A student to measure, routed or not. That the base is its own is for `check_base`."""
+    """Loads a student, routed or not. The caller checks that the base is its own (`check_base`)."""
     manifest = folder.manifest
     if manifest.router is not None:
         return Model(manifest.name, base, manifest, load_routed(store, folder, base))
@@ -58,12 +58,12 @@ def student_model(store: Store, folder: StudentFolder, base: TextToImage) -> Mod
 
 
 def is_base(name: str) -> bool:
-    """Whether a name means a base: a bundled one's name, or a folder with a diffusers pipeline."""
+    """Whether a name refers to a base: a bundled one's name, or a folder with a diffusers pipeline."""
     return name in bundled_bases() or (Path(name) / "model_index.json").is_file()
 
 
 def choose_base(named: Sequence[str], students: Sequence[StudentFolder]) -> str:
-    """The one base that was named, or else the students' own, or else the bundled one."""
+    """The one base that was named; if none, the students' own; if there are no students, the bundled one."""
     if len(set(named)) > 1:
         raise ValueError(f"one base an evaluation, got {', '.join(sorted(set(named)))}: run it once for each")
     own = {folder.manifest.name: folder.manifest.base.id for folder in students}

@@ -1,13 +1,13 @@
-"""What is drawn and what it is held against: fixed lists of captions, seeds and real pictures, committed.
+"""The protocol: fixed lists of captions, seeds and real images, committed to the repository.
 
-``protocol.json`` beside this file is made from the bundled emoji metadata by `build`, a pure function (order is by
-sha256 of the picture's name, so it has no luck in it and changes little when emoji are added):
+`build` makes ``protocol.json`` beside this file from the metadata of the bundled emoji. It is a pure function, which
+orders images by the sha256 of their names, so that the lists are not random and change little when emoji are added:
 
     python -m distillers.evaluation.protocol
 
-Every picture here is one of an (emoji, style) pair, without skin tone. ``held_out`` are pairs that training never
-sees; ``reference`` are as many training pictures as are drawn: the real set; ``floor`` are as many others again,
-disjoint from it, so that their distance to the reference is what a perfect model would score.
+All images here are of (emoji, style) pairs without skin tone. ``held_out`` are pairs that are never trained on.
+``reference``, the real set, are as many training images as are generated. ``floor`` are equally many others, disjoint
+from these, whose distance to the reference is the score of a perfect model.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ CAPTIONS, SEEDS = 512, (0, 1)
 COARSE, COARSE_SEEDS = 64, tuple(range(8))
 CHOICES = 100
 LEAST_ANSWERS = 8
-"""A coarse prompt has at least that many right answers among the training pictures."""
+"""Minimum number of right answers to a coarse prompt among the training images."""
 SHEET = {
     "animals & nature": 12,
     "food & drink": 12,
@@ -39,12 +39,12 @@ SHEET = {
     "flags": 2,
 }
 SHEET_FIRST = {"smileys & emotion": ("face", "cat face"), "travel & places": ("transport",)}
-"""Sub-categories (by how they begin) that a category's share of the sheet is filled from first."""
+"""Sub-categories (by prefix) that fill a category's share of the sheet first."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out picture and its most specific caption, ``"{name}, {style}"``."""
+    """A held-out image and its most specific caption, ``"{name}, {style}"``."""
 
     file_name: str
     caption: str
@@ -52,7 +52,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Protocol:
-    """The lists; `load` gives the committed ones, `quick` a small part of them."""
+    """The lists of a protocol. `load` returns the committed one, `quick` a small part of it."""
 
     held_out: tuple[Prompt, ...]
     seeds: tuple[int, ...]
@@ -61,32 +61,32 @@ class Protocol:
     reference: tuple[str, ...]
     floor: tuple[str, ...]
     sheet: tuple[str, ...]
-    """Captions of the 64 held-out prompts that are shown; the first of ``seeds`` draws them."""
+    """Captions of the 64 held-out prompts on the contact sheet, generated with the first of ``seeds``."""
     fit: int | None = None
-    """How many training pictures the alignment's regression is fitted on; all of them when None."""
+    """Number of training images for the alignment regression; all when None."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over all lists: figures of two digests are not comparable."""
+        """sha256 over all lists; results under different digests are not comparable."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def choices(self) -> int:
-        """Of how many captions R-precision has to find a picture's own."""
+        """Number of captions among which R-precision looks for an image's own."""
         return min(CHOICES, len(self.held_out))
 
     @property
     def drawings(self) -> list[tuple[str, int]]:
-        """Caption and seed of every specific picture, a caption's seeds together."""
+        """Caption and seed of every specific image, a caption's seeds adjacent."""
         return [(prompt.caption, seed) for prompt in self.held_out for seed in self.seeds]
 
     @property
     def coarse_drawings(self) -> list[tuple[str, int]]:
-        """Prompt and seed of every picture for diversity, a prompt's seeds together."""
+        """Prompt and seed of every image for diversity, a prompt's seeds adjacent."""
         return [(prompt, seed) for prompt in self.coarse for seed in self.coarse_seeds]
 
     def quick(self) -> "Protocol":
-        """A small part, for a look or a demo: the noise is too large to hold any bar against."""
+        """A small part, for a quick look or a demo: too noisy to judge any target."""
         held_out = self.held_out[:128]
         drawn = {prompt.caption for prompt in held_out}
         return replace(
@@ -103,7 +103,7 @@ class Protocol:
 
 
 def by_digest(records: list[Record]) -> list[Record]:
-    """The records in an order that depends on each one's name alone."""
+    """The records in an order that depends only on their names."""
     return sorted(records, key=lambda record: hashlib.sha256(record.file_name.encode()).digest())
 
 
@@ -113,10 +113,10 @@ def pairs(records: list[Record], split: str) -> list[Record]:
 
 
 def build(records: list[Record]) -> Protocol:
-    """The protocol over these records.
+    """Builds the protocol from these records.
 
     Raises:
-        ValueError: there are too few for it.
+        ValueError: there are too few of them.
     """
     held_out, train = by_digest(pairs(records, "held_out")), by_digest(pairs(records, "train"))
     drawn = CAPTIONS * len(SEEDS)
@@ -127,7 +127,7 @@ def build(records: list[Record]) -> Protocol:
         )
     sheet = sheet_records(held_out)
     others = [record for record in held_out if record not in sheet][: CAPTIONS - len(sheet)]
-    chosen = by_digest(sheet + others)  # the sheet's prompts are among them, in no special place
+    chosen = by_digest(sheet + others)  # mixes the sheet's prompts with the others
     return Protocol(
         held_out=tuple(Prompt(record.file_name, captions(record)[0]) for record in chosen),
         seeds=SEEDS,
@@ -140,7 +140,7 @@ def build(records: list[Record]) -> Protocol:
 
 
 def sheet_records(held_out: list[Record]) -> list[Record]:
-    """64 of them, balanced as `SHEET` says and, within a category, over the styles."""
+    """64 records, distributed over categories as in `SHEET` and evenly over styles within a category."""
     chosen = []
     for category, count in SHEET.items():
         first = SHEET_FIRST.get(category, ("",))
@@ -154,9 +154,9 @@ def sheet_records(held_out: list[Record]) -> list[Record]:
 
 
 def coarse_prompts(train: list[Record]) -> list[str]:
-    """64 prompts that name only a category or sub-category, each in its style, with enough right answers.
+    """64 prompts that name only a category or sub-category in a style, with enough right answers.
 
-    Every category comes in (but flags and single components, which hardly vary); sub-categories fill the rest.
+    They include every category (except flags and single components, which hardly vary); sub-categories fill the rest.
     """
     answers: dict[tuple[bool, str], int] = defaultdict(int)
     for record in train:

@@ -1,7 +1,7 @@
-"""The real pictures that drawn ones are held against: the bundled emoji, or a folder of one's own.
+"""Real images to compare with: the bundled emoji, or a folder of one's own.
 
-A folder is what training reads (``metadata.jsonl`` and pictures). Captions of its ``"split": "held_out"`` are asked for, its
-other pictures are the real set, their floor, and what the alignment's regression is fitted on.
+The folder is the one that training reads (``metadata.jsonl`` and images). The captions of its ``"split": "held_out"``
+are the prompts. Its other images are the real set, its floor, and the data of the alignment regression.
 """
 
 import hashlib
@@ -19,24 +19,24 @@ from distillers.evaluation.protocol import CAPTIONS, COARSE, COARSE_SEEDS, SEEDS
 from distillers.folder import HELD_OUT, BadData, Row, load_picture, read_folder
 
 FEWEST_CAPTIONS = FEWEST_PICTURES = GROUPS
-"""With fewer, ratios of figures would have other groups above and below."""
+"""With fewer, the numerator and denominator of a ratio would have different groups."""
 SHEET, FIT = 64, 8192
 
 
 class RealPictures(ABC):
-    """Real pictures by file name, as a protocol lists them."""
+    """Real images by file name, as listed in a protocol."""
 
     @abstractmethod
     def load(self, names: Sequence[str]) -> Tensor:
-        """Those pictures, ``(N, 3, H, W)`` uint8."""
+        """The named images, ``(N, 3, H, W)`` uint8."""
 
     @abstractmethod
     def training(self) -> list[Prompt]:
-        """Every picture that training may see, with its most specific caption."""
+        """Every training image, with its most specific caption."""
 
 
 class EmojiPictures(RealPictures):
-    """The bundled ones."""
+    """The bundled emoji."""
 
     def __init__(self) -> None:
         self.records = {record.file_name: record for record in load_records()}
@@ -49,13 +49,13 @@ class EmojiPictures(RealPictures):
 
 
 class FolderPictures(RealPictures):
-    """One's own. A picture with several captions is asked for by the first of them."""
+    """A folder's images. Of an image with several captions, only the first is used."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """
         Args:
             folder: with metadata.jsonl.
-            size: height and width that pictures are brought to, as in training.
+            size: height and width that images are resized to, as in training.
 
         Raises:
             BadData: a file is missing or malformed.
@@ -72,13 +72,14 @@ class FolderPictures(RealPictures):
         return [Prompt(row.file_name, row.texts[0]) for row in self.rows.values() if not row.held_out]
 
     def protocol(self) -> Protocol:
-        """As much as the bundled protocol where there is as much, in an order that depends on file names alone.
+        """A protocol up to the size of the bundled one, in an order that depends only on file names.
 
-        Half of the training pictures are the real set, the other half the floor. Diversity is measured over the first of the
-        captions asked for, since a folder does not say which of its captions many pictures would be right answers to.
+        Half of the training images, up to as many as are generated, are the real set, and equally many others the
+        floor. Diversity is measured on the first of the captions, since a folder does not say which captions have many
+        right answers.
 
         Raises:
-            BadData: there are too few.
+            BadData: there are too few images or captions.
         """
         ordered = sorted(self.rows.values(), key=lambda row: hashlib.sha256(row.file_name.encode()).digest())
         asked: dict[str, Row] = {}
@@ -108,11 +109,11 @@ class FolderPictures(RealPictures):
 
 
 def yardstick(data: Path | None, size: int, quick: bool) -> tuple[Protocol, RealPictures]:
-    """What is drawn, and what it is held against.
+    """The protocol, and the real images to compare with.
 
     Args:
-        data: a folder of one's own; the committed protocol and the bundled pictures when None.
-        size: of the base's pictures.
+        data: a folder of one's own; None for the committed protocol and the bundled images.
+        size: of the base's images.
         quick: whether a small part is enough.
 
     Raises:

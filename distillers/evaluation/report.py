@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: ``metrics.json``, sheets and curves as PNG, one page ``report.html``."""
+"""The output of an evaluation: ``metrics.json``, contact sheets and curves as PNG, and one page ``report.html``."""
 
 import base64
 import json
@@ -20,17 +20,17 @@ from distillers.evaluation.protocol import Protocol
 
 SHEET_COLUMNS = 8
 COMPARED = 10
-"""Prompts of the sheet that are shown side by side for every subject."""
+"""Number of the sheet's prompts that are shown side by side for all subjects."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one evaluation measured."""
+    """All measurements of an evaluation."""
 
     protocol: Protocol
     quick: bool
     data: str
-    """Whose captions and real pictures: ``emoji``, or a folder."""
+    """Source of captions and real images: ``emoji``, or a folder."""
     extractor: str
     real: Real
     qualities: list[Quality]
@@ -41,7 +41,7 @@ class Results:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Where it ran, as far as times depend on it."""
+    """Facts about the machine that timings depend on."""
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
@@ -53,12 +53,12 @@ def machine(device: str) -> dict[str, str]:
 
 
 def now() -> str:
-    """The time, UTC, to the minute."""
+    """The current time in UTC, to the minute."""
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def write(results: Results, folder: Path) -> Path:
-    """Writes all files into ``folder``; returns the HTML report's path."""
+    """Writes all files into ``folder``; returns the path of the HTML report."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics_json(results), indent=2) + "\n", encoding="utf-8")
     pictures = write_pictures(results, folder)
@@ -68,7 +68,7 @@ def write(results: Results, folder: Path) -> Path:
 
 
 def metrics_json(results: Results) -> dict[str, Any]:
-    """The figures, as JSON."""
+    """The measurements as JSON."""
     protocol = results.protocol
     return {
         "finished": results.finished,
@@ -92,7 +92,7 @@ def metrics_json(results: Results) -> dict[str, Any]:
 
 
 def write_pictures(results: Results, folder: Path) -> list[tuple[str, Path]]:
-    """Curves and sheets, each with its heading, in the report's order."""
+    """Writes curves and sheets; returns each with its heading, in the report's order."""
     protocol = results.protocol
     path = curves.plot(folder / "curves.png", results.real, results.qualities, results.spreads, results.extractor)
     made = [("Curves", path)]
@@ -109,7 +109,7 @@ def write_pictures(results: Results, folder: Path) -> list[tuple[str, Path]]:
 
 
 def html(results: Results, pictures: Sequence[tuple[str, Path]]) -> str:
-    """The report as one page that needs no other file; every text in it is escaped."""
+    """The report as one self-contained page; all text in it is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     inlined = [(title, base64.b64encode(path.read_bytes()).decode("ascii")) for title, path in pictures]
@@ -117,7 +117,7 @@ def html(results: Results, pictures: Sequence[tuple[str, Path]]) -> str:
 
 
 def _comparison(results: Results, path: Path) -> Path:
-    # Spread over the sheet, which lists one category after the other.
+    # Evenly spaced over the sheet, which is ordered by category.
     prompts = results.protocol.sheet
     rows = [len(prompts) * row // min(COMPARED, len(prompts)) for row in range(min(COMPARED, len(prompts)))]
     columns = [quality.subject.title for quality in results.qualities]
@@ -134,7 +134,7 @@ def _spread_sheet(protocol: Protocol, spread: Spread, folder: Path) -> Path:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it, else what Python knows."""
+    """The processor's name from Linux, if available, else from Python."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in a grid, each with its label."""
+"""Contact sheets: grids of labelled images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _INK, _PAPER, _QUIET = (26, 28, 32), (255, 255, 255), (226, 229, 233)
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
-    """``pictures: (N, 3, H, W)`` uint8 as PIL images."""
+    """Converts images ``(N, 3, H, W)`` uint8 to PIL."""
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
         raise ValueError(f"want uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
     return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pictures.cpu()]
@@ -28,18 +28,18 @@ def sheet(
     title: str | None = None,
     lines: int = 2,
 ) -> Image.Image:
-    """A grid of pictures, row by row, each above its label.
+    """A grid of images, row by row, with a label below each.
 
     Args:
-        pictures: ``(N, 3, H, W)`` uint8, or N images; scaled to ``cell`` pixels, small ones without smoothing.
-        labels: N of them, wrapped to at most ``lines`` lines; an empty one leaves its space blank.
-        columns: pictures a row.
-        cell: width and height of a picture on the sheet.
-        title: above it all.
-        lines: lines kept free for every label; 0 leaves labels out.
+        pictures: ``(N, 3, H, W)`` uint8, or N images; scaled to ``cell`` pixels, by whole factors without smoothing.
+        labels: N of them, wrapped to at most ``lines`` lines; empty ones leave their space blank.
+        columns: images per row.
+        cell: width and height of an image on the sheet.
+        title: above the grid.
+        lines: lines reserved for each label; 0 for no labels.
 
     Raises:
-        ValueError: labels and pictures differ in number, or there is no column.
+        ValueError: labels and images differ in number, or there is no column.
     """
     images = to_images(pictures) if isinstance(pictures, Tensor) else list(pictures)
     if len(images) != len(labels):
@@ -71,14 +71,14 @@ def table(
     cell: int = 128,
     title: str | None = None,
 ) -> Image.Image:
-    """Pictures with a name for every row and column, to compare models on the same prompts.
+    """A table of images with a label for each row and column, to compare models on the same prompts.
 
     Args:
         rows: each ``(C, 3, H, W)`` uint8.
-        row_labels: one a row.
+        row_labels: one per row.
         column_labels: C of them.
-        cell: width and height of a picture.
-        title: above it all.
+        cell: width and height of an image.
+        title: above the table.
     """
     if len(rows) != len(row_labels) or any(len(row) != len(column_labels) for row in rows):
         raise ValueError(
@@ -111,7 +111,7 @@ def save(image: Image.Image, path: Path) -> Path:
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The picture at ``cell`` x ``cell``: whole multiples stay crisp, everything else is resampled."""
+    """The image at ``cell`` x ``cell``: sharp if scaled by a whole factor, otherwise resampled smoothly."""
     rgb = image.convert("RGB")
     if rgb.size == (cell, cell):
         return rgb
@@ -120,7 +120,7 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, lines: int) -> list[str]:
-    """The text in at most ``lines`` lines of ``width`` pixels; what does not fit ends in an ellipsis."""
+    """Wraps text to at most ``lines`` lines of ``width`` pixels, with an ellipsis if it does not fit."""
     if not text or lines < 1:
         return []
     per_line = max(4, int(width / max(1.0, font.getlength("abcdefghijklmnopqrstuvwxyz") / 26)))

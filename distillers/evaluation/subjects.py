@@ -1,4 +1,4 @@
-"""What is evaluated: the base and its students, each at a number of steps, with or without the base's first step."""
+"""Subjects of an evaluation: the base and its students, by number of steps, with or without the base's first step."""
 
 import re
 import time
@@ -23,38 +23,38 @@ STEPS = (1, 2, 4)
 
 
 def counted(number: int, what: str) -> str:
-    """For people: ``"1 step"``, ``"4 steps"``."""
+    """A readable count: ``"1 step"``, ``"4 steps"``."""
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 @dataclass(frozen=True)
 class Model:
-    """The base, or one of its students (which then has a manifest)."""
+    """The base, or one of its students (which has a manifest)."""
 
     name: str
     pipeline: TextToImage
-    """What draws; a routed student's base, which knows its prompts and decodes its latents."""
+    """The model that generates; for a routed student its base, which encodes prompts and decodes latents."""
     manifest: StudentManifest | None = None
     routed: RoutedStudent | None = None
-    """The students that it picks from, each for its own prompts."""
+    """The members of a routed student, each for its own prompts."""
 
     @cached_property
     def weights(self) -> str:
-        """sha256 over everything that draws."""
+        """sha256 over all weights that affect the images."""
         if self.routed is None:
             return digest_modules(self.pipeline.components())
         members = [digest_modules(member.components()) for member in self.routed.members]
         return digest([members, self.routed.router.model_dump(exclude={"students"})])
 
     def split(self, prompts: Sequence[str]) -> list[tuple[TextToImage, list[int]]]:
-        """Who draws these prompts, each with the places of its own."""
+        """The models that generate these prompts, each with the positions of its own."""
         if self.routed is None:
             return [(self.pipeline, list(range(len(prompts))))]
         return self.routed.split(list(prompts))
 
     @property
     def steps(self) -> list[int]:
-        """The step counts to measure: a student's own among 1, 2 and 4, or else all it has."""
+        """The step counts to measure: those of the student among 1, 2 and 4, or all if there are none."""
         if self.manifest is None:
             return list(STEPS)
         own = sorted(self.manifest.schedules)
@@ -63,14 +63,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Subject:
-    """One way to draw: a model, its steps, and who makes the first of them."""
+    """A way to generate images: a model, a number of steps, and which model takes the first of them."""
 
     model: Model
     base: Model
     steps: int
     leg: Leg = "plain"
     calibration: Diversity | None = None
-    """Of the base leg, in place of the manifest's own."""
+    """Calibration of the base leg; that of the manifest when None."""
     guidance: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,25 +80,25 @@ class Subject:
 
     @property
     def title(self) -> str:
-        """For people: ``"emoji-average, 4 steps, base first step"``."""
+        """A readable title: ``"emoji-average, 4 steps, base first step"``."""
         leg = "" if self.leg == "plain" else f", {self.leg}"
         return f"{self.model.name}, {counted(self.steps, 'step')}{leg}"
 
     @property
     def slug(self) -> str:
-        """For file names."""
+        """The title as part of a file name."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
     @property
     def diversity(self) -> Diversity | None:
-        """The base leg's calibration: the one given, or the manifest's own, or one base step without guidance."""
+        """Calibration of the base leg: the given one, the manifest's, or one base step without guidance."""
         if self.leg == "plain" or self.model.manifest is None:
             return None
         return self.calibration or self.model.manifest.diversity or Diversity()
 
     @property
     def key(self) -> dict[str, Any]:
-        """Everything that decides the pictures, but prompts and seeds."""
+        """Everything that determines the images except prompts and seeds."""
         manifest, diversity = self.model.manifest, self.diversity
         return {
             "weights": self.model.weights,
@@ -112,7 +112,7 @@ class Subject:
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Batch:
-        """One picture a prompt, through the code that the server draws with."""
+        """Generates one image per prompt, through the code that the server uses."""
         pictures: dict[int, Tensor] = {}
         evaluations = 0
         for pipeline, places in self.model.split(prompts):
@@ -122,7 +122,7 @@ class Subject:
         return Batch(torch.stack([pictures[place] for place in range(len(prompts))]), evaluations)
 
     def _draw(self, pipeline: TextToImage, prompts: list[str], seeds: list[int]) -> Batch:
-        """Pictures of prompts that are all drawn by the same network."""
+        """Generates images for prompts of the same network."""
         manifest = self.model.manifest
         cond, uncond = pipeline.encode_prompts(prompts), pipeline.encode_prompts([""])
         if manifest is None:
@@ -143,7 +143,7 @@ class Subject:
         return Batch(pictures.to(torch.uint8).cpu(), drawing.evaluations)
 
     def latency(self, prompt: str, repeats: int = 5) -> float:
-        """Milliseconds for one picture alone, text encoding and decoding included: the median after a warm-up."""
+        """Milliseconds for a single image, including text encoding and decoding: the median, after a warm-up."""
         self.draw([prompt], [0])
         seconds = []
         for seed in range(repeats):
@@ -154,9 +154,10 @@ class Subject:
 
 
 def specific_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
-    """Who draws the specific captions: the base at its full steps (first: the teacher) and at few, and every student.
+    """Subjects for the specific captions: the base with its full steps (first: the teacher) and with few, and all
+    students.
 
-    A student's largest step count is also drawn with the base's first step, to see what diversity costs in quality.
+    Students are also measured with the base's first step at their largest step count, for its cost in quality.
     """
     subjects = [Subject(base, base, steps) for steps in [base.pipeline.default_steps, *base.steps]]
     for student in students:
@@ -167,7 +168,7 @@ def specific_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
 
 
 def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
-    """Who draws the coarse prompts: the base, and each student at its step counts, at the largest with each leg as well."""
+    """Subjects for the coarse prompts: the base, and students at their step counts, at the largest with each leg."""
     subjects = [Subject(base, base, base.pipeline.default_steps)]
     for student in students:
         subjects += [Subject(student, base, steps) for steps in reversed(student.steps)]
@@ -178,9 +179,9 @@ def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
 
 
 def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None) -> bool:
-    """Whether the base can take the student's first step(s) at this step count, and leave it one.
+    """Whether the base can take the student's first step(s) at this step count, and leave it at least one.
 
-    ``diversity`` says how; the student's own calibration, or the usual one, when left out.
+    ``diversity`` defaults to the student's own calibration, or else to the usual one.
     """
     if student.manifest is None:
         return False

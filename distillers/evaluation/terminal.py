@@ -1,4 +1,4 @@
-"""What the evaluation's commands share on a terminal: progress, and the options that say where and how to work."""
+"""Terminal code shared by the evaluation commands: progress bars and common options."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from distillers.evaluation.measure import Track
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options for the work itself."""
+    """Adds the common options."""
     parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
     parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students when left out")
     parser.add_argument(
@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_batch(batch: int) -> None:
-    """Refuse batches of nothing.
+    """Checks the batch size.
 
     Raises:
         ValueError: it is below 1.
@@ -42,7 +42,7 @@ def check_batch(batch: int) -> None:
 
 
 def make_console() -> Console:
-    """Standard output; a file or a pipe has no width to keep to."""
+    """A console on standard output; a file or pipe gets a fixed width of 160, since it has none."""
     console = Console()
     if not console.is_terminal:
         console.width = 160
@@ -51,14 +51,14 @@ def make_console() -> Console:
 
 @contextmanager
 def tracking(console: Console) -> Iterator[Track]:
-    """Progress of one stage at a time: a bar on a terminal, a line a stage in a log."""
+    """Progress of one stage at a time: a bar on a terminal, one line per stage in a log."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
 
         def track(title: str, total: int) -> Callable[[int], None]:
             if not console.is_terminal:
                 console.print(f"{title}: {total}", markup=False, highlight=False)
-            for done in progress.task_ids:  # there are dozens of stages
+            for done in progress.task_ids:  # dozens of stages would fill the screen
                 progress.remove_task(done)
             task = progress.add_task(title, total=total)
             return lambda count: progress.update(task, advance=count)

@@ -1,10 +1,10 @@
-"""Runs a command in a process of its own and tells how it ended, how long it took and how much memory it held.
+"""Runs a command in a separate process, and reports its exit status, duration and peak memory.
 
     python -m distillers.evaluation.watch REPORT.json COMMAND ...
 
-The kernel's figure for a process, ``ru_maxrss``, starts at what its parent held when it was started (seen with Linux 6), so
-that a command started from here would never seem smaller than we are. This module therefore stands between the two: it
-imports the standard library alone, and waits for the command.
+The kernel's ``ru_maxrss`` of a process starts at its parent's memory at the time of its start (seen on Linux 6), so a
+command started directly would never seem smaller than the calling process. This module is therefore run in between: it
+imports only the standard library, and waits for the command.
 """
 
 import json
@@ -17,31 +17,31 @@ from pathlib import Path
 from time import monotonic
 
 _UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes that ``ru_maxrss`` counts in."""
+"""Unit of ``ru_maxrss`` in bytes."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What became of a command."""
+    """How a command ended, and what it used."""
 
     status: int
-    """Exit status; minus the signal's number where one ended it."""
+    """Exit status; the negative signal number if a signal ended it."""
     seconds: float
     processor_seconds: float
-    """Of all its threads."""
+    """Processor time of all its threads."""
     peak_bytes: int
-    """Largest resident memory of the process."""
+    """Peak resident memory of the process."""
 
 
 def watched(
     command: list[str], report: Path, log: Path, *, environment: dict[str, str], keep: int | None = None
 ) -> Watched:
-    """Runs a command to its end. Where this call is interrupted, the command is told to end (SIGTERM) and waited for.
+    """Runs a command to its end. If this call is interrupted, it sends the command SIGTERM and waits for it.
 
     Args:
         command: program and arguments.
-        report: file for the figures; written anew.
-        log: file that the command's output is added to.
+        report: file for the figures; overwritten.
+        log: file that the command's output is appended to.
         environment: of the command.
         keep: a file descriptor that it inherits, such as a lock's.
     """
@@ -50,7 +50,7 @@ def watched(
     descriptors = () if keep is None else (keep,)
     with (
         log.open("ab") as output,
-        # A session of its own: Ctrl-C reaches us alone, and we ask the command to end in its own time.
+        # A session of its own, so that Ctrl-C reaches only us, and we ask the command to end properly.
         subprocess.Popen(
             watcher,
             stdout=output,
@@ -72,11 +72,11 @@ def watched(
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the command and writes the report; returns the command's exit status, as a shell would tell it."""
+    """Runs the command and writes the report; returns the command's exit status in the shell's convention."""
     report, *command = arguments
-    signal.signal(signal.SIGTERM, lambda *_: None)  # it is the command's, which gets the group's signals too
+    signal.signal(signal.SIGTERM, lambda *_: None)  # meant for the command, which gets the group's signals as well
     begun = monotonic()
-    process = subprocess.Popen(command, close_fds=False)  # hands on what we were told to keep
+    process = subprocess.Popen(command, close_fds=False)  # passes on inherited descriptors
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     found = Watched(

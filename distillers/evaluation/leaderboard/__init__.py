@@ -1,1 +1,1 @@
-"""The leaderboard: every method at one training budget, measured by the one protocol, as a table and a figure."""
+"""The leaderboard: every method with the same training budget and evaluation protocol, as a table and a figure."""

@@ -1,14 +1,14 @@
-"""Trains every method of the bundled teacher at one budget, measures all by one protocol, writes a table and a figure.
+"""Trains every method on the bundled teacher with one budget, measures all with one protocol, writes table and figure.
 
     python -m distillers.evaluation.leaderboard [--minutes 10] [--threads 1] [--only dmd2 ...] [--list] [--table-only]
 
-Entries are found: distillers/recipes/emoji_*.toml. Each is trained in a process of its own, after a short timed run that
-tells how many iterations the budget buys. A board that was stopped goes on where it was: what is finished is not made
-again, a training goes on from its checkpoint. The document is written anew after every entry. The budget's minutes are
-the processor's on a CPU, so that other work on the machine takes nothing from a method, and the clock's with a GPU.
+Entries are discovered: distillers/recipes/emoji_*.toml. Each is trained in a separate process, after a short timed run
+that determines how many iterations the budget allows. An interrupted board continues where it was: finished entries are
+not repeated, and training resumes from its checkpoint. The document is rewritten after every entry. The budget is
+processor time on a CPU, so that other load on the machine costs a method nothing, and wall-clock time with a GPU.
 
-The document's figures are kept beside it in leaderboard.json. With --only, the methods that are not named, and the teacher,
-stand as they are there, if its budget, protocol and teacher are this board's.
+The document's figures are kept beside it in leaderboard.json. With --only, the teacher and all methods that are not
+named keep their figures from there, if budget, protocol and teacher are the same.
 """
 
 import argparse
@@ -43,7 +43,7 @@ KEPT = "leaderboard.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 1 where an entry could not be finished, 2 where nothing could be begun."""
+    """Runs the command; returns 0, 1 if an entry could not be finished, 2 if nothing could be started."""
     options = parser().parse_args(arguments)
     console = Console(stderr=True, soft_wrap=True)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
@@ -65,11 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stopped(*_: Any) -> NoReturn:
-    raise SystemExit(143)  # what is training is told to write a checkpoint on the way out
+    raise SystemExit(143)  # on the way out, a running training is asked to write a checkpoint
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command-line parser."""
     made = argparse.ArgumentParser(
         prog="python -m distillers.evaluation.leaderboard",
         description=__doc__,
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Board:
-    """The board in its folder: settings.json, teacher.json, and a folder for each entry with its result.json."""
+    """The board in its folder: settings.json, teacher.json, and one folder per entry with its result.json."""
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console, self.work = options, console, options.out
@@ -115,7 +115,7 @@ class Board:
         self._measurer: Measurer | None = None
 
     def _settings(self) -> Settings:
-        """The options as what must be the same in every row; those that the folder was begun with, if they agree."""
+        """The settings that all rows have in common, from the options; they must match those the folder was begun with."""
         options = self.options
         wanted = Settings(
             minutes=options.minutes,
@@ -136,7 +136,7 @@ class Board:
         return wanted
 
     def _kept(self) -> Kept | None:
-        """What stands in the documents' folder, where its figures can be compared with this board's."""
+        """The board kept in the documents' folder, if its figures are comparable with this board's."""
         known = read(Kept, self.options.docs / KEPT)
         return known if known is not None and known.settings == self.settings else None
 
@@ -160,10 +160,10 @@ class Board:
         return status
 
     def _finish(self, entry: Entry) -> Result:
-        """The entry's result, made where it is not there."""
+        """The entry's result, produced if it does not exist yet."""
         path = self._folder(entry) / "result.json"
         trainee = Trainee(entry, self._folder(entry), self.settings, self.work, self.options.probe_seconds)
-        trainee.probe()  # refuses what was made by another version of the recipe
+        trainee.probe()  # raises Stale for files of another version of the recipe
         known = read(Result, path)
         if known is not None and known.failure is None:
             return known
@@ -183,14 +183,14 @@ class Board:
                 f"{entry.name}: {training.iterations} iterations in {training.seconds / 60:.1f} minutes; measuring"
             )
             measurer = self.measurer
-            self.teacher(measure=True)  # first: it is what all others are held against
+            self.teacher(measure=True)  # first, since all others are compared with it
             rows = measurer.student(entry.student)
             done = Result(**about, training=training, rows=rows, machine=machine(self.options.device))
             return done.write(path)
 
     @property
     def measurer(self) -> Measurer:
-        """Loaded when it is first needed, so that training has the memory to itself until then."""
+        """Loaded on first use, so that training has all the memory until then."""
         if self._measurer is None:
             options = self.options
             self._measurer = Measurer(
@@ -206,7 +206,7 @@ class Board:
         return self._measurer
 
     def teacher(self, *, measure: bool) -> Teacher | None:
-        """Its figures; None where they are not known and not to be measured."""
+        """The teacher's figures; None if they are not known and not to be measured."""
         path = self.work / "teacher.json"
         known = read(Teacher, path)
         if known is None and self.kept is not None and (self.options.only or not measure):
@@ -216,17 +216,17 @@ class Board:
         return self.measurer.teacher().write(path)
 
     def results(self) -> list[Result]:
-        """Of every entry that has one, whoever was chosen now; one of another version of its recipe is none."""
+        """Results of all entries that have one for the current version of their recipe, whatever was selected."""
         return [known for entry in self.entries if (known := self._result(entry)) is not None]
 
     def _result(self, entry: Entry) -> Result | None:
-        """The entry's own, of this version of its recipe: from the board's folder, or else as it is kept."""
+        """The entry's result for this version of its recipe, from the board's folder or else as kept."""
         kept = [] if self.kept is None else [result for result in self.kept.results if result.name == entry.name]
         known = [read(Result, self._folder(entry) / "result.json"), *kept]
         return next((r for r in known if r is not None and r.recipe_sha256 == entry.sha256), None)
 
     def write(self) -> None:
-        """The document and the figure, from what there is."""
+        """Writes the document and the figure from the results so far."""
         teacher, results = self.teacher(measure=False), self.results()
         if teacher is None:
             self._say(f"nothing is measured in {self.work} yet: no document is written")
@@ -241,7 +241,7 @@ class Board:
         self._say(f"{len(results)} methods: {docs / 'leaderboard.md'}")
 
     def listing(self) -> Table:
-        """What would be done."""
+        """A table of what would be done."""
         table = Table("entry", "method", "state", title=f"{self.settings.minutes:g} minutes each, in {self.work}")
         for entry in self.entries:
             table.add_row(entry.name, entry.job.method, Text(self._state(entry)))

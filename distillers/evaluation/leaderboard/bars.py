@@ -1,4 +1,4 @@
-"""The bars of the leaderboard: what the methods together must reach, held against the teacher of the same board."""
+"""Bars of the leaderboard: the targets for the methods together, relative to the teacher of the same board."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.subjects import STEPS, counted
 
 BEST = {4: 0.6, 1: 0.9}
-"""By number of steps, the share of the full teacher's kernel distance that the best method may have."""
+"""By number of steps, the largest share of the full teacher's kernel distance that the best method may have."""
 LEAST = 0.9
-"""Share of the full teacher's R-precision and diversity that every method must keep."""
+"""Smallest share of the full teacher's R-precision and diversity that every method must keep."""
 
 Share = Callable[[Row, Teacher], Estimate | None]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, what was measured, and of whom."""
+    """A target, the measured value, and whose it is."""
 
     what: str
     bound: str
@@ -27,23 +27,23 @@ class Bar:
 
 
 def of_full(row: Row, teacher: Teacher) -> Estimate:
-    """Kernel distance over the teacher's at its full step count."""
+    """Kernel distance relative to the teacher's at its full step count."""
     return ratio(row.kernel_distance, teacher.full.kernel_distance)
 
 
 def of_same(row: Row, teacher: Teacher) -> Estimate | None:
-    """Kernel distance over the teacher's at the same number of steps; None where it was not drawn there."""
+    """Kernel distance relative to the teacher's at the same number of steps; None if it was not measured there."""
     own = teacher.at(row.steps)
     return None if own is None else ratio(row.kernel_distance, own.kernel_distance)
 
 
 def alignment(row: Row, teacher: Teacher) -> Estimate:
-    """R-precision over the full teacher's."""
+    """R-precision relative to the full teacher's."""
     return ratio(row.r_precision, teacher.full.r_precision)
 
 
 def diversity(row: Row, teacher: Teacher) -> Estimate | None:
-    """Pairwise distance over the full teacher's; None where it was not measured."""
+    """Pairwise distance relative to the full teacher's; None if it was not measured."""
     own, full = row.diversity, teacher.full.diversity
     return None if own is None or full is None else ratio(own, full)
 
@@ -57,7 +57,7 @@ def beats(share: Estimate) -> bool:
 
 
 def bars(teacher: Teacher, results: Sequence[Result]) -> list[Bar]:
-    """Every bar that the results decide. A method that could not be trained breaks the bars on every method."""
+    """All targets that the results decide. A method that could not be trained misses those on every method."""
     failed = [result.name for result in results if result.failure]
     full = counted(teacher.full.steps, "step")
 
@@ -92,7 +92,7 @@ def _extreme(
     choose: Callable[..., tuple[Estimate, str]],
     steps: int | None = None,
 ) -> tuple[Estimate, str] | None:
-    """The smallest or largest share of all rows (with so many steps), and whose it is."""
+    """The smallest or largest share over all rows (with that number of steps), and whose it is."""
     found = [
         (measured, f"{result.name}, {counted(row.steps, 'step')}")
         for result in results

@@ -1,4 +1,4 @@
-"""The board as Markdown. Every figure in it comes from the records; nothing is written by hand."""
+"""The board as Markdown. All figures come from the records; nothing is written by hand."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -19,7 +19,7 @@ from distillers.evaluation.subjects import counted
 
 FIGURE = "leaderboard.png"
 BIAS = 0.001
-"""Of old kernel distances: 0.0012 with the pictures of `emoji-average` at one and at four steps."""
+"""Bias of old kernel distances: 0.0012 for the images of `emoji-average`, at one and at four steps."""
 
 
 def markdown(
@@ -33,10 +33,10 @@ def markdown(
 
     Args:
         settings: of the board.
-        protocol: what was drawn.
+        protocol: of the evaluation.
         teacher: its rows.
-        results: one a method.
-        left_out: recipes that have no row, each with the reason.
+        results: one per method.
+        left_out: recipes without a row, each with the reason.
     """
     ranked = ranking(results)
     measured = [result for result in ranked if result.rows]
@@ -73,7 +73,7 @@ def markdown(
 
 
 def ranking(results: Sequence[Result]) -> list[Result]:
-    """By kernel distance at the largest step count, the best first; what failed comes last."""
+    """Sorts by kernel distance at the largest step count, best first; failed methods come last."""
 
     def place(result: Result) -> tuple[float, str]:
         rows = sorted(result.rows, key=lambda row: row.steps)
@@ -212,5 +212,5 @@ def _mark(holds: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """In one table cell."""
+    """The text made fit for a table cell."""
     return " ".join(text.split()).replace("|", "\\|")[:200]

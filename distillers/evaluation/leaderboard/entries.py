@@ -1,4 +1,4 @@
-"""Who is on the board: every recipe of the teacher that starts from the teacher, found by being there."""
+"""Entries of the board: every recipe for the teacher that starts from the teacher, discovered by its file name."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ class Entry:
 
     @property
     def sha256(self) -> str:
-        """Of the recipe's content."""
+        """sha256 of the recipe's content."""
         return hashlib.sha256(json.dumps(self.raw, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -36,17 +36,17 @@ class Entry:
     def spec(
         self, *, iterations: int, threads: int, seed: int, minutes: float | None = None, every: int
     ) -> dict[str, Any]:
-        """The job to run: the recipe's own but for what all entries have in common.
+        """The job to run: the recipe's own, except for what all entries have in common.
 
-        Phases that the recipe tells in iterations keep their share of the run. A job of several students has the budget
-        of one: each of them gets its share.
+        Phases that the recipe specifies in iterations keep their share of the run. A job with several students has the
+        budget of one, divided among them.
 
         Args:
-            iterations: of the whole run, all students' together.
+            iterations: of the whole run, summed over all students.
             threads: CPU threads.
             seed: of the run.
-            minutes: stop after so much training time, as a probe does, whose phases are as short as can be so that it sees
-                the last one; None: after the iterations alone, whatever the recipe says.
+            minutes: training time after which to stop, for a probe, whose phases are as short as possible so that it
+                reaches the last one. None: stop only after the iterations, whatever the recipe says.
             every: iterations between checkpoints.
         """
         students = len(self.job.parts) or 1
@@ -69,16 +69,16 @@ class Entry:
 def find(folder: Path, base: str) -> list[Entry]:
     """The folder's recipes ``emoji_*.toml``, by name.
 
-    Some cannot be compared at one budget, and are left out with a reason: a recipe of another base, and one that goes on
-    from a published student (``start``) or is guided by one, whose training would count for nothing.
+    Some cannot be compared at one budget, and are left out with a reason: recipes of another base, and those that start
+    from a published student (``start``) or are guided by one, whose training would not be counted.
 
     Args:
         folder: of TOML files.
         base: the teacher.
 
     Raises:
-        BadSpec: a recipe is no valid job.
-        ValueError: there is none.
+        BadSpec: a recipe is not a valid job.
+        ValueError: there are no recipes.
     """
     entries = []
     for path in sorted(folder.glob(f"{PREFIX}*.toml")):
@@ -98,10 +98,10 @@ def find(folder: Path, base: str) -> list[Entry]:
 
 
 def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
-    """Those that take part, or those named, with or without the prefix.
+    """The entries that take part, or those named, with or without the prefix.
 
     Raises:
-        ValueError: a name is no entry's, or that entry is left out.
+        ValueError: there is no entry of that name, or it is left out.
     """
     known = {entry.name: entry for entry in entries}
     if not only:

@@ -1,4 +1,4 @@
-"""Quality against cost: every method's kernel distance over its network evaluations, and the teacher's as a line."""
+"""Quality against cost: every method's kernel distance by network evaluations, with the teacher's as a line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +10,18 @@ from distillers.evaluation.subjects import counted
 
 MARKERS, DASHES = "osD^vPX*<>p", ("-", "--", ":")
 SPREAD, WIDEST = 0.07, 0.6
-"""Octaves between two methods' points at one number of evaluations, so that error bars stay apart; and over all of them."""
+"""Offset in octaves between points of different methods at equal cost, so that error bars stay apart; and its maximum
+over all methods."""
 
 
 def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Result]) -> Path:
     """Writes the PNG; returns its path.
 
     Args:
-        path: where to.
+        path: of the PNG.
         settings: of the board.
-        teacher: drawn as a black line through all its step counts.
-        results: those that have rows are drawn, in the document's order.
+        teacher: shown as a black line through all its step counts.
+        results: those with rows are shown, in the document's order.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
     threads = counted(settings.threads, "thread")
     quick = " (a quick sample)" if settings.quick else ""
     axes.set_title(f"quality against cost, {settings.minutes:g} minutes of training on {threads} each{quick}")
-    # Beside the axes, in the order of the table: names among the points would lie on each other.
+    # Beside the axes, in the table's order, since labels among the points would overlap.
     lines, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda place: labels[place] == "other real pictures")
     axes.legend(

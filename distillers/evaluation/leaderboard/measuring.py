@@ -1,4 +1,4 @@
-"""Measures the teacher and the students of a board by the one protocol (`distillers.evaluation.measure`)."""
+"""Measures the teacher and the students of a board with one protocol (`distillers.evaluation.measure`)."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +20,11 @@ from weights.students import check_base
 from weights.version import code_version
 
 CURVE_STEPS = (8, 16)
-"""Beside 1, 2 and 4 and its full step count, where the teacher is drawn for the figure's line."""
+"""Further step counts at which the teacher is measured, for the figure's line."""
 
 
 def machine(device: str) -> Machine:
-    """This one, now."""
+    """This machine, now."""
     facts = report.machine(device)
     return Machine(
         processor=facts["processor"],
@@ -36,9 +36,10 @@ def machine(device: str) -> Machine:
 
 
 def untrained_student(base: Model, sha256: str) -> Model:
-    """The base's own weights, drawn with as a student's are: without guidance, through the students' sampler.
+    """The base's own weights, sampled like a student: without guidance, with the students' sampler.
 
-    The control of every method, whose student starts as this: what is no better has learned nothing that the protocol sees.
+    Every method's student starts as this control. A student that is no better has learned nothing that the protocol can
+    measure.
 
     Args:
         base: the teacher.
@@ -57,7 +58,7 @@ def untrained_student(base: Model, sha256: str) -> Model:
 
 
 class Measurer:
-    """One `Evaluation` for all rows, so that they share the teacher, the real pictures and the alignment's regression."""
+    """One `Evaluation` for all rows, which share the teacher, the real images and the alignment regression."""
 
     def __init__(
         self,
@@ -73,14 +74,14 @@ class Measurer:
     ) -> None:
         """
         Args:
-            protocol: what is drawn, and against what.
+            protocol: of the evaluation.
             base: the teacher's family and its source.
             store: where the students are published.
-            extractor: whose features everything is measured in.
-            caches: folders of what belongs to the base, and to the students.
+            extractor: the feature extractor of all measurements.
+            caches: folders for the base and for the students.
             track: progress.
-            device: where to draw.
-            batch: pictures drawn at a time.
+            device: where to generate.
+            batch: images generated at a time.
         """
         self.store, self.extractor, self.device = Store(store), extractor, device
         family, source = base
@@ -90,7 +91,7 @@ class Measurer:
         self.evaluation = Evaluation(protocol, self.base, [extractor], shared, own, track, batch)
 
     def teacher(self) -> Teacher:
-        """The teacher at its full step count, at few steps, and at some between for the figure."""
+        """Measures the teacher at its full step count, at few steps, and at some in between for the figure."""
         full = self.base.pipeline.default_steps
         few, between = ([steps for steps in some if steps < full] for some in (STEPS, CURVE_STEPS))
         rows = [self._row(self.base, steps, with_diversity=True) for steps in (full, *few)]
@@ -108,7 +109,7 @@ class Measurer:
         )
 
     def student(self, name: str) -> list[Row]:
-        """A published student at each of 1, 2 and 4 steps that it has."""
+        """Measures a published student at those of 1, 2 and 4 steps that it has."""
         folder = self.store.open(name)
         check_base(folder, self.sha256)
         student = student_model(self.store, folder, self.base.pipeline)

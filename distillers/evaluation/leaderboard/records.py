@@ -1,4 +1,4 @@
-"""What the leaderboard keeps on disk: the settings of a board, and each method's training and figures, as JSON."""
+"""Records of the leaderboard on disk: the settings of a board, and each method's training and figures, as JSON."""
 
 import os
 from pathlib import Path
@@ -9,25 +9,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from distillers.evaluation.metrics import Estimate
 
 UNTRAINED = "untrained"
-"""What the control is called: the teacher's own weights, drawn with as a student's are."""
+"""Name of the control: the teacher's own weights, sampled like a student."""
 OFF = 0.1
-"""Share of the budget by which a training may miss it. By more, it is done once more; by more again, it is marked."""
+"""Tolerated relative deviation from the budget. Beyond it, training is repeated once; if still beyond, it is marked."""
 
 Figure = Annotated[
     Estimate,
     BeforeValidator(lambda value: value if isinstance(value, Estimate) else Estimate(value[0], tuple(value[1]))),
     PlainSerializer(lambda estimate: [estimate.value, list(estimate.leave_one_out)], return_type=list),
 ]
-"""An estimate with what its error is computed from, so that ratios of two keep theirs: ``[value, leave-one-out]``."""
+"""An estimate with the values behind its error, ``[value, leave-one-out]``, so that ratios have errors too."""
 
 
 class Record(BaseModel):
-    """Base of what is kept: strict about its fields, never changed."""
+    """Base class of records: unknown fields are rejected, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     def write(self, path: Path) -> Self:
-        """Writes it to ``path``, atomically; returns itself."""
+        """Writes the record to ``path`` atomically; returns it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -39,10 +39,10 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def read(kind: type[Kind], path: Path) -> Kind | None:
-    """The record in ``path``; None where there is none.
+    """Reads the record in ``path``; None if there is no such file.
 
     Raises:
-        ValueError: the file is no such record.
+        ValueError: the file is not a record of this kind.
     """
     if not path.is_file():
         return None
@@ -53,7 +53,7 @@ def read(kind: type[Kind], path: Path) -> Kind | None:
 
 
 class Settings(Record):
-    """What all rows of a board have in common; figures of two settings are not comparable."""
+    """What all rows of a board have in common; figures under different settings are not comparable."""
 
     minutes: float = Field(gt=0, description="training budget of each method, on each thread")
     by: Literal["processor", "clock"] = Field(description="what tells these minutes")
@@ -67,7 +67,7 @@ class Settings(Record):
 
 
 class Probe(Record):
-    """What a method costs, measured before its training, and the number of iterations that follows."""
+    """The cost of a method, measured before its training, and the resulting number of iterations."""
 
     recipe_sha256: str = Field(description="of the recipe as it was then")
     seconds_per_iteration: float = Field(description="as the budget is told")
@@ -77,7 +77,7 @@ class Probe(Record):
 
 
 class Training(Record):
-    """What training took."""
+    """What a training took."""
 
     iterations: int
     seconds: float = Field(description="as the budget is told, preparation included; no checkpoints, no sample sheets")
@@ -88,7 +88,7 @@ class Training(Record):
 
 
 class Row(Record):
-    """What one way to draw scores."""
+    """The scores of one model at one number of steps."""
 
     steps: int
     evaluations: int = Field(description="network evaluations a picture")
@@ -111,7 +111,7 @@ class Machine(Record):
 
 
 class Teacher(Record):
-    """The teacher's rows, its full step count first, and what real pictures score."""
+    """The teacher's rows, its full step count first, and the scores of real images."""
 
     name: str
     guidance: float
@@ -123,7 +123,7 @@ class Teacher(Record):
 
     @property
     def full(self) -> Row:
-        """At the step count its quality is quoted at: the yardstick."""
+        """The row at the teacher's full step count, which others are compared with."""
         return self.rows[0]
 
     def at(self, steps: int) -> Row | None:
@@ -131,7 +131,7 @@ class Teacher(Record):
 
 
 class Result(Record):
-    """One method's line of the board: trained and measured, or failed."""
+    """A method on the board: trained and measured, or failed."""
 
     name: str
     method: str
@@ -147,7 +147,7 @@ class Result(Record):
 
 
 class Kept(Record):
-    """A whole board, kept beside its document, so that one method can be made anew and the others stand."""
+    """A whole board, kept beside its document, so that single methods can be repeated without the others."""
 
     settings: Settings
     teacher: Teacher

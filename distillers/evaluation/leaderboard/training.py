@@ -1,10 +1,11 @@
-"""Trains one entry inside its budget: a probe tells what an iteration costs, the iterations follow, a process runs them.
+"""Trains one entry within its budget: a probe measures the cost of an iteration, then a process runs as many as fit.
 
-The budget is minutes, but learning rates fall by iterations, never by the clock. So their number is fixed before
-training starts: a throw-away run of the same job, at the same number of threads, is timed for a while. What training then
-took is measured again; where it missed the budget by more than a tenth, as methods with phases may, it is done once more
-with the iterations that the whole run's cost allows. On the CPU the minutes are the processor's, divided by the threads:
-other work on the machine takes nothing from a method. With a GPU they are the clock's.
+The budget is in minutes, but learning rates fall by iterations, not by time, so the number of iterations is fixed
+before training starts. For this, a throw-away run of the same job with the same number of threads is timed for a while.
+The cost of the actual training is measured again. If it missed the budget by more than a tenth, as methods with phases
+may, it is repeated once, with the number of iterations that its own cost allows. On a CPU, minutes are processor time
+divided by the number of threads, so that other load on the machine costs a method nothing. With a GPU, they are
+wall-clock time.
 """
 
 import fcntl
@@ -24,48 +25,48 @@ from distillers.evaluation.watch import Watched, watched
 from weights.contracts import EVENTS, AnyEvent, Failed, Finished
 
 COST = "cost.json"
-"""Where what a probe has measured is kept; the probe's own spec is probe.json."""
+"""File for the result of a probe; the probe's own spec is probe.json."""
 ENDLESS = 10**6
-"""Iterations of a probe, which the clock stops."""
+"""Iterations of a probe, which is stopped by time."""
 CHECKPOINT_SECONDS = 60
 
 
 class TrainingFailed(RuntimeError):
-    """The job says that it cannot be trained; the message is its own."""
+    """The job failed and cannot be trained; the message is the job's own."""
 
 
 class Stale(RuntimeError):
-    """What is there was made by another version of the recipe."""
+    """The folder's files come from another version of the recipe."""
 
 
 class Busy(RuntimeError):
-    """Another process works in the folder."""
+    """Another process is working in the folder."""
 
 
 class Trainee:
-    """One entry's training in its folder of the board."""
+    """The training of one entry, in its folder of the board."""
 
     def __init__(self, entry: Entry, folder: Path, settings: Settings, work: Path, probe_seconds: float) -> None:
         """
         Args:
             entry: the recipe.
-            folder: the entry's own; a training that was stopped goes on from what it holds.
+            folder: the entry's own; an interrupted training is resumed from it.
             settings: the board's.
-            work: the board's folder; its cache of encoded data and its store are shared by all entries.
+            work: the board's folder, with a cache of encoded data and a store shared by all entries.
             probe_seconds: training time of the probe.
         """
         self.entry, self.folder, self.settings, self.work = entry, folder, settings, work
         self.probe_seconds = probe_seconds
 
     def train(self, descriptor: int) -> Training:
-        """What training took; trains where that is not known yet.
+        """Trains the entry, unless it has been trained; returns what that took.
 
         Args:
-            descriptor: of the folder's lock (`locked`), which the processes that train inherit.
+            descriptor: of the folder's lock (`locked`), inherited by the processes that train.
 
         Raises:
             TrainingFailed: the job failed.
-            ChildProcessError: its process was ended, but not by us; another call goes on from its last checkpoint.
+            ChildProcessError: its process was ended by something else; another call resumes from its last checkpoint.
             Stale: the recipe has changed since its training began.
         """
         known = read(Training, self.folder / "training.json")
@@ -78,18 +79,18 @@ class Trainee:
         if not probe.corrected and abs(made.seconds / 60 / self.settings.minutes - 1) > OFF:
             made = self._trained(self._corrected(probe, made), descriptor)
         made.write(self.folder / "training.json")
-        for folder in list((self.folder / "job").rglob("checkpoints")):  # the students are published; these are large
+        for folder in list((self.folder / "job").rglob("checkpoints")):  # no longer needed, and large
             shutil.rmtree(folder)
         return made
 
     def _trained(self, probe: Probe, descriptor: int) -> Training:
-        """Runs the job, or what is left of it."""
+        """Runs the job, or the rest of it."""
         every = max(1, round(CHECKPOINT_SECONDS / max(probe.seconds_per_iteration, 1e-3)))
         done = self._run("job", self._job(probe.iterations, None, every), descriptor)
         attempts = [Watched(**json.loads(line)) for line in self._attempts.read_text().splitlines()]
         return Training(
             iterations=done.metrics["iterations"],
-            # Prepared in an earlier attempt, it is as good as free in the last one; the probe's was made in one go.
+            # Preparation done in an earlier attempt costs the last one nothing; the probe did all of it at once.
             seconds=self._spent(done, "") + max(probe.preparation_seconds, self._spent(done, "preparation_")),
             clock_seconds=done.metrics["training_seconds"] + done.metrics["preparation_seconds"],
             pictures=self.entry.job.train.batch_size * self.entry.job.train.gradient_accumulation,
@@ -98,9 +99,9 @@ class Trainee:
         )
 
     def _corrected(self, probe: Probe, made: Training) -> Probe:
-        """The plan from what the whole training cost: methods with phases cost another than at their start.
+        """A new plan from the cost of the whole training, which for methods with phases differs from that at the start.
 
-        The training that missed the budget is dropped, and its student replaced.
+        The training that missed the budget is discarded, and its student replaced.
         """
         cost = (made.seconds - probe.preparation_seconds) / made.iterations
         shutil.rmtree(self.folder / "job")
@@ -108,10 +109,10 @@ class Trainee:
         return self._plan(cost, probe.preparation_seconds, corrected=True)
 
     def probe(self) -> Probe | None:
-        """What was measured before training, where it was.
+        """The result of the probe, if there is one.
 
         Raises:
-            Stale: of another version of the recipe.
+            Stale: it belongs to another version of the recipe.
         """
         known = read(Probe, self.folder / COST)
         if known is not None and known.recipe_sha256 != self.entry.sha256:
@@ -140,7 +141,7 @@ class Trainee:
         return found
 
     def _plan(self, cost: float, preparation: float, *, corrected: bool) -> Probe:
-        """What the budget buys, kept for a restart."""
+        """Computes the number of iterations that fit the budget, and stores it for a restart."""
         budget = self.settings.minutes * 60 - preparation
         if budget < cost:
             raise TrainingFailed(
@@ -156,13 +157,13 @@ class Trainee:
         ).write(self.folder / COST)
 
     def _spent(self, done: Finished, what: Literal["", "preparation_"]) -> float:
-        """Seconds of training, or of what comes before it, as the budget is told."""
+        """Seconds of training, or of preparation, in the budget's kind of time."""
         if self.settings.by == "clock":
             return float(done.metrics[f"{what or 'training_'}seconds"])
         return float(done.metrics[f"{what}processor_seconds"]) / self.settings.threads
 
     def _run(self, name: str, spec: dict[str, Any], descriptor: int, store: Path | None = None) -> Finished:
-        """One process of ``python -m distillers``; the event it ended with."""
+        """Runs one process of ``python -m distillers``; returns the event that it ended with."""
         folder = self.folder / name
         job = self.folder / f"{name}.json"
         job.write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
@@ -191,12 +192,12 @@ class Trainee:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """The folder for us alone, as long as we or a process that inherits the descriptor lives.
+    """Locks the folder for as long as this process, or one that inherits the descriptor, is alive.
 
-    So a board that was killed outright, and whose training still runs, is not begun a second time beside it.
+    So if a board was killed but its training is still running, that training is not started a second time.
 
     Raises:
-        Busy: another has it.
+        Busy: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -211,7 +212,7 @@ def locked(folder: Path) -> Iterator[int]:
 
 
 def events(folder: Path) -> list[AnyEvent]:
-    """What the job in the folder has told so far; a line cut short by a crash is left out."""
+    """The events of the job in the folder so far; a line truncated by a crash is ignored."""
     path = folder / "events.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [EVENTS.validate_json(line) for line in lines if line.endswith("\n")]
