@@ -1,14 +1,14 @@
-"""``python -m distillers``: one job, one process.
+"""Runs one distillation job in this process.
 
     python -m distillers JOB [--folder DIR] [--store ROOT] [--cache DIR] [--resume] [--replace] [--set train.seed=1]
                              [--shared DIR]
-    python -m distillers check [FILE | -]       a spec's errors, or the spec with every default filled in, as JSON
-    python -m distillers methods                every method with its settings' schema, as JSON
+    python -m distillers check [FILE | -]       print a spec's errors, or the spec with all defaults filled in, as JSON
+    python -m distillers methods                print every method with the schema of its settings, as JSON
 
-JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events go to standard output and to
-DIR/events.jsonl as JSON lines (a progress bar takes their place on a terminal). SIGTERM and Ctrl-C make the job write a
-checkpoint and exit with status 143; --resume goes on from the newest checkpoint. A job with a partition trains several
-students, each in DIR/part-K.
+JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events are written as JSON lines to standard
+output and to DIR/events.jsonl; on a terminal, a progress bar replaces the former. After SIGTERM or Ctrl-C the job
+writes a checkpoint and exits with status 143; --resume continues from the newest checkpoint. A job with a partition
+trains several students, each in DIR/part-K.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a command; returns its exit status."""
+    """Runs a command and returns its exit status."""
     if arguments[:1] == ["check"]:
         return check(arguments[1:])
     if arguments[:1] == ["methods"]:

@@ -1,10 +1,10 @@
-"""Low-rank adapters (peft) on a family's network: added, found again, and saved as diffusers' LoRA file.
+"""Low-rank adapters (peft) on a family's network: adding them, sharing frozen weights, and saving them for diffusers.
 
-Networks that train adapters alone can stand on one set of frozen weights (`copy_sharing_frozen`): each has modules of its
-own, with its own adapters, hooks and mode, but its frozen parameters are the teacher's very parameters. So there is no
-active adapter to switch, a call costs what it costs without sharing, nobody who uses such a network has to know, and the
-teacher is the network without adapters. Frozen parameters stay one where a module is moved or converted, because torch
-does both in place.
+Networks that train only adapters can share one set of frozen weights (`copy_sharing_frozen`). Each has its own modules,
+with its own adapters, hooks and training mode, but its frozen parameters are the very parameters of the teacher. So
+there is no active adapter to switch, calls cost no more than without sharing, callers need not know about it, and the
+teacher is the network without adapters. Frozen parameters stay shared when a module is moved or converted, because
+torch does both in place.
 """
 
 import copy
@@ -21,15 +21,15 @@ ADAPTER = "default"
 
 
 def add_adapters(model: TextToImage, lora: LoraSpec, targets: Sequence[str] | None = None) -> None:
-    """Puts trainable adapters on the model's network and freezes everything else of it.
+    """Adds trainable adapters to the model's network and freezes all its other parameters.
 
     Args:
-        model: whose network.
+        model: whose network is changed.
         lora: rank, scale and dropout.
-        targets: names of layers, or how they end; the family's when left out.
+        targets: layer names or name suffixes; the family's when left out.
 
     Raises:
-        ValueError: the family names no layers for adapters.
+        ValueError: the family defines no layers for adapters.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -48,23 +48,23 @@ def add_adapters(model: TextToImage, lora: LoraSpec, targets: Sequence[str] | No
 
 
 def copy_sharing_frozen(network: nn.Module) -> nn.Module:
-    """A copy of a network that holds the very same frozen parameters, and its own of everything else.
+    """Copies a network, sharing its frozen parameters and duplicating everything else.
 
-    Of a network that trains every weight this is a full copy, of a frozen one only the modules and buffers are new.
-    Shared parameters must not be changed in place, through either network.
+    For a network that trains every weight, this is a full copy; for a frozen one, only modules and buffers are new.
+    Shared parameters must not be modified in place through either network.
     """
     kept: dict[int, Any] = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
     return copy.deepcopy(network, kept)
 
 
 def save_adapters(model: TextToImage, folder: Path) -> None:
-    """Writes ``pytorch_lora_weights.safetensors`` in half precision, as diffusers' ``load_lora_weights`` reads it."""
+    """Writes ``pytorch_lora_weights.safetensors`` in half precision, for diffusers' ``load_lora_weights``."""
     from peft.utils import get_peft_model_state_dict
 
     network: Any = model.network
     state: dict[str, Any] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
     state = {name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
     config: dict[str, Any] = network.peft_config[ADAPTER].to_dict()
-    # peft keeps names in sets, whose order differs from run to run: sorted, the same student gives the same file.
+    # peft keeps names in sets, whose order varies between runs; sorting makes equal students equal files.
     config = {key: sorted(value) if isinstance(value, set | list) else value for key, value in config.items()}
     model.save_adapters(folder, state, config)

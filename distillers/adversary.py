@@ -1,38 +1,40 @@
-"""A discriminator: a frozen network that looks at pictures, and a small head on each of its feature maps.
+"""A discriminator: a frozen feature network with a small head on each of its feature maps.
 
-LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015) takes the teacher itself for the frozen denoiser: its features
-tell pictures apart at every noise level, and know their prompts. Heads give a logit for every position of their
-block's output, so that pictures are judged part by part. With x the student's picture and y a real one, x_t and y_t noised
-to times whose ln(sigma_t / alpha_t) is normal, and D the logits:
+LADD (Sauer et al. 2024, https://arxiv.org/abs/2403.12015) uses the teacher itself as the frozen network: its features
+are discriminative at every noise level, and conditioned on the prompt. Heads give one logit per position of their
+feature map, so that images are judged locally. With x the student's image, y a real one, x_t and y_t these noised to
+times whose ln(sigma_t / alpha_t) is normal, and D the logits:
 
     student  -mean D(x_t | c)                                                                         hinge
     heads    mean max(0, 1 - D(y_t | c)) + (1 - m) mean max(0, 1 + D(x_t | c)) + m mean max(0, 1 + D(y_t | c'))
 
-c' is another picture's condition: pictures that do not show what was asked for count as fakes, which teaches the heads to
-look at the prompt (SANA-Sprint, https://arxiv.org/abs/2503.09641, in its public code). They are a share m of the fakes.
+c' is the condition of another image. Mismatched image-prompt pairs, a share m of the fakes, teach the heads to use the
+prompt (SANA-Sprint, https://arxiv.org/abs/2503.09641, in its public code).
 
-The head is that code's, which has StyleGAN-T's (https://arxiv.org/abs/2301.09515): a 1x1 block, a residual
-block with nine taps, and a 1x1 convolution to one channel, whose spectral norm is 1. Departures from it:
+The head is that code's, taken from StyleGAN-T (https://arxiv.org/abs/2301.09515): a 1x1 block, a residual block with
+nine taps, and a 1x1 convolution to one channel with spectral norm 1. Departures from it:
 
-- The nine taps lie in a row of tokens there, in a 3x3 square of the map here.
-- Blocks normalise each picture by itself (GroupNorm), where the public code does it over eight pictures of the batch: a
-  picture's logit does not depend on which others it came with.
-- The public code divides every convolution by its spectral norm. All but the last have a normalisation behind them that
-  undoes any such factor, so only the last is divided here. It has one output channel, and a matrix of one row is its own
-  singular vector: the spectral norm is its length, exactly, with no power iteration whose state a checkpoint would need.
-- Every head weighs the same. A UNet's maps differ in size, and a mean over all positions would be the largest map's.
-- Pairs whose two pictures have the same condition are no mismatch, and are left out of the fakes.
+- The nine taps form a 3x3 square of the feature map; there, a row of nine tokens.
+- Blocks normalise each image separately (GroupNorm), where the public code normalises over eight images of the batch,
+  so that the logit of an image does not depend on the rest of its batch.
+- The public code divides every convolution by its spectral norm. Each but the last is followed by a normalisation,
+  which cancels any such factor, so only the last is divided here. It has one output channel, and the spectral norm of a
+  one-row matrix is its length. This is exact, and needs no power iteration whose state a checkpoint would have to hold.
+- Every head has the same weight. A UNet's maps differ in size, and a mean over all positions would be dominated by the
+  largest.
+- Pairs of images with the same condition are not a mismatch, and are left out of the fakes.
 
-With ``features`` the frozen network is one that was trained on pictures (`distillers.backbones`), and looks at decoded ones
-without noise, as in ADD (https://arxiv.org/abs/2311.17042): then x_t is x, and the heads are told no prompt. What was asked
-for is the business of a matcher (``matching_weight``), a product of picture and prompt in a space of its own, as in
-projection discriminators (https://arxiv.org/abs/1802.05637). It learns from real pictures alone, under their own prompts and
-others', so that it can be asked about prompts that nobody has a picture of:
+With ``features``, the frozen network is one pretrained on images (`distillers.backbones`), and sees decoded images
+without noise, as in ADD (https://arxiv.org/abs/2311.17042): x_t is then x, and the heads are not conditioned on the
+prompt. Prompt alignment is left to a matcher (``matching_weight``), the inner product of image and prompt in a learned
+space, as in projection discriminators (https://arxiv.org/abs/1802.05637). It learns only from real images, with their
+own prompts and with others', so that it also applies to prompts for which there is no image:
 
     student  ... - w mean M(x, c)
     matcher  mean max(0, 1 - M(y, c)) + mean max(0, 1 + M(y, c'))
 
-Heads are told time and prompt by the features alone, as in SANA-Sprint's code; LADD tells them once more.
+Time and prompt reach the heads only through the features, as in SANA-Sprint's code; LADD conditions the heads directly
+as well.
 """
 
 import math
@@ -50,24 +52,24 @@ from distillers.rollout import draw_noise
 from weights.denoiser import Cond, cond_cat, cond_repeat, cond_rows
 
 LABELS = 64
-"""Classes that a matcher tells apart where conditions are labels."""
+"""Number of classes that a matcher distinguishes if conditions are labels."""
 Look = tuple[Tensor, Tensor, Cond]
-"""What the discriminator is shown: ``x_t (B, ...)``, ``t (B,)`` and B rows of conditions."""
+"""An input of the discriminator: ``x_t (B, ...)``, ``t (B,)`` and B rows of conditions."""
 
 
 class UnitConv(nn.Conv2d):
-    """A 1x1 convolution to one channel, divided by its spectral norm."""
+    """A 1x1 convolution to one channel, with its weight divided by its spectral norm."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(B, 1, h, w)`` for ``(B, channels, h, w)``."""
+        """Returns ``(B, 1, h, w)`` for ``(B, channels, h, w)``."""
         return F.conv2d(features, F.normalize(self.weight, dim=1), self.bias)
 
 
 def _block(channels: int, kernel: int) -> nn.Sequential:
-    groups = math.gcd(channels // 8, 32) if channels % 8 == 0 else 1  # 8 channels or more: maps may have one position
+    groups = math.gcd(channels // 8, 32) if channels % 8 == 0 else 1  # 8 or more channels: a map may be 1x1
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel, padding=kernel // 2), nn.GroupNorm(groups, channels), nn.LeakyReLU(0.2)
     )
@@ -78,7 +80,7 @@ class LatentHead(nn.Module):
 
     Args:
         channels: C.
-        size: the map's shorter side; taps of the kernel that could only ever meet padding are left out.
+        size: the map's shorter side; kernel taps that would always fall into the padding are left out.
         kernel: side of the residual block's kernel, odd.
     """
 
@@ -89,19 +91,19 @@ class LatentHead(nn.Module):
         self.leave = UnitConv(channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """``(B, 1, h, w)`` float32 for ``(B, C, h, w)``; larger means 'real'."""
+        """Returns ``(B, 1, h, w)`` float32 for ``(B, C, h, w)``; larger means real."""
         hidden = self.enter(features.to(self.leave.weight.dtype))
         logits: Tensor = self.leave((hidden + self.around(hidden)) / math.sqrt(2))
         return logits.float()
 
 
 class Matcher(nn.Module):
-    """How well pictures show what was asked for: a product of both in a space of their own.
+    """Prompt alignment of images: an inner product of image and prompt features in a learned space.
 
     Args:
         channels: of each feature map.
-        prompt: length of `prompt_vectors`.
-        width: of the space.
+        prompt: length of the vectors from `prompt_vectors`.
+        width: dimension of the space.
     """
 
     def __init__(self, channels: list[int], prompt: int, width: int = 128) -> None:
@@ -111,7 +113,7 @@ class Matcher(nn.Module):
         self.width = width
 
     def forward(self, maps: list[Tensor], cond: Cond) -> Tensor:
-        """``(B,)`` float32 for feature maps ``(B, C, h, w)``; larger means that they belong together."""
+        """Returns ``(B,)`` float32 for feature maps ``(B, C, h, w)``; larger means better aligned."""
         pooled = torch.cat([each.float().mean(dim=(2, 3)) for each in maps], dim=1)
         pictures, prompts = self.of_picture(pooled), self.of_prompt(prompt_vectors(cond))
         logits: Tensor = (pictures * prompts).sum(1) / math.sqrt(self.width)
@@ -119,7 +121,7 @@ class Matcher(nn.Module):
 
 
 def prompt_vectors(cond: Cond) -> Tensor:
-    """One vector a prompt, ``(B, D)`` float32: text states ``(B, L, D)`` by their mean, labels ``(B,)`` one-hot."""
+    """One vector per prompt, ``(B, D)`` float32: the mean of text states ``(B, L, D)``, or labels ``(B,)`` one-hot."""
 
     def vector(value: Tensor) -> Tensor:
         if not value.is_floating_point():
@@ -130,13 +132,13 @@ def prompt_vectors(cond: Cond) -> Tensor:
 
 
 class Adversary:
-    """The frozen critic with its heads, and both sides' losses."""
+    """The frozen feature network with its heads, and the losses of both sides."""
 
     def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
         """
         Args:
             config: the settings.
-            setup: whose teacher is the critic, or whose pictures the critic looks at.
+            setup: provides the teacher as the feature network, or decodes images for a pretrained one.
 
         Raises:
             Unavailable, ValueError: see `TeacherEye` and `PictureEye`.
@@ -158,7 +160,7 @@ class Adversary:
             self.matcher = Matcher([each.shape[1] for each in maps], length).to(setup.device)
 
     def trained(self, weight_decay: float, warmup: int) -> Trained:
-        """The heads, for `Method.trained`."""
+        """The heads (and the matcher), for `Method.trained`."""
         config = self.config
         optimizer = OptimizerSettings(
             lr=config.head_lr, betas=config.head_betas, weight_decay=weight_decay, warmup=warmup
@@ -168,11 +170,11 @@ class Adversary:
         return Trained(module=nn.ModuleDict({"heads": self.heads, "matcher": self.matcher}), optimizer=optimizer)
 
     def student_loss(self, x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
-        """How fake the student's pictures look; its gradient reaches x through the frozen critic.
+        """The student's adversarial loss; its gradient reaches x through the frozen feature network.
 
         Args:
-            x: the student's pictures ``(B, ...)``, with their graph.
-            cond: what they were asked to show.
+            x: the student's images ``(B, ...)``, with a graph.
+            cond: their conditions.
             generator: draws times and noise.
         """
         t = self.eye.times(len(x), generator)
@@ -183,13 +185,13 @@ class Adversary:
         return loss
 
     def critic_loss(self, x: Tensor, cond: Cond, real: Tensor, real_cond: Cond, generator: torch.Generator) -> TurnLoss:
-        """The heads' loss on as many real pictures as the student's, at the same times.
+        """The heads' loss on equally many real images and student's images, at the same times.
 
         Args:
-            x: the student's pictures ``(B, ...)``, without a graph.
-            cond: what they were asked to show.
-            real: pictures ``(B, ...)``.
-            real_cond: what these show.
+            x: the student's images ``(B, ...)``, without a graph.
+            cond: their conditions.
+            real: images ``(B, ...)``.
+            real_cond: their conditions.
             generator: draws times and noise.
         """
         config, t, asked = self.config, self.eye.times(len(x), generator), real_cond
@@ -224,7 +226,7 @@ class Adversary:
 
     @staticmethod
     def _matching_loss(matcher: Matcher, maps: list[Tensor], cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
-        """The matcher's loss on real pictures under their own prompts and their neighbours', and what to log."""
+        """The matcher's loss on real images with their own prompts and with their neighbours', and values to log."""
         others = {name: value.roll(1, 0) for name, value in cond.items()}
         own, wrong = matcher(maps, cond), matcher(maps, others)
         counts = _differs(cond).to(wrong.dtype)
@@ -232,14 +234,14 @@ class Adversary:
         return loss, {"critic/matching": loss, "critic/own_prompts": own.mean(), "critic/other_prompts": wrong.mean()}
 
     def _told(self, cond: Cond, count: int) -> Cond:
-        """What the critic is told of so many pictures: what was asked for, or the empty prompt."""
+        """The conditions that the feature network gets: the given ones, or ``count`` rows of the empty prompt."""
         return cond if self.config.prompted else cond_repeat(self.setup.uncond, count)
 
     def _logits(self, maps: list[Tensor]) -> list[Tensor]:
         return [head(each) for head, each in zip(self.heads, maps, strict=True)]
 
     def _all_maps(self, shown: dict[str, Look]) -> dict[str, list[Tensor]]:
-        """The critic's feature maps of each batch, in one evaluation of it, which needs no graph here."""
+        """The feature maps of each batch, from one evaluation of the network; no graph is needed here."""
         x_t, t, conds = zip(*shown.values(), strict=True)
         with torch.no_grad():
             features = self.eye.maps(torch.cat(x_t), torch.cat(t), cond_cat(conds))
@@ -249,16 +251,16 @@ class Adversary:
 
 
 def mismatched_rows(cond: Cond) -> Tensor:
-    """Rows whose condition is not that of the row before (the last, for the first): int64, ``(at most B,)``."""
+    """Rows whose condition differs from that of the previous row (cyclically): int64, ``(at most B,)``."""
     return _differs(cond).nonzero().flatten()
 
 
 def _differs(cond: Cond) -> Tensor:
-    """Whether a row's condition is not that of the row before (the last, for the first): bool, ``(B,)``."""
+    """Whether each row's condition differs from that of the previous row (cyclically): bool, ``(B,)``."""
     differs = [(value != value.roll(1, 0)).reshape(len(value), -1).any(dim=1) for value in cond.values()]
     return torch.stack(differs).any(dim=0)
 
 
 def _over_heads(loss: Callable[..., Tensor], *logits: list[Tensor]) -> Tensor:
-    """The mean over heads of their losses: maps of all sizes weigh the same."""
+    """The mean of the heads' losses: maps of all sizes have the same weight."""
     return torch.stack([loss(*each) for each in zip(*logits, strict=True)]).mean()

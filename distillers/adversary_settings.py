@@ -9,7 +9,7 @@ from distillers.methods.base import Betas, MethodConfig
 
 
 class AdversaryConfig(MethodConfig):
-    """The discriminator's settings, for methods that have one; the defaults are SANA-Sprint's."""
+    """Settings of the discriminator, for methods that have one. The defaults are SANA-Sprint's."""
 
     features: BackboneName | None = Field(
         None, description="a network of pictures to judge decoded pictures by, without noise, in place of the teacher"

@@ -1,16 +1,15 @@
-"""Averages several students of one base into one: a "model soup" (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+"""Averages the weights of students of the same base: a "model soup" (Wortsman et al. 2022, arXiv:2203.05482).
 
     python -m distillers.averaging fast-cat cat-dmd2:2 cat-sid --store STORE
     python -m distillers.averaging fast-cat cat-dmd2 --base 0.7 --store STORE
     python -m distillers.averaging fast-cat cat-dmd2 cat-sid --base=-0.4 --store STORE
 
-Students that were trained from the same weights, by whatever methods and not for too long, lie in one basin: between them
-the loss is no higher, and what each picked up by chance, or from its method's blind spot, cancels out. The mean draws at
-one student's cost. The base lies in that basin as well, where students started from it: a share of its own weights brings
-back what distillation made them forget (WiSE-FT, Wortsman et al. 2021, https://arxiv.org/abs/2109.01903). A share below 0
-goes on past the students, away from the base, to where a training that was too short was going (ExPO, Zheng et al. 2024,
-https://arxiv.org/abs/2404.16792). Whether a mean is better than its parts is for `fewstep evaluate` to say: nothing here
-measures.
+Students trained from the same weights, by whatever methods and not for too long, lie in one basin of the loss: the loss
+between them is no higher, and their individual errors cancel out. The mean costs no more to run than one student. The
+base that the students started from lies in the same basin, so a share of its weights restores what distillation made
+them forget (WiSE-FT, Wortsman et al. 2021, arXiv:2109.01903). A negative share extrapolates beyond the students, away
+from the base, in the direction that too short a training was heading (ExPO, Zheng et al. 2024, arXiv:2404.16792).
+This command measures nothing: use `fewstep evaluate` to see whether the mean is better than its parts.
 """
 
 import argparse
@@ -37,18 +36,18 @@ from weights.version import code_version
 
 METHOD = "average"
 BASE = "base"
-"""What the base's own share is called among a mean's parts."""
+"""Name of the base among the parts of a mean."""
 ALIKE = ("family", "base", "schedules", "licence")
-"""Fields of the manifest in which students that are averaged must agree."""
+"""Manifest fields that must be equal in all averaged students."""
 
 
 class CannotAverage(ValueError):
-    """These students have no mean; the message says which, and why."""
+    """These students cannot be averaged; the message says which, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the students, and its share of the whole: above 0, and below 2."""
+    """One of the students, and its share of the mean, in (0, 2)."""
 
     folder: StudentFolder
     share: float
@@ -56,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Weights that a mean is taken of: a folder, its share, and what it is called in errors."""
+    """Weights that enter a mean: a folder, its share, and its name for error messages."""
 
     name: str
     path: Path
@@ -64,16 +63,16 @@ class Source:
 
 
 def parts_of(store: Store, wanted: Mapping[str, float], base_share: float = 0.0) -> list[Part]:
-    """The students, verified, with shares that sum to what the base leaves of one.
+    """Opens the students, with shares that sum to what the base leaves of 1.
 
     Args:
-        store: has them.
-        wanted: how much each counts, above 0, by name.
-        base_share: of the base's own weights, in (-1, 1).
+        store: contains the students.
+        wanted: relative weight of each student, above 0, by name.
+        base_share: share of the base's own weights, in (-1, 1).
 
     Raises:
-        CannotAverage: nothing to average, a count that is not above 0, a share out of range, or students that are not alike.
-        StoreError: one of them is missing, or its files are not what was published.
+        CannotAverage: nothing to average, a weight not above 0, a share out of range, or students that do not match.
+        StoreError: a student is missing, or its files are not those that were published.
     """
     if not -1 < base_share < 1:
         raise CannotAverage(f"--base {base_share:g}: want a share in (-1, 1)")
@@ -118,15 +117,15 @@ def _check(one: StudentManifest, first: StudentManifest) -> None:
 
 
 def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:
-    """The files that a model is loaded from, without those that are for people."""
+    """The files that a model is loaded from, without those that are only informative."""
     return {path: record for path, record in manifest.files.items() if Path(path).suffix not in HARMLESS}
 
 
 def _sources(parts: Sequence[Part], base_share: float, base_at: str | None) -> list[Source]:
-    """The students', and the base's behind them where it has a share.
+    """The students' weights, followed by the base's if it has a share.
 
     Raises:
-        CannotAverage: the base is not the one that the students were made from.
+        CannotAverage: the base is not the one that the students were trained from.
         FileNotFoundError: there is no such base.
     """
     found = [Source(name=p.folder.manifest.name, path=p.folder.path, share=p.share) for p in parts]
@@ -143,13 +142,13 @@ def _sources(parts: Sequence[Part], base_share: float, base_at: str | None) -> l
 
 
 def average_file(sources: Sequence[Source], path: str) -> dict[str, Tensor]:
-    """The weighted means of all tensors of one safetensors file, summed in float64 one tensor at a time.
+    """The weighted means of all tensors in one safetensors file, computed in float64, one tensor at a time.
 
     Returns:
-        By name, in the first source's dtype.
+        Tensors by name, in the first source's dtype.
 
     Raises:
-        CannotAverage: a source has no such file, or tensors of other names or shapes.
+        CannotAverage: a source lacks the file, or has tensors of other names or shapes.
     """
     for source in sources:
         if not (source.path / path).is_file():
@@ -165,7 +164,7 @@ def average_file(sources: Sequence[Source], path: str) -> dict[str, Tensor]:
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float], what: str) -> Tensor:
-    """The first one where they are no floating-point numbers, such as a counter. Raises: CannotAverage."""
+    """The weighted mean, or the first tensor if they are not floating-point (counters). Raises: CannotAverage."""
     first = tensors[0]
     if len({tensor.shape for tensor in tensors}) > 1:
         raise CannotAverage(f"{what} has shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
@@ -185,22 +184,24 @@ def average(
     base_share: float = 0.0,
     base_at: str | None = None,
 ) -> StudentManifest:
-    """Publish the weighted mean of students under a name.
+    """Publishes the weighted mean of students under a new name.
 
     Args:
-        store: has them, and gets it.
+        store: contains the students, and receives the mean.
         name: of the new student.
-        wanted: how much each counts, by name.
-        replace: take the place of a student of that name.
-        base_share: of the base's own weights, in (-1, 1); the students share the rest, more than all where it is below 0.
-        base_at: where the base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
+        wanted: relative weight of each student, by name.
+        replace: replace an existing student of that name.
+        base_share: share of the base's own weights, in (-1, 1); the students share the rest, which exceeds 1 if it is
+            negative.
+        base_at: current location of the base: a bundled name, a folder, or a hub id; that of the training when left
+            out.
 
     Returns:
-        The manifest as it was published; its ``averaged`` names the parts.
+        The published manifest, whose ``averaged`` lists the parts.
 
     Raises:
         CannotAverage: see `parts_of` and `average_file`; or the base is another version.
-        FileNotFoundError: the base cannot be had.
+        FileNotFoundError: the base is not available.
         StoreError: as in `Store.open` and `Store.publish`.
     """
     check_name(name)
@@ -232,7 +233,7 @@ def average(
 
 
 def _averaged(parts: Sequence[Part], base: BaseReference, base_share: float) -> list[AveragedStudent]:
-    """Where the weights come from; a part that is a mean itself is told by its own parts."""
+    """The origin of the weights; a part that is itself a mean is replaced by its own parts."""
     found = []
     for part in parts:
         manifest = part.folder.manifest
@@ -244,7 +245,7 @@ def _averaged(parts: Sequence[Part], base: BaseReference, base_share: float) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True)
     try:

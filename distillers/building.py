@@ -1,4 +1,4 @@
-"""The networks of a job, and its method on top of them."""
+"""Builds a job's networks, and its method on top of them."""
 
 from dataclasses import dataclass
 
@@ -17,31 +17,31 @@ from weights.students import check_base, load_student
 
 @dataclass(frozen=True, kw_only=True)
 class Builder:
-    """Makes a job's method: teacher, student, and whatever else the method trains."""
+    """Builds a job's method: teacher, student, and whatever else the method trains."""
 
     job: DistillJob
     base: TextToImage
-    """As it was loaded; its network becomes the teacher's, in the precision that it is used in."""
+    """The base as loaded. Its network becomes the teacher, and is converted to the teacher's precision."""
     reference: BaseReference
-    """Of the base."""
+    """Identifies the base."""
     store: Store
-    """Where other students that the job names are."""
+    """Contains the other students that the job names."""
     centroids: Tensor
-    """Of the partition that the job is for a part of; empty where it is for none."""
+    """Centroids of the partition, if the job is a part of one; otherwise empty."""
     device: torch.device
     precision: str
 
     def method(self, chosen: type[Method], config: MethodConfig, uncond: Cond) -> Method:
-        """The method, on networks that are trainable where they are to be trained.
+        """Builds the method on networks that are trainable where it trains them.
 
         Args:
-            chosen: its class.
+            chosen: the method's class.
             config: its settings.
             uncond: conditions of the empty prompt, 1 row.
 
         Raises:
             ValueError: a student that the job names does not fit it.
-            StoreError: that student is missing, or its files are not what was published.
+            StoreError: that student is missing, or its files are not those that were published.
         """
         guide = self._guide()
         setup = Setup(
@@ -55,17 +55,17 @@ class Builder:
         )
         built = chosen(config, setup)
         for frozen in (self.base,) if guide is None else (self.base, guide.model):
-            self._spare_memory(frozen)  # some losses go back through the teacher
-            frozen.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch takes it alone
+            self._spare_memory(frozen)  # some losses backpropagate through the teacher
+            frozen.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # valid in torch
             if self.precision == "bfloat16":
-                frozen.network.to(torch.bfloat16)  # autocast would convert its weights anew at every call
+                frozen.network.to(torch.bfloat16)  # autocast would convert its weights again at every call
         return built
 
     def teaching(self) -> list[str]:
-        """sha256 of the weights that teach: the base's, and the guide's where there is one.
+        """sha256 of all weights that teach: the base's and, if there is a guide, the guide's.
 
         Raises:
-            StoreError: the guide is missing, or its files are not what was published.
+            StoreError: the guide is missing, or its files are not those that were published.
         """
         guide = self.job.guide
         return [self.reference.sha256, *([] if guide is None else [digest_folder(self.store.open(guide.student).path)])]
@@ -105,17 +105,17 @@ class Builder:
         return self._new_network(True)
 
     def _start(self, name: str) -> TextToImage:
-        """A student's weights to go on from. Whole weights may come from another version of the base; adapters may not."""
+        """A student to continue from. Full weights may come from another version of the base; adapters may not."""
         folder = self._own_member(self.store.open(name))
         if folder.manifest.adapter == "lora":
             check_base(folder, self.reference.sha256)
         return load_student(folder, self.base)
 
     def _own_member(self, folder: StudentFolder) -> StudentFolder:
-        """Of a student that routes as this job's partition does, this part's own; any other student as it is.
+        """For a student routed over the same partition as this job's, the member of this job's part; else itself.
 
         Raises:
-            ValueError: it routes otherwise, so that none of its students was made for this part.
+            ValueError: its partition differs, so that none of its members was trained for this part.
         """
         router, spec = folder.manifest.router, self.job.partition
         if router is None or spec is None or spec.part is None:

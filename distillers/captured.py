@@ -1,10 +1,10 @@
-"""A trainer's iterations as CUDA graphs, each started as one: for networks so small that the GPU waits for the processor.
+"""Training iterations as CUDA graphs, for networks so small that the GPU waits for the processor to start kernels.
 
-A graph is what the GPU was once told to do, so an iteration can be captured where everything that changes from one to the
-next lies on the GPU: the batch, the learning rates, and the random numbers, whose generator is the GPU's own, seeded by
-(seed, iteration) before each replay. What the processor decides, such as which of the student's steps is trained, makes
-another graph (`Method.branch`). Losses are not looked at before the networks step on them, which would wait for the GPU,
-but when they are reported and before a checkpoint is written.
+A graph replays fixed GPU work. An iteration can be captured if everything that changes between iterations is on the
+GPU: the batch, the learning rates, and the random numbers, whose generator is the GPU's own, seeded by (seed,
+iteration) before each replay. Each outcome of a decision on the processor, such as which of the student's steps is
+trained, needs its own graph (`Method.branch`). Losses are not checked before the optimizer step, which would wait for
+the GPU, but when they are reported and before a checkpoint is written.
 """
 
 from collections.abc import Hashable
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Captured:
-    """A trainer's graphs, made as they are needed."""
+    """A trainer's graphs, captured as they are needed."""
 
     def __init__(self, trainer: "Trainer") -> None:
         """
         Args:
-            trainer: whose method, settings and device are known; its networks follow. That its job's settings can be
-                captured was seen to by `distillers.spec`.
+            trainer: its method, settings and device are set; its networks may follow later. `distillers.spec` has
+                checked that its job's settings can be captured.
 
         Raises:
             ValueError: see `check_place`.
@@ -40,10 +40,10 @@ class Captured:
         self._pool = torch.cuda.graph_pool_handle()
 
     def iterate(self, batches: list[Batch]) -> None:
-        """One iteration: every turn of it, with all that follows.
+        """Runs one iteration: all of its turns, including what follows each optimizer step.
 
         Args:
-            batches: one, as accumulation is not captured.
+            batches: exactly one, since gradient accumulation is not captured.
         """
         trainer, (batch,) = self._trainer, batches
         turns = trainer.method.turns(trainer.iteration)
@@ -51,7 +51,7 @@ class Captured:
         key = (tuple(turn.name for turn in turns), branch)
         if key not in self._graphs:
             self._graphs[key] = self._capture(turns, batch)
-            trainer.seed_global()  # again: capturing has drawn
+            trainer.seed_global()  # again, since the capture has drawn numbers
         for turn in turns:
             trainer.set_rates(turn)
         replayed, names = self._graphs[key]
@@ -60,7 +60,7 @@ class Captured:
             trainer.stepped(turn)
 
     def _capture(self, turns: list[Turn], batch: Batch) -> tuple[Replayed, list[str]]:
-        """The iteration's graph, and the names of the numbers that it gives."""
+        """Captures the iteration; returns its graph and the names of the metrics that it outputs."""
         trainer = self._trainer
         networks = [trainer.networks[name] for turn in turns for name in turn.trains]
         optimizers = [network.optimizer for network in networks]
@@ -78,7 +78,7 @@ class Captured:
             return torch.stack([value.detach().float() for value in noted.values()])
 
         def restore() -> None:
-            """Rates of 0 leave weights as they were, but not the moments, nor what the method keeps."""
+            """Undoes the warm-up: a learning rate of 0 preserves weights, but not moments or the method's state."""
             for name, value in trainer.method.state().items():
                 value.copy_(own[name])
             for optimizer, before in zip(optimizers, kept, strict=True):
@@ -103,7 +103,7 @@ class Captured:
 
 
 def check_place(accelerator: Accelerator) -> None:
-    """Refuses to capture where there is nothing to capture on.
+    """Rejects capture in an environment that does not support it.
 
     Raises:
         ValueError: the job has several processes, or no NVIDIA GPU.
@@ -118,17 +118,17 @@ def check_place(accelerator: Accelerator) -> None:
 
 
 def _generator(device: torch.device) -> torch.Generator:
-    """The GPU's own, which knows of graphs."""
+    """The GPU's default generator, which supports graph capture."""
     return torch.cuda.default_generators[device.index or 0]
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
-    """What it keeps of each weight now, by the weight and the name."""
+    """Copies of the optimizer's state, by weight and name."""
     return {(weight, name): value.clone() for weight, state in optimizer.state.items() for name, value in state.items()}
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    """All of a batch's tensors in one order; `_batch` puts them back."""
+    """All tensors of a batch in a fixed order; `_batch` reverses this."""
     real = [] if batch.real is None else [batch.real]
     return [*batch.cond.values(), *real, *(batch.real_cond or {}).values()]
 

@@ -1,8 +1,8 @@
-"""Checkpoints: one safetensors file each, written atomically, no pickle inside.
+"""Checkpoints: each is one safetensors file, written atomically and without pickle.
 
-Tensors (weights, optimizer moments, random states) are the file's tensors; everything else (step, data position, the
-optimizer's hyper-parameters) is JSON in its header. A checkpoint is written beside its target, flushed to the disk and
-renamed, so that a process killed at any moment leaves the old checkpoint or the new one, never half of one.
+Weights, optimizer moments and a method's state are the file's tensors; everything else (iteration, update counts,
+optimizer hyper-parameters) is JSON in its header. A checkpoint is written beside its target, flushed to disk and
+renamed, so that a process killed at any moment leaves either the old checkpoint or the new one.
 """
 
 import json
@@ -19,15 +19,15 @@ _HEADER = "state"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes ``tensors`` and the JSON-able ``state`` to ``path``, atomically and durably."""
+    """Writes ``tensors`` and the JSON-serialisable ``state`` to ``path``, atomically and durably."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Clones: safetensors refuses tensors that share memory, as tied weights and views do.
+        # Clones, since safetensors rejects tensors that share memory, such as tied weights and views.
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
             save_file(plain, temporary, metadata={_HEADER: json.dumps(state)})
-        except SafetensorError as error:  # its own class, also where the disk is full
+        except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{path} cannot be written ({error}); an older one is as it was") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -37,16 +37,16 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state that `save_checkpoint` wrote.
+    """Returns the tensors and the state written by `save_checkpoint`.
 
     Raises:
-        ValueError: the file is not a checkpoint of ours (truncated, or written by something else).
+        ValueError: the file is not one of our checkpoints (truncated, or written by something else).
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except Exception as error:  # safetensors raises its own SafetensorError, which is no public class
+    except Exception as error:  # safetensors raises its own SafetensorError, which is not a public class
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); delete it to resume from an older one"
         ) from error
@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's moments as named tensors, and its hyper-parameters as JSON-able state."""
+    """An optimizer's moments as named tensors, and its hyper-parameters as JSON-serialisable state."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, moments in state["state"].items():
@@ -65,7 +65,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[
                 tensors[f"{prefix}.{index}.{key}"] = value
             else:
                 plain[f"{index}.{key}"] = value
-    # Numbers that lie on the device, as a captured step's learning rate does, are numbers here.
+    # Values on the device, such as the learning rate of a captured step, are stored as numbers.
     groups = [
         {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
         for group in state["param_groups"]
@@ -76,7 +76,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> tuple[dict[
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
-    """Puts back what `pack_optimizer` took."""
+    """Restores what `pack_optimizer` returned."""
     moments: dict[int, dict[str, Any]] = {}
     start = f"{prefix}."
     for name, tensor in tensors.items():
@@ -90,16 +90,16 @@ def unpack_optimizer(
     for weight, restored in optimizer.state.items():
         for key, value in restored.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
-                # In the weight's own memory format (channels_last): fused optimizers go through both in memory order.
+                # Keep the weight's memory format (channels_last): fused optimizers iterate over both in memory order.
                 restored[key] = torch.empty_like(weight, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def pack_module(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
-    """A module's state with every name behind ``prefix``."""
+    """A module's state, with ``prefix`` before every name."""
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
 def unpack_module(module: torch.nn.Module, prefix: str, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `pack_module` took; a missing or unknown name is an error."""
+    """Restores what `pack_module` returned; missing or unknown names are an error."""
     start = f"{prefix}."
     module.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})

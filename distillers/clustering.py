@@ -1,16 +1,17 @@
-"""Balanced k-means on the sphere: clusters of equal size, each round's assignment exact.
+"""Balanced k-means on the sphere: clusters of equal size, with an exact assignment in every round.
 
-Points and centroids have length 1, and the sum of ``x_i . c_label(i)`` is to be as large as possible while cluster sizes
-differ by at most one. Lloyd's two steps, each the optimum of its own variables, so that the sum never falls:
+Points and centroids are unit vectors. The objective is the sum of ``x_i . c_label(i)``, with cluster sizes that differ
+by at most one. As in Lloyd's algorithm, each of the two steps is optimal in its own variables, so that the sum never
+falls:
 
     assign    labels of given sizes with the largest sum: a transportation problem, solved exactly (`balanced_labels`)
-    average   each centroid is its members' mean, scaled to length 1
+    average   each centroid becomes the mean of its members, scaled to unit length
 
 The assignment is a minimum-cost flow on a graph of K nodes, where moving a point from cluster a to b costs
-``min_{i in a} (s_ia - s_ib)``: it starts from the best labels under given prices, whatever their sizes, which is optimal for
-these sizes, and moves one point at a time along the cheapest path from a cluster with too many to one with too few
-(successive shortest paths), which keeps it optimal. Distances in the last graph are prices of the assignment: each label is
-``argmax_k s_ik + price_k``, which is how a router can repeat it.
+``min_{i in a} (s_ia - s_ib)``. It starts from the best labels under given prices, whatever their sizes; these are
+optimal for their own sizes. It then moves one point at a time along the cheapest path from a cluster that is too large
+to one that is too small (successive shortest paths), which preserves optimality. Distances in the final graph are
+prices of the assignment: each label is ``argmax_k s_ik + price_k``, which lets a router reproduce it.
 """
 
 from dataclasses import dataclass
@@ -28,27 +29,27 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Clusters:
-    """What `balanced_kmeans` found."""
+    """The result of `balanced_kmeans`."""
 
     labels: Tensor
     """``(N,)`` int64 in 0..K-1."""
     centroids: Tensor
-    """``(K, D)`` float64, of length 1."""
+    """``(K, D)`` float64 unit vectors."""
     prices: Tensor
     """``(K,)`` float64, mean 0: each label is ``argmax_k x . c_k + price_k``."""
 
 
 def part_sizes(count: int, parts: int) -> Tensor:
-    """``count`` in ``parts`` sizes that differ by at most one, the larger ones first: ``(parts,)`` int64."""
+    """Splits ``count`` into ``parts`` sizes that differ by at most one, larger ones first: ``(parts,)`` int64."""
     return torch.tensor([count // parts + (part < count % parts) for part in range(parts)])
 
 
 def balanced_labels(scores: Tensor, prices: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The labels with sizes `part_sizes` that have the largest sum of scores.
+    """The labels with sizes `part_sizes` that maximise the sum of scores.
 
     Args:
         scores: ``(N, K)`` float64, N at least K.
-        prices: ``(K,)`` to start from; good ones (of a similar problem) save work, any are right.
+        prices: initial prices ``(K,)``; good ones (of a similar problem) save work, but any are valid.
 
     Returns:
         Labels ``(N,)`` int64, and prices ``(K,)`` with ``labels = argmax_k scores_ik + price_k`` (up to ties).
@@ -75,7 +76,7 @@ def balanced_labels(scores: Tensor, prices: Tensor | None = None) -> tuple[Tenso
 
 
 def _near_prices(scores: Tensor, sizes: Tensor, prices: Tensor | None) -> Tensor:
-    """Prices at which the best labels have almost the given sizes: a falling step against each part's excess."""
+    """Prices whose best labels have almost the given sizes: decreasing steps against each part's excess."""
     found = torch.zeros(len(sizes), dtype=scores.dtype) if prices is None else prices
     step = float(scores.std(correction=0))
     for _ in range(PRICE_ROUNDS):
@@ -86,10 +87,10 @@ def _near_prices(scores: Tensor, sizes: Tensor, prices: Tensor | None) -> Tensor
 
 
 def _prices(costs: Tensor) -> Tensor:
-    """Prices that repeat an optimal assignment, ``(K,)``, mean 0.
+    """Prices that reproduce an optimal assignment, ``(K,)``, mean 0.
 
-    The distances from any one node are such prices, but at the edge of what is possible: the points on their shortest paths
-    are ties. The mean over all nodes lies inside (distances by Floyd and Warshall).
+    The distances from any single node are such prices, but extreme ones: points on their shortest paths are ties. The
+    mean over all nodes lies in the interior. (Distances by the Floyd-Warshall algorithm.)
     """
     distances = costs.clone().fill_diagonal_(0)
     for middle in range(len(costs)):
@@ -99,7 +100,7 @@ def _prices(costs: Tensor) -> Tensor:
 
 
 def _moves(part: int, scores: Tensor, labels: Tensor, costs: Tensor, movers: Tensor) -> None:
-    """What it costs to move the cheapest of the part's points to each other part, and which point that is."""
+    """Updates the cost of moving the part's cheapest point to each other part, and which point that is."""
     members = (labels == part).nonzero()[:, 0]
     costs[part] = torch.inf
     if len(members):
@@ -110,7 +111,7 @@ def _moves(part: int, scores: Tensor, labels: Tensor, costs: Tensor, movers: Ten
 
 
 def _distances(costs: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
-    """Bellman-Ford: the cheapest way to each node from any source ``(K,)``, and the node before it (-1 at sources)."""
+    """Bellman-Ford: each node's distance from the nearest source ``(K,)``, and its predecessor (-1 at sources)."""
     parts = len(costs)
     distances = torch.full((parts,), torch.inf, dtype=costs.dtype).masked_fill(sources, 0.0)
     before = torch.full((parts,), -1)
@@ -124,7 +125,7 @@ def _distances(costs: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cheapest_path(costs: Tensor, sources: Tensor, targets: Tensor) -> list[int]:
-    """The nodes from a source to the target that is cheapest to reach."""
+    """The nodes on the path from a source to the target that is cheapest to reach."""
     distances, before = _distances(costs, sources)
     path = [int(distances.masked_fill(~targets, torch.inf).argmin())]
     while before[path[0]] >= 0:
@@ -133,12 +134,12 @@ def _cheapest_path(costs: Tensor, sources: Tensor, targets: Tensor) -> list[int]
 
 
 def balanced_kmeans(points: Tensor, parts: int, generator: torch.Generator) -> Clusters:
-    """Clusters whose sizes differ by at most one.
+    """Clusters points into parts whose sizes differ by at most one.
 
     Args:
-        points: ``(N, D)``, of length 1; at least as many as parts.
+        points: unit vectors ``(N, D)``; at least as many as parts.
         parts: K.
-        generator: draws the first centroids.
+        generator: draws the initial centroids.
 
     Raises:
         ValueError: there are fewer points than parts.
@@ -160,12 +161,12 @@ def balanced_kmeans(points: Tensor, parts: int, generator: torch.Generator) -> C
 
 
 def _first_centroids(points: Tensor, parts: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each further one is a point drawn in proportion to its squared distance from the nearest so far."""
+    """k-means++: each centroid is a point drawn in proportion to its squared distance from the nearest one so far."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     while len(chosen) < parts:
         gaps = (1 - (points @ points[chosen].T).amax(1)).clamp_min(0)
         gaps[chosen] = 0
-        if not bool(gaps.sum() > 0):  # only copies of the chosen ones are left
+        if not bool(gaps.sum() > 0):  # only duplicates of the chosen points are left
             gaps = torch.ones_like(gaps)
             gaps[chosen] = 0
         chosen.append(int(torch.multinomial(gaps, 1, generator=generator)))
@@ -173,11 +174,11 @@ def _first_centroids(points: Tensor, parts: int, generator: torch.Generator) -> 
 
 
 def consecutive(sizes: list[int], parts: int) -> list[int]:
-    """Groups in runs of neighbours, one run a part, the parts as even as can be: least sum of squared sizes.
+    """Divides groups into runs of consecutive groups, as even as possible: minimal sum of squared sizes.
 
     Args:
-        sizes: of the groups, in an order that means something.
-        parts: K, at most as many as groups.
+        sizes: of the groups, in a meaningful order.
+        parts: K, at most the number of groups.
 
     Returns:
         Each group's part, rising from 0 to parts - 1.
@@ -189,7 +190,7 @@ def consecutive(sizes: list[int], parts: int) -> list[int]:
     if count < parts:
         raise ValueError(f"{count} groups cannot be {parts} parts: ask for at most as many as there are groups")
     total = [sum(sizes[:end]) for end in range(count + 1)]
-    # best[end]: (sum of squares, its last run's start) of the first `end` groups in the current number of runs.
+    # best[end]: (sum of squares, start of the last run) for the first `end` groups in the current number of runs.
     best = [(total[end] ** 2, 0) for end in range(count + 1)]
     starts = []
     for runs in range(2, parts + 1):

@@ -1,4 +1,4 @@
-"""Where training data comes from: the bundled emoji, a folder of pictures with captions, a file of prompts."""
+"""Sources of training data: the bundled emoji, a folder of images with captions, a file of prompts."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,44 +12,44 @@ from distillers.folder import BadData, load_picture, read_folder
 from weights.contracts import DataSpec
 
 SHEET = 8
-"""Prompts on a sample sheet."""
+"""Number of prompts on a sample sheet."""
 LOADED = "upright on white\n"
-"""How `load_picture` makes pixels of a file; part of the identity, since latents are kept."""
+"""How `load_picture` processes images; part of the identity, since latents are cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The training split of a data source. Captions are unique; pictures refer to them by number."""
+    """The training split of a data source. Captions are unique; images refer to them by index."""
 
     captions: list[str]
     rows: list[list[int]]
-    """Each picture's captions, one drawn at a time."""
+    """Each image's captions, of which one is drawn at a time."""
     weights: Tensor
-    """How often each picture is drawn, ``(N,)`` float64, summing to 1."""
+    """Sampling probability of each image, ``(N,)`` float64, summing to 1."""
     odds: list[list[float]] | None
-    """How often each of a picture's captions is drawn, in proportion; equally often when left out."""
+    """Relative sampling weight of each image's captions; uniform if None."""
     pictures: Callable[[list[int]], Tensor] | None
-    """Those pictures, ``(B, 3, H, W)`` uint8; None where there are prompts alone."""
+    """Returns the images at these indices, ``(B, 3, H, W)`` uint8; None if there are only prompts."""
     prompts: list[int] | None
-    """Captions to draw the student's conditions from, where they are not the pictures' own."""
+    """Captions that the student's conditions are drawn from; None if these are the images' own."""
     sheet: list[str]
     """Prompts of the sample sheets."""
     identity: str
-    """Says which pictures these are: part of the latents' cache key."""
+    """Identifies the images: part of the cache key of the latents."""
     drawn: list[int] | None = None
-    """Of the prompts, the captions that batches draw; all when left out."""
+    """The subset of ``prompts`` that batches draw from; None for all."""
     groups: list[str | None] | None = None
-    """Each picture's group, where the data has such."""
+    """Each image's group, if the data has groups."""
     held_out: list[tuple[str, str | None]] = field(default_factory=list)
-    """Captions of the held-out split that training never sees, each with its picture's group."""
+    """Captions of the held-out split that do not occur in training, each with its image's group."""
 
 
 def load_corpus(spec: DataSpec, size: int) -> Corpus:
-    """The corpus of a data source.
+    """Loads the corpus of a data source.
 
     Args:
-        spec: the job's.
-        size: height and width that the pictures are brought to.
+        spec: the job's data settings.
+        size: height and width that images are resized to.
 
     Raises:
         BadData: a file is missing or malformed.
@@ -127,7 +127,7 @@ def _folder(folder: Path, size: int) -> Corpus:
 
 
 def _unseen(captions: list[str], held_out: Sequence[tuple[list[str], str | None]]) -> list[tuple[str, str | None]]:
-    """The held-out captions that are none of ``captions``, once each, with the group of the first that has it."""
+    """The distinct held-out captions that are not in ``captions``, with the group of the first image that has each."""
     known, found = set(captions), dict[str, str | None]()
     for texts, group in held_out:
         for text in texts:
@@ -137,7 +137,7 @@ def _unseen(captions: list[str], held_out: Sequence[tuple[list[str], str | None]
 
 
 def _numbered(texts: list[list[str]]) -> tuple[list[str], list[list[int]]]:
-    """The distinct captions in order of appearance, and each picture's as numbers."""
+    """The distinct captions in order of appearance, and each image's captions as indices into them."""
     number: dict[str, int] = {}
     rows = [[number.setdefault(caption, len(number)) for caption in captions] for captions in texts]
     return list(number), rows

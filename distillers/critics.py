@@ -1,4 +1,4 @@
-"""What stands on top of denoisers in training: discriminator heads on their features, and guidance by the row."""
+"""Used on top of denoisers in training: discriminator heads on their features, and guidance for a subset of rows."""
 
 import math
 
@@ -10,12 +10,12 @@ from weights.diffusion.schedules import expand
 
 
 def head(channels: int, size: int) -> nn.Sequential:
-    """Logits ``(B, 1, 1, 1)`` from features ``(B, channels, size, size)``.
+    """A head that maps features ``(B, channels, size, size)`` to logits ``(B, 1, 1, 1)``.
 
-    DMD2's head for a UNet: (convolution 4x4 with stride 2, GroupNorm, SiLU) down to 4x4, a convolution over all that is
-    left, GroupNorm and SiLU again, and one 1x1 convolution. Features smaller than 4x4 get a kernel of their size. The
-    groups are 32, or fewer of at least four channels: in the end a channel is one number, and normalising one or two
-    numbers leaves nothing of them.
+    This is DMD2's head for a UNet: (4x4 convolution with stride 2, GroupNorm, SiLU) down to 4x4, a convolution over all
+    remaining positions, GroupNorm and SiLU again, and a 1x1 convolution. For features smaller than 4x4, the kernel has
+    their size. There are 32 groups, or fewer so that each has at least four channels: at the end a channel is a single
+    number, and normalising one or two numbers would leave nothing of them.
     """
     groups = math.gcd(32, channels)
     while groups > 1 and channels // groups < 4:
@@ -29,16 +29,16 @@ def head(channels: int, size: int) -> nn.Sequential:
 
 
 class Heads(nn.Module):
-    """One head per feature map of a denoiser; the logits side by side."""
+    """One head per feature map of a denoiser, with concatenated logits."""
 
     def __init__(self, denoiser: Denoiser, latent_shape: tuple[int, ...], cond: Cond, device: torch.device) -> None:
-        """Sizes are found by running the denoiser once.
+        """Runs the denoiser once to find the sizes of its features.
 
         Args:
-            denoiser: whose features these are.
-            latent_shape: of one picture.
+            denoiser: computes the features.
+            latent_shape: of one latent.
             cond: any one row.
-            device: where the denoiser's weights are.
+            device: that of the denoiser's weights.
 
         Raises:
             TypeError: the denoiser has no features.
@@ -50,7 +50,7 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList([head(feature.shape[1], feature.shape[-1]) for feature in features]).to(device)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """``(B, number of feature maps)`` float32; larger means 'real'."""
+        """Returns ``(B, number of feature maps)`` float32; larger means real."""
         weight = next(self.parameters())
         logits = [each(feature.to(weight.dtype)).flatten(1) for each, feature in zip(self.heads, features, strict=True)]
         return torch.cat(logits, dim=1).float()
@@ -65,10 +65,10 @@ def guided_x0(
     scale: float | Tensor,
     interval: tuple[float, float] | None = None,
 ) -> Tensor:
-    """``uncond + w (cond - uncond)`` in one call, whose unconditional half holds only the rows inside ``interval``.
+    """``uncond + w (cond - uncond)`` in one call, whose unconditional half contains only the rows inside ``interval``.
 
-    `weights.diffusion.guidance.Guided` doubles the whole batch; times in training differ by the row, so that here rows
-    outside the interval cost one evaluation instead of two.
+    Unlike `weights.diffusion.guidance.Guided`, which doubles the whole batch, rows outside the interval cost one
+    evaluation instead of two, since times in training differ between rows.
 
     Args:
         denoiser: the teacher.
@@ -76,7 +76,7 @@ def guided_x0(
         t: ``(B,)``.
         cond: B rows.
         uncond: 1 row.
-        scale: w; 1.0 is off. One for all, or ``(B,)``, which costs the unconditional evaluation of every row.
+        scale: w; 1.0 is off. A number, or ``(B,)``, which costs the unconditional evaluation of every row.
         interval: guide only where ``low <= t <= high``; everywhere when left out.
     """
     if not isinstance(scale, Tensor) and scale == 1.0:

@@ -1,7 +1,7 @@
-"""A corpus seen by the trainer: batches of conditions and latents, by number.
+"""Feeds the trainer from a corpus: batches of conditions and latents, by index.
 
-Conditions and latents are computed once and kept in half precision on disk where a job needs most of them, and computed
-batch by batch where it draws fewer than there are. A batch follows from (seed, iteration, micro-batch, process) alone.
+Conditions and latents are cached on disk in half precision if a job draws more of them than there are; otherwise they
+are computed batch by batch. A batch depends only on (seed, iteration, micro-batch, process).
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from weights.families.base import TextToImage
 from weights.student_files import readable
 
 ENCODE_BATCH = 64
-"""Pictures encoded at a time."""
+"""Number of images encoded at a time."""
 CAPTIONS_BATCH = 512
 SHARE_OF_GPU, MOST_ON_GPU = 0.25, 4 << 30
-"""Of a GPU's free memory at most so much, and at most so many bytes, for encoded data: networks come after it."""
+"""Largest share of a GPU's free memory, and largest number of bytes, for encoded data; networks need memory later."""
 
 
 class Feed:
-    """Batches by number, on the training device."""
+    """Batches by index, on the training device."""
 
     def __init__(
         self,
@@ -49,15 +49,15 @@ class Feed:
     ) -> None:
         """
         Args:
-            corpus: what to draw from.
-            base: encodes prompts and pictures.
-            device: where batches go.
+            corpus: the data to draw from.
+            base: encodes prompts and images.
+            device: where batches are placed.
             batch_size: B.
             seed: the job's.
-            with_pictures: whether batches carry real latents.
+            with_pictures: whether batches contain real latents.
 
         Raises:
-            BadData: pictures are wanted, and the corpus has none.
+            BadData: images are needed, and the corpus has none.
         """
         if with_pictures and corpus.pictures is None:
             raise BadData("this method compares with real pictures, but the data has prompts alone")
@@ -74,13 +74,13 @@ class Feed:
         self._latents: Tensor | None = None
 
     def prepare(self, cache: Path, base_id: str, draws: float, tick: Tick) -> None:
-        """Fills the caches that pay: where the job draws more captions (or pictures) than there are.
+        """Fills the caches that are worthwhile: if the job draws more captions (or images) than there are.
 
         Args:
-            cache: folder of the cached files; may be shared by jobs.
+            cache: folder of the cached files; may be shared between jobs.
             base_id: identifies the encoders' weights.
-            draws: how many pictures the whole job trains on.
-            tick: told how far it is.
+            draws: number of images that the whole job trains on.
+            tick: receives progress.
         """
         if draws > len(self.corpus.captions):
             key = _key(base_id, *self.corpus.captions)
@@ -94,7 +94,7 @@ class Feed:
             self._latents = self._near(load_file(path))["latents"]
 
     def _near(self, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On a GPU with plenty of memory left, there; else as they are. A batch is gathered many times faster there."""
+        """Moves cached tensors to a GPU with plenty of free memory, where batches are gathered many times faster."""
         if self.device.type != "cuda":
             return kept
         size = sum(tensor.nbytes for tensor in kept.values())
@@ -103,7 +103,7 @@ class Feed:
         return {name: tensor.to(self.device) for name, tensor in kept.items()}
 
     def batch(self, iteration: int, micro: int = 0, rank: int = 0) -> Batch:
-        """The batch of that number; the same whenever it is asked for."""
+        """The batch with that index; always the same for the same arguments."""
         generator = generator_of(self.seed, "data", iteration, micro, rank)
         places = torch.rand(self.batch_size, generator=generator, dtype=torch.float64)
         numbers = torch.searchsorted(self._cumulative, places * self._cumulative[-1]).clamp_max(
@@ -122,35 +122,35 @@ class Feed:
         return Batch(cond=cond, real_cond=self.conditions(torch.tensor(own)), real=self._real(numbers))
 
     def _choose(self, picture: int, place: float) -> int:
-        """One of a picture's captions, by a number in [0, 1)."""
+        """Selects one of an image's captions with a number in [0, 1)."""
         rows = self.corpus.rows[picture]
         odds = [1.0] * len(rows) if self.corpus.odds is None else self.corpus.odds[picture]
         total = list(accumulate(odds))
         return rows[min(bisect(total, place * total[-1]), len(rows) - 1)]
 
     def conditions(self, rows: Tensor) -> Cond:
-        """Conditions of the captions with these numbers, float32 on the training device."""
+        """Conditions of the captions with these indices, float32 on the training device."""
         if self._conditions is not None:
-            # Widened on the device: half as much is copied to it.
+            # Converted to float32 on the device, which halves the copy.
             kept = self._conditions.items()
             return floats({name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in kept})
         encoded = self.base.encode_prompts([self.corpus.captions[row] for row in rows.tolist()])
-        # As what is kept: how long a job is, and so whether that pays, must not decide what it sees.
+        # Rounded like cached values: the length of a job decides about caching, but must not change its inputs.
         return floats({name: _kept(tensor).to(self.device) for name, tensor in encoded.items()})
 
     def prompt_conditions(self, numbers: Tensor) -> Cond:
-        """Conditions of the prompts, by their number in 0..`prompts` - 1: of all, also where only a part is drawn."""
+        """Conditions of prompts by index, in 0..`prompts` - 1: of all prompts, even if batches draw only a subset."""
         rows = numbers if self.corpus.prompts is None else torch.tensor(self.corpus.prompts)[numbers]
         return self.conditions(rows)
 
     @property
     def identity(self) -> str:
-        """Of its prompts, and of their numbers."""
+        """Identifies the prompts and their order."""
         return _key(*self.corpus.captions, str(self.corpus.prompts))
 
     @property
     def prompts(self) -> int:
-        """How many prompts `prompt_conditions` has."""
+        """The number of prompts that `prompt_conditions` accepts."""
         return len(self.corpus.captions if self.corpus.prompts is None else self.corpus.prompts)
 
     def _real(self, numbers: Tensor) -> Tensor | None:
@@ -179,26 +179,26 @@ class Feed:
 
 
 def cached_conditions(folder: Path, base: TextToImage, captions: list[str], tick: Tick) -> dict[str, Tensor]:
-    """Every caption's conditions as half-precision tensors mapped from files in ``folder``, made if they are not there.
+    """Conditions of all captions, half-precision tensors memory-mapped from files in ``folder``, created if missing.
 
     Args:
-        folder: complete as soon as it exists, being renamed into place.
+        folder: renamed into place once complete, so that it is complete if it exists.
         base: the encoder.
         captions: N of them.
-        tick: told how far it is.
+        tick: receives progress.
     """
     if not folder.exists():
         staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        staging.mkdir(parents=True)  # not tempfile's, which nobody else may read
+        staging.mkdir(parents=True)  # tempfile would make it unreadable for other users
         try:
             _write_conditions(staging, base, captions, tick)
             staging.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process finished first
             if not folder.exists():
                 raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    # Copy-on-write, since torch warns about arrays that it could not write to.
+    # Copy-on-write, since torch warns about read-only arrays.
     return {path.stem: torch.from_numpy(np.load(path, mmap_mode="c")) for path in sorted(folder.glob("*.npy"))}
 
 
@@ -218,14 +218,14 @@ def _write_conditions(folder: Path, base: TextToImage, captions: list[str], tick
 
 
 def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: list[str], tick: Tick) -> Tensor:
-    """The prompts' points in the text encoder's space, ``(N, D)`` float32, from a file in ``cache``; made if need be.
+    """Embeddings of the prompts by the text encoder, ``(N, D)`` float32, from a file in ``cache``, created if missing.
 
     Args:
-        cache: folder of the cached files; may be shared by jobs.
+        cache: folder of the cached files; may be shared between jobs.
         base_id: identifies the encoder's weights.
         base: the encoder.
         prompts: N of them.
-        tick: told how far it is.
+        tick: receives progress.
     """
     path = cache / f"embeddings-{_key(base_id, *prompts)}.safetensors"
     if not path.exists():
@@ -238,15 +238,15 @@ def cached_embeddings(cache: Path, base_id: str, base: TextToImage, prompts: lis
 
 
 def floats(cond: Cond) -> Cond:
-    """Conditions in float32, where they are numbers; masks and tokens stay as they are."""
+    """Converts floating-point conditions to float32; masks and tokens are unchanged."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in cond.items()}
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a cached file, which is complete as soon as it is there."""
+    """Writes a cached file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # An autoencoder with attention answers with channels last, which safetensors does not take.
+    # An autoencoder with attention returns channels_last tensors, which safetensors rejects.
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     readable(temporary)
     temporary.replace(path)

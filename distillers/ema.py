@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's trained weights."""
+"""Exponential moving average of a network's trained weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Average:
     """``average <- d average + (1 - d) weights``, kept in float32.
 
-    d is ``min(decay, (1 + n) / (10 + n))`` at update n, as in TensorFlow's ExponentialMovingAverage: a job of a hundred
-    updates is not left with the weights it started from.
+    d is ``min(decay, (1 + n) / (10 + n))`` at update n, as in TensorFlow's ExponentialMovingAverage, so that the
+    initial weights do not dominate the average of a short job.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -27,7 +27,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights in as they are now."""
+        """Updates the average with the current weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         weights = [weight.detach().float() for weight in self._weights.values()]
@@ -35,7 +35,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the average inside, and its own weights again afterwards."""
+        """Context in which the module holds the average; its own weights are restored afterwards."""
         own = {name: weight.data for name, weight in self._weights.items()}
         try:
             for name, weight in self._weights.items():
@@ -46,10 +46,10 @@ class Average:
                 weight.data = own[name]
 
     def load(self, values: dict[str, Tensor], updates: int) -> None:
-        """Puts back a saved average.
+        """Restores a saved average.
 
         Raises:
-            ValueError: it is not of this module.
+            ValueError: it belongs to another module.
         """
         if values.keys() != self.values.keys():
             raise ValueError(f"the saved average has other weights: {sorted(values.keys() ^ self.values.keys())[:5]}")

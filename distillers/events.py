@@ -1,4 +1,4 @@
-"""What a job tells the world: JSON lines on standard output and in events.jsonl, TensorBoard scalars, a progress bar."""
+"""Reporting of a job: JSON lines on standard output and in events.jsonl, TensorBoard scalars, a progress bar."""
 
 import sys
 from datetime import UTC, datetime
@@ -20,12 +20,12 @@ def now() -> datetime:
 
 
 class Reporter:
-    """One job's reports. A silent one (``main=False``, the other processes of a distributed job) writes nothing."""
+    """Reports of one job. With ``main=False`` (the other processes of a distributed job), nothing is written."""
 
     def __init__(self, folder: Path, *, main: bool = True) -> None:
         """
         Args:
-            folder: the job's; events are appended to its events.jsonl.
+            folder: the job's folder; events are appended to its events.jsonl.
             main: whether this process is the one that reports.
         """
         self.folder = folder
@@ -34,7 +34,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._board: SummaryWriter | None = None
-        self._told: tuple[str, int] | None = None  # what was being prepared, and how many hundredths of it were
+        self._told: tuple[str, int] | None = None  # what was last reported as being prepared, and its percentage
 
     def __enter__(self) -> Self:
         if self.main:
@@ -54,13 +54,13 @@ class Reporter:
             self._board.close()
 
     def board(self, purge_step: int | None = None) -> SummaryWriter:
-        """TensorBoard's writer, in the folder's tensorboard/; steps from ``purge_step`` on are overwritten."""
+        """The TensorBoard writer, for the folder tensorboard/; steps from ``purge_step`` on are overwritten."""
         if self._board is None:
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
         return self._board
 
     def emit(self, event: AnyEvent) -> None:
-        """Writes one event: a line in the file always, and on standard output or in the bar."""
+        """Writes an event to the file, and to standard output or the progress bar."""
         if not self.main:
             return
         self.append(event)
@@ -86,7 +86,7 @@ class Reporter:
             file.write(event.model_dump_json() + "\n")
 
     def tick(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Moves the bar, where there is one."""
+        """Updates the progress bar, if there is one."""
         if self._bar is None:
             return
         if self._task is None:
@@ -94,13 +94,14 @@ class Reporter:
         self._bar.update(self._task, description=what, completed=done, total=total, note=note)
 
     def preparing(self, what: str, done: int, total: int, *, step: int, iterations: int) -> None:
-        """A sign of life before the first iteration: moves the bar, and tells every hundredth as an event.
+        """Reports progress before the first iteration: updates the bar, and emits an event for every percent.
 
         Args:
-            what: is being prepared, such as "encoding captions"; the event's metric is ``preparation/`` and this, in [0, 1].
-            done: so many.
-            total: of so many.
-            step: the iteration that training will go on from, as far as it is known.
+            what: is being prepared, such as "encoding captions"; the event's metric is ``preparation/`` plus this, in
+                [0, 1].
+            done: number of items done.
+            total: number of items.
+            step: the iteration that training will continue from, as far as known.
             iterations: of the whole job.
         """
         news = (what, 100 * done // total)
@@ -108,7 +109,7 @@ class Reporter:
             self._told = news
             share = {f"preparation/{what}": done / total}
             self.emit(ProgressEvent(at=now(), step=step, iterations=iterations, metrics=share))
-        self.tick(what, done, total)  # the bar last: it tells more than the event did
+        self.tick(what, done, total)  # after the event, whose update of the bar shows less
 
     def scalars(self, step: int, metrics: dict[str, float]) -> None:
         """Writes TensorBoard scalars."""
@@ -117,7 +118,7 @@ class Reporter:
                 self.board().add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """Writes a TensorBoard picture, ``(3, H, W)`` uint8."""
+        """Writes a TensorBoard image, ``(3, H, W)`` uint8."""
         if self.main:
             self.board().add_image(name, picture, step)
 

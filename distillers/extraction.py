@@ -1,13 +1,13 @@
-"""Writes what a student of full weights changed as LoRA adapters, which take a fraction of its bytes.
+"""Extracts the difference between a fully fine-tuned student and its base as LoRA adapters, a fraction of its size.
 
     python -m distillers.extraction fast-cat-lora fast-cat --rank 32 --store STORE
 
-Of the change of each weight matrix (a convolution's is ``(out, in * k * k)``) the nearest one of the rank is kept: its
-largest singular values, by Eckart and Young's theorem (https://doi.org/10.1007/BF02288367). A training in many small steps
-changes weights by much that does not matter: what is left out need not show in the pictures.
-Whether it does is for `fewstep evaluate` to say: nothing here measures. Every layer with a weight matrix gets adapters, also
-the first and last convolutions, which LoRA jobs leave alone: without these a student lost half of its variety. Norms and
-biases are the base's again.
+The change of each weight matrix (a convolution's is ``(out, in * k * k)``) is replaced by the nearest matrix of the
+given rank, made of its largest singular values (Eckart-Young theorem, https://doi.org/10.1007/BF02288367). Much of the
+change that training makes has no visible effect, so what is left out need not show in the images. This command does not
+measure that: use `fewstep evaluate`. Every layer with a weight matrix gets adapters, including the first and last
+convolutions, which LoRA jobs do not adapt: without them, a student lost half of its diversity. Norms and biases revert
+to the base's.
 """
 
 import argparse
@@ -36,14 +36,14 @@ RANK = 32
 
 
 class CannotExtract(ValueError):
-    """This student cannot be written as adapters; the message says why."""
+    """This student cannot be extracted as adapters; the message says why."""
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors ``(out, r)`` and ``(r, in)`` of the matrix of that rank nearest to a change ``(out, in)``.
+    """The factors ``(out, r)`` and ``(r, in)`` of the rank-r matrix nearest to a change ``(out, in)``.
 
-    Each has the square root of the singular values, so that half precision holds both equally well. Where the matrix has
-    fewer singular values than ``rank``, the rest of the factors is 0.
+    The singular values are split evenly, by their square roots, so that half precision represents both factors equally
+    well. If the matrix has fewer singular values than ``rank``, the factors are padded with zeros.
     """
     left, values, right = torch.linalg.svd(change, full_matrices=False)
     kept = min(rank, len(values))
@@ -54,20 +54,20 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def every_layer(network: nn.Module) -> list[str]:
-    """The layers that can have adapters: all with a weight matrix, more than a job trains adapters of."""
+    """All layers with a weight matrix, which can have adapters; a LoRA job adapts fewer."""
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 @torch.no_grad()
 def fit_adapters(network: nn.Module, target: nn.Module) -> float:
-    """Sets the adapters of a network so that it is as near as they can bring it to one of other weights.
+    """Sets a network's adapters to the best approximation of another network's weights.
 
     Args:
-        network: with adapters (`add_adapters`), whose scale is 1.
+        network: with adapters (`add_adapters`) of scale 1.
         target: the same network without adapters.
 
     Returns:
-        The share of the squared difference, of all weights, that the adapters hold; 1 where there is no difference.
+        The share of the squared difference, over all weights, that the adapters capture; 1 if there is no difference.
     """
     wanted = dict(target.named_parameters())
     whole = left = 0.0
@@ -89,24 +89,24 @@ def fit_adapters(network: nn.Module, target: nn.Module) -> float:
 def extract(
     store: Store, name: str, student: str, rank: int = RANK, replace: bool = False, base: str | None = None
 ) -> StudentManifest:
-    """Publish the adapters that stand for a student under a name.
+    """Publishes adapters extracted from a student under a new name.
 
     Args:
-        store: has the student, and gets the new one.
+        store: contains the student, and receives the new one.
         name: of the new student.
-        student: of full weights, on a base that is at hand.
+        student: fully fine-tuned, on a base that is available.
         rank: of every adapter.
-        replace: take the place of a student of that name.
-        base: where its base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
+        replace: replace an existing student of that name.
+        base: current location of its base: a bundled name, a folder, or a hub id; that of the training when left out.
 
     Returns:
-        The manifest as it was published; its ``extracted`` tells of which student, and how much of its change is held.
+        The published manifest, whose ``extracted`` names the student and the captured share of its change.
 
     Raises:
-        CannotExtract: the student is routed, or a LoRA already, or has a network of another shape than its base's.
-        ValueError: the name is none, the rank is out of range, or the family takes no adapters.
-        WrongBase: the base at hand is not the student's.
-        FileNotFoundError: the base cannot be had.
+        CannotExtract: the student is routed, or already a LoRA, or its network differs in shape from its base's.
+        ValueError: the name is invalid, the rank is out of range, or the family takes no adapters.
+        WrongBase: the available base is not the student's.
+        FileNotFoundError: the base is not available.
         StoreError: as in `Store.open` and `Store.publish`.
     """
     check_name(name)
@@ -147,7 +147,7 @@ def extract(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True)
     try:

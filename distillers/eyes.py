@@ -1,4 +1,4 @@
-"""What a discriminator looks at pictures through (`distillers.adversary`): the teacher, or a network that knows pictures."""
+"""The feature networks of a discriminator (`distillers.adversary`): the teacher, or one pretrained on images."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from weights.diffusion.schedules import add_noise
 
 
 class TeacherEye:
-    """Looks at noised latents through the teacher's blocks.
+    """Sees noised latents through the teacher's blocks.
 
-    A teacher without inner features, such as the exact one of a Gaussian mixture, lends those of a frozen copy of what its
-    students start from.
+    A teacher without features, such as the exact one of a Gaussian mixture, is replaced by a frozen copy of the network
+    that its students start from.
 
     Raises:
-        ValueError: ``blocks`` names what it does not have.
+        ValueError: ``blocks`` names blocks that the teacher does not have.
     """
 
     def __init__(self, config: AdversaryConfig, setup: Setup) -> None:
@@ -27,25 +27,25 @@ class TeacherEye:
         self.blocks = _chosen(config.blocks, self.critic.feature_blocks)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Of the noise, ``(count,)``."""
+        """Draws times of the noise, ``(count,)``."""
         mean, std = self.config.critic_noise_mean, self.config.critic_noise_std
         return draw_lognormal_times(count, mean, std, self.critic.schedule, generator, self.device)
 
     def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """What it is shown of the pictures x."""
+        """The network's input for images x: x noised to t."""
         return add_noise(self.critic.schedule, x, draw_noise(tuple(x.shape), generator, x.device), t)
 
     def maps(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """Its features."""
+        """Feature maps of the chosen blocks."""
         return self.critic.block_features(x_t, t, cond, self.blocks)
 
 
 class PictureEye:
-    """Looks at decoded pictures, without noise, through a network that was trained on pictures.
+    """Sees decoded images, without noise, through a network pretrained on images.
 
     Raises:
-        Unavailable: that network needs a package or weights that are not here.
-        ValueError: it cannot look at such pictures.
+        Unavailable: the network needs a package or weights that are not available.
+        ValueError: it does not accept images of this kind.
     """
 
     def __init__(self, name: BackboneName, size: int | None, setup: Setup) -> None:
@@ -55,7 +55,7 @@ class PictureEye:
         self.backbone = backbone(name, size, channels, setup.device)
 
     def times(self, count: int, generator: torch.Generator) -> Tensor:
-        """See `TeacherEye.times`: there is no noise."""
+        """See `TeacherEye.times`; zeros, since there is no noise."""
         return torch.zeros(count, device=generator.device)
 
     def shown(self, x: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,7 +68,7 @@ class PictureEye:
 
 
 def _critic(setup: Setup) -> Denoiser:
-    """The teacher, or the frozen network that stands in for one without features."""
+    """The teacher, or the frozen network that replaces one without features."""
     if setup.teacher.feature_blocks:
         return setup.teacher
     stand_in = setup.new_network(False)
@@ -77,7 +77,7 @@ def _critic(setup: Setup) -> Denoiser:
 
 
 def _chosen(asked: list[str] | None, available: list[str]) -> list[str]:
-    """Those blocks in the order they run; all when none are asked for."""
+    """The requested blocks in execution order; all if None."""
     unknown = set(asked or ()) - set(available)
     if unknown:
         raise ValueError(f"blocks: {sorted(unknown)} are none of this teacher's, which are {available}")

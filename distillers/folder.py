@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: ``metadata.jsonl``, a picture a line, and the files that it names."""
+"""A folder of images with captions: ``metadata.jsonl``, one image per line, and the files that it names."""
 
 import json
 import os
@@ -17,7 +17,7 @@ WANTED = '{"file_name": ..., "text": a caption or a list of them}, optionally "g
 
 
 class BadData(ValueError):
-    """The data cannot be worked with; the message says what is wrong with which file."""
+    """The data is unusable; the message says what is wrong with which file."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,29 @@ class Row:
     file_name: str
     path: Path
     texts: list[str]
-    """Its captions, at least one."""
+    """The captions, at least one."""
     group: str | None
     held_out: bool
-    """Whether training never sees it."""
+    """Whether the image is excluded from training."""
     place: str
-    """File and line, for messages."""
+    """File and line, for error messages."""
 
     def check(self, folder: Path) -> None:
-        """Refuse a picture that is not there, or not in the folder.
+        """Checks that the image exists inside the folder.
 
         Raises:
-            BadData: so it is.
+            BadData: it does not.
         """
-        # By its name: data sets are often made of links to files elsewhere.
+        # Compared by name, without resolving links: data sets often consist of links to files elsewhere.
         if not Path(os.path.abspath(self.path)).is_relative_to(os.path.abspath(folder)) or not self.path.is_file():
             raise BadData(f"{self.place}: no picture {self.file_name!r} inside {folder}")
 
 
 def read_folder(folder: Path) -> list[Row]:
-    """What ``metadata.jsonl`` says, a row a picture; blank lines say nothing.
+    """Reads ``metadata.jsonl``, one row per image; blank lines are ignored.
 
     Raises:
-        BadData: there is no such file, or a line says something else.
+        BadData: there is no such file, or a line is malformed.
     """
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
@@ -58,7 +58,7 @@ def read_folder(folder: Path) -> list[Row]:
         text = metadata.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadData(f"{metadata} is not UTF-8 ({error}): save it as UTF-8") from error
-    # Not splitlines: a caption may well have a line separator in it that JSON does not escape.
+    # Not splitlines, since JSON allows unescaped line separators in a caption.
     lines = enumerate(text.split("\n"), 1)
     rows = [_row(folder, line, f"{metadata}:{number}") for number, line in lines if line.strip()]
     splits: dict[str, bool] = {}
@@ -82,16 +82,16 @@ def _row(folder: Path, line: str, place: str) -> Row:
     group, split = record.get("group"), record.get("split") or SPLITS[0]
     if group is not None and not isinstance(group, str):
         raise BadData(f"{place}: group {group!r} must be a string")
-    if split not in SPLITS:  # trained on, a "test" split would be worth nothing
+    if split not in SPLITS:  # treating a "test" split as training data would make it worthless
         raise BadData(f"{place}: split {split!r} must be {' or '.join(map(repr, SPLITS))}")
     return Row(name, folder / name, texts, group, split == HELD_OUT, place)
 
 
 def load_picture(path: Path, size: int) -> Tensor:
-    """The central square at ``size``, upright and on white where it is transparent, ``(3, size, size)`` uint8.
+    """The central square resized to ``(3, size, size)`` uint8, rotated upright, on white where it is transparent.
 
     Raises:
-        BadData: the file is no picture.
+        BadData: the file is not a readable image.
     """
     try:
         with Image.open(path) as image:
@@ -105,7 +105,7 @@ def load_picture(path: Path, size: int) -> Tensor:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As the camera was held, which it says instead of turning the pixels; as it is where what it says cannot be read."""
+    """Applies the EXIF orientation; images whose orientation cannot be read are returned unchanged."""
     try:
         return ImageOps.exif_transpose(image)
     except (struct.error, ValueError, SyntaxError, KeyError, TypeError):
@@ -113,7 +113,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits a pixel; Pillow would cut them off at 255
+    if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         high = (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(high).convert("RGB")
     if picture.has_transparency_data:

@@ -1,4 +1,4 @@
-"""Functions of tensors as CUDA graphs: started as one, where their kernels are so small that starting each takes longer."""
+"""Functions of tensors as CUDA graphs, for kernels so small that launching each takes longer than running it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Replayed:
-    """A function of tensors, captured once and replayed: whatever it changes, such as weights, each replay changes again.
+    """A function of tensors, captured once and replayed. Side effects, such as weight updates, recur with each replay.
 
-    Its inputs must keep their shapes, all it reads and writes must stay where it lies, and it must not wait for the GPU
-    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+    Inputs must keep their shapes, everything that is read or written must keep its address, and the function must not
+    wait for the GPU (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
     """
 
     def __init__(
@@ -23,17 +23,17 @@ class Replayed:
     ) -> None:
         """
         Args:
-            function: run four times here on the inputs, the last time to capture it.
+            function: called four times here on the inputs: three times to warm up, then for the capture.
             inputs: on the GPU.
-            pool: memory to share with other graphs (``torch.cuda.graph_pool_handle()``), where none of them needs what
-                another has left there; its own when left out.
-            warmed: called before the capture, after the runs that really compute.
+            pool: memory pool to share with other graphs (``torch.cuda.graph_pool_handle()``) whose results none of them
+                needs later; a private one when left out.
+            warmed: called after the warm-up calls, which really compute, and before the capture.
         """
         self._inputs = [each.clone() for each in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(3):  # what is compiled, chosen or allocated at first must be before it is captured
+            for _ in range(3):  # lazy compilation, autotuning and allocation must happen before the capture
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
         if warmed is not None:
@@ -43,7 +43,7 @@ class Replayed:
             self._output = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the function gives for these; lies where the next replay's will, so take a copy of what is to last."""
+        """Returns the function's value for these inputs. The next replay overwrites it, so copy what you keep."""
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._graph.replay()

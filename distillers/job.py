@@ -1,4 +1,4 @@
-"""One job from its spec to a published student."""
+"""Runs one job, from its spec to a published student."""
 
 import hashlib
 import math
@@ -36,17 +36,17 @@ from weights.students import base_reference
 from weights.version import code_version
 
 STOPPED = 143
-"""Exit status after SIGTERM, as a shell reports it; SIGINT (Ctrl-C) has the same, since the job does the same."""
+"""Exit status after SIGTERM, as a shell reports it; also used for SIGINT (Ctrl-C), which has the same effect."""
 ASKING = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a job to save and stop."""
 
 
 EXPECTED = (ValueError, Diverged, StoreError, OSError)
-"""Failures whose message is all there is to say; anything else is a bug, and its traceback is shown."""
+"""Failures that are fully described by their message; anything else is a bug, and is shown with its traceback."""
 
 
 class JobRun:
-    """The parts of a running job, built in order and kept together."""
+    """A running job: builds its components in order, trains and publishes."""
 
     reference: BaseReference
 
@@ -63,14 +63,15 @@ class JobRun:
     ) -> None:
         """
         Args:
-            raw: the spec as it was read.
-            folder: the job's own; made when missing.
+            raw: the spec as read.
+            folder: the job's own; created if missing.
             store: where the student is published.
-            cache: folder of encoded captions and pictures, to share between jobs, and so filled however short this one
-                is; in ``shared`` when left out, where it is filled if that pays.
-            replace: take the place of a student of that name.
-            shared: folder of what the parts of a partition share, the partition and teacher pairs; ``folder`` when left out.
-            reporter: takes the events; one that writes them to ``folder`` and standard output when left out.
+            cache: folder of encoded captions and images, shared between jobs and therefore filled however short this
+                one is. When left out, it is in ``shared``, and filled if that is worthwhile.
+            replace: replace an existing student of that name.
+            shared: folder shared by the parts of a partition, for the partition and teacher pairs; ``folder`` when left
+                out.
+            reporter: receives the events; when left out, they go to ``folder`` and standard output.
 
         Raises:
             BadSpec: the spec cannot be run.
@@ -84,7 +85,7 @@ class JobRun:
         self.replace = replace
         if self.job.train.threads is not None:
             torch.set_num_threads(self.job.train.threads)
-        # Told outright: accelerate starts processes on CPUs as one job only where the CPU is asked for.
+        # Passed explicitly, since accelerate joins processes on CPUs into one job only if the CPU is requested.
         on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
         device = PartialState(cpu=on_cpu).device
         self.precision = resolve_precision(self.job.train.precision, device)
@@ -92,30 +93,30 @@ class JobRun:
         self.reporter = reporter or Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
         self.preparation = Stopwatch()
-        self.centroids = torch.empty(0)  # of the partition that this job is a part of
+        self.centroids = torch.empty(0)  # those of the partition that this job is a part of
         self._stop = False
 
     def run(self, resume: bool) -> int:
         """Trains and publishes.
 
         Args:
-            resume: go on from the newest checkpoint in the folder, where there is one.
+            resume: continue from the newest checkpoint in the folder, if there is one.
 
         Returns:
-            The process's exit status: 0, 1 after a failure, 143 after SIGTERM or SIGINT.
+            The exit status of the process: 0, 1 after a failure, 143 after SIGTERM or SIGINT.
         """
         with self.reporter:
             try:
                 self._train_and_publish(resume)
             except Interrupted:
                 return STOPPED
-            except Exception as error:  # noqa: BLE001 (whatever it is, the events must say so; unknown ones go on)
+            except Exception as error:  # noqa: BLE001 (every failure becomes an event; bugs are raised again)
                 self._failed(error)
                 return 1
         return 0
 
     def stop(self, *_: Any) -> None:
-        """Asks the job to save and stop at the next step; a signal handler. The next Ctrl-C stops it where it is."""
+        """Signal handler: asks the job to save and stop at the next step. Another Ctrl-C interrupts it at once."""
         self._stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.trainer is not None:
@@ -123,7 +124,7 @@ class JobRun:
 
     def _train_and_publish(self, resume: bool) -> None:
         done = self._published() if resume else None
-        if done is not None:  # killed after publishing and before it could say so
+        if done is not None:  # killed between publishing and reporting it
             self._finished(done)
             return
         self._refuse_taken_name(self.job.student)
@@ -137,7 +138,7 @@ class JobRun:
                 signal.signal(number, handler)
 
     def _make(self, resume: bool) -> StudentManifest | None:
-        """Trains the student and publishes it; None on the processes that leave that to the main one."""
+        """Trains and publishes the student; returns None in processes that leave publishing to the main one."""
         trainer = self._build(resume)
         trainer.asked_to_stop = self._stop
         trainer.run()
@@ -150,18 +151,18 @@ class JobRun:
         )
 
     def _published(self) -> StudentManifest | None:
-        """The student that this very job, whose checkpoints are in the folder, has published already."""
+        """The student, if this very job has already published it from the checkpoints in the folder."""
         return published(self.job, self.folder, self.store)
 
     def _refuse_taken_name(self, name: str) -> None:
-        """A bundled student of that name will be hidden, and is no hindrance."""
+        """Rejects names that are taken in the store. Bundled students are no obstacle: the new student hides them."""
         taken = (self.store.root / name).exists()
         if taken and not self.replace:
             raise BadSpec([{"param": "student", "message": f"{name!r} is published already; use another or --replace"}])
 
     @property
     def iterations(self) -> int:
-        """Of the whole job."""
+        """Total iterations of the job."""
         return self.job.train.iterations
 
     def _tick(self, what: str, done: int, total: int) -> None:
@@ -174,7 +175,7 @@ class JobRun:
         if job.train.capture:
             check_place(self.accelerator)  # before anything slow
         self._write_spec()
-        torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters start from random weights
+        torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters are initialised at random
         self.reference = base_reference(job.base)
         base = load(job.family, job.base, device, torch.float32)
         chosen = method(job.method)
@@ -189,7 +190,7 @@ class JobRun:
         train = job.train
         draws: float = train.iterations * train.batch_size * train.gradient_accumulation
         draws *= job.partition.students if job.partition is not None else 1  # the parts share the caches
-        if self.shares_cache:  # the next job draws from it too
+        if self.shares_cache:  # later jobs use it too
             draws = math.inf
 
         def prepare(tick: Tick) -> None:
@@ -220,11 +221,11 @@ class JobRun:
 
     @property
     def with_pictures(self) -> bool:
-        """Whether the method looks at real pictures."""
+        """Whether the method uses real images."""
         return method(self.job.method).needs_pictures(self.config) is not None
 
     def _corpus(self, base: TextToImage) -> Corpus:
-        """What this job trains on: all of its data, or the part that it is for."""
+        """The training data of this job: all of it, or the part of the partition that the job is for."""
         corpus, spec = load_corpus(self.job.data, base.size), self.job.partition
         if spec is None or spec.part is None:
             return corpus
@@ -264,7 +265,7 @@ class JobRun:
         return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
 
     def _workspace(self, feed: Feed, builder: Builder) -> Workspace:
-        """What was prepared for other prompts, another seed or another teacher lies in other folders."""
+        """The workspace of `Method.prepare`; other prompts, seeds or teachers get other folders."""
         made_from = "\n".join([*builder.teaching(), str(self.job.guide), str(self.job.train.seed), feed.identity])
         folder = self.shared / "prepared" / hashlib.sha256(made_from.encode()).hexdigest()[:20]
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,13 +322,13 @@ class JobRun:
         expected = isinstance(error, EXPECTED)
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
-        if not self.accelerator.is_main_process:  # whose reports nobody hears
+        if not self.accelerator.is_main_process:  # its reporter writes nothing
             print(f"process {self.accelerator.process_index}: {message}", file=sys.stderr)
         if not expected:
             raise error
 
     def _position(self) -> tuple[int, str | None]:
-        """The iteration, and the newest checkpoint's path in the folder."""
+        """The current iteration, and the newest checkpoint's path relative to the folder."""
         if self.trainer is None:
             return 0, None
         latest = self.trainer.latest_checkpoint()
@@ -335,6 +336,6 @@ class JobRun:
 
 
 def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:
-    """The student that this very job, whose checkpoints are in the folder, has published already."""
+    """The student, if this very job has already published it from the checkpoints in the folder."""
     trained_here = any((folder / "checkpoints").glob("iteration-*.safetensors"))
     return store.made_by(job) if trained_here else None

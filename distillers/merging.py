@@ -1,4 +1,4 @@
-"""The events of a job's parts as one stream: what the service reads of a job with several students."""
+"""Merges the events of a job's parts into one stream, which the service reads for a job with several students."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from weights.contracts import AnyEvent, Failed, Finished, Progress, Saved, Start
 
 
 class MergedEvents:
-    """Turns each part's events into the whole job's.
+    """Turns the events of each part into events of the whole job.
 
-    The job's step is the sum of the parts' steps, each of which counts to ``iterations`` (and has got there when it is
-    finished, though its time was up before). Metrics are named ``part-K/...``, and so are the paths of what is saved.
+    The job's step is the sum of its parts' steps, each counted up to ``iterations`` (which a finished part has reached,
+    even if its time ran out earlier). Metrics and the paths of saved files are prefixed with ``part-K/``.
 
     Args:
-        reporter: takes the whole job's events.
-        parts: how many there are.
+        reporter: receives the job's events.
+        parts: number of parts.
         train: each part's settings.
         parallel: whether the parts run at the same time.
     """
@@ -27,28 +27,28 @@ class MergedEvents:
         self.started: set[int] = set()
         self.failures: dict[int, str] = {}
         self.last_checkpoint: str | None = None
-        self._said_so = False  # that the job has started
+        self._said_so = False  # whether the job's start has been reported
         self._left: dict[int, float] = {}
         self._whole: float | None = None
 
     @property
     def step(self) -> int:
-        """Of all parts together."""
+        """Sum over all parts."""
         return sum(self.steps)
 
     @property
     def iterations(self) -> int:
-        """Of all parts together."""
+        """Sum over all parts."""
         return len(self.steps) * self.train.iterations
 
     def skip(self, part: int) -> None:
-        """This part was done before."""
+        """Counts a part as finished."""
         self.steps[part] = self.train.iterations
         self.started.add(part)
         self._left[part] = 0.0
 
     def take(self, part: int, event: AnyEvent) -> None:
-        """Reports what a part has reported."""
+        """Reports an event of a part."""
         match event:
             case Started():
                 self._started(part, event)
@@ -87,7 +87,7 @@ class MergedEvents:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of parallel parts the longest; else what is left of this one, and as much again for each that has not begun."""
+        """Of parallel parts, the longest; else the rest of the current part, and a whole one for each not yet begun."""
         if not self._left:
             return None
         if self.parallel:
@@ -106,17 +106,17 @@ class MergedEvents:
 
 
 class PartReporter(Reporter):
-    """Reports of a part that runs in the whole job's process: to the part's own file, and merged into the job's stream.
+    """Reporter of a part that runs in the job's own process: writes to the part's file, and to the merged stream.
 
     Args:
         folder: the part's.
-        merged: of the whole job.
+        merged: merged events of the job.
         part: its number.
     """
 
     def __init__(self, folder: Path, merged: MergedEvents, part: int) -> None:
         super().__init__(folder, main=merged.reporter.main)
-        self.on_terminal = False  # the bar is the job's
+        self.on_terminal = False  # the progress bar belongs to the job
         self._merged, self._part = merged, part
 
     def emit(self, event: AnyEvent) -> None:

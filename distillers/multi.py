@@ -1,16 +1,16 @@
-"""Multi-Student Distillation as a job over jobs: cut the prompts into parts, train a student on each, publish a router.
+"""Multi-Student Distillation: partitions the prompts, trains a student on each part, and publishes a router over them.
 
-Song et al. 2024, https://arxiv.org/abs/2410.23274; what is cut, and how, is in `distillers.partition`. Part k is the same
-job (method, settings, seed, so many iterations) with the prompts of part k, in the folder ``part-k``. It is published as
-NAME-k as soon as it is done, and when all are, NAME is: a manifest that routes each prompt to one of them and has no weights
-of its own.
+Song et al. 2024, https://arxiv.org/abs/2410.23274; `distillers.partition` defines the partition. Part k is the same job
+(method, settings, seed, iterations) on the prompts of part k, in the folder ``part-k``. Its student is published as
+NAME-k as soon as it is done. Once all are done, NAME is published: a manifest without weights of its own, which routes
+each prompt to one of the students.
 
-Same-sized students start from the teacher, as in every job. To compare K students with one at the same cost, the paper
-trains each with a K-th of the batch: ``train.batch_size`` is each student's. Parts share what is encoded, and the teacher
-pairs of a regression. In parallel each part is a process, on the next GPU where there are several.
+Students of the teacher's size start from the teacher, as in every job. ``train.batch_size`` is per student: to compare
+K students with one at the same cost, the paper trains each with a K-th of the batch. Parts share encoded data and a
+regression's teacher pairs. In parallel order, each part is a process, and these are distributed over the GPUs.
 
-A stopped job goes on with the part (or parts) that it was at; those that are published are passed over. The job's events are
-one stream: its steps are all parts' together, and metrics, checkpoints and samples are named by their part.
+A stopped job resumes with the part (or parts) that it was training; published parts are skipped. The job's events form
+one stream: its steps are the sum over all parts, and the names of metrics, checkpoints and samples contain their part.
 """
 
 import gc
@@ -46,17 +46,17 @@ SPENT = (
     "preparation_seconds",
     "preparation_processor_seconds",
 )
-"""A manifest's metrics that are the sums of the parts'."""
+"""Metrics of the router's manifest that are sums over the parts."""
 ASKED = (STOPPED, -signal.SIGTERM)
-"""Exit status of a part that was asked to stop: the second one's, while it still imports its libraries."""
+"""Exit statuses of a part that was asked to stop; the second one occurs while it still imports its libraries."""
 
 
 class PartFailed(ValueError):
-    """A part's job has failed; the message is its own, and says which."""
+    """A part's job has failed; the message names the part and contains its own message."""
 
 
 class MultiRun(JobRun):
-    """A job with a partition, all parts of it."""
+    """A job with a partition: trains all parts and publishes the router."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """
@@ -76,7 +76,7 @@ class MultiRun(JobRun):
         self._running: JobRun | None = None
 
     def stop(self, *_: Any) -> None:
-        """Asks the job, and the part that it is at, to stop."""
+        """Asks the job and its current part to stop."""
         super().stop()
         if self._running is not None:
             self._running.stop()
@@ -107,21 +107,21 @@ class MultiRun(JobRun):
         return self.folder / f"part-{part}"
 
     def _cut(self) -> Partition:
-        """The partition: the one in the folder, or a new one."""
+        """The partition in the folder, or a new one."""
         self.reference = base_reference(self.job.base)
         base = load(self.job.family, self.job.base, self.accelerator.device, torch.float32)
         return self._partition(load_corpus(self.job.data, base.size), base)
 
     @property
     def iterations(self) -> int:
-        """Of all parts together."""
+        """Sum over all parts."""
         return self.merged.iterations
 
     def _position(self) -> tuple[int, str | None]:
         return self.merged.step, self.merged.last_checkpoint
 
     def _ended(self, part: int, status: int) -> None:
-        """Goes on where a part has ended well. Raises: Interrupted or PartFailed."""
+        """Returns if the part has ended well. Raises: Interrupted or PartFailed."""
         if status in ASKED:
             raise Interrupted(f"stopped in part {part}")
         if status != 0:
@@ -132,7 +132,7 @@ class MultiRun(JobRun):
             )
             raise PartFailed(f"part {part}: {self.merged.failures.get(part, how)}")
 
-    # One after the other
+    # Sequential
 
     def _run_here(self, part: int, resume: bool) -> None:
         self._running = JobRun(
@@ -144,17 +144,17 @@ class MultiRun(JobRun):
             shared=self.shared,
             reporter=PartReporter(self._folder(part), self.merged, part),
         )
-        if self._stop:  # before it was there to be asked
+        if self._stop:  # requested before the part could be told
             raise Interrupted(f"stopped before part {part}")
         try:
             self._ended(part, self._running.run(resume))
         finally:
             self._running = None
-            gc.collect()  # a part's networks hold each other in cycles
+            gc.collect()  # a part's networks form reference cycles
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    # All at once
+    # Parallel
 
     def _run_together(self, parts: list[int], resume: bool) -> None:
         events: queue.SimpleQueue[tuple[int, AnyEvent]] = queue.SimpleQueue()
@@ -168,7 +168,7 @@ class MultiRun(JobRun):
                 readers.append(reader)
             self._follow(processes, events)
         finally:
-            for process in processes.values():  # those that still run: they save and exit
+            for process in processes.values():  # those still running save and exit
                 process.terminate()
             for process in processes.values():
                 process.wait()
@@ -177,14 +177,14 @@ class MultiRun(JobRun):
             while not events.empty():
                 self.merged.take(*events.get())
         statuses = {part: process.returncode for part, process in processes.items()}
-        # The one that failed by itself first, since the others were stopped for it.
+        # First the part that failed on its own, since the others were stopped because of it.
         for part, status in sorted(statuses.items(), key=lambda item: item[1] in (0, *ASKED)):
             self._ended(part, status)
 
     def _follow(
         self, processes: "dict[int, subprocess.Popen[str]]", events: "queue.SimpleQueue[tuple[int, AnyEvent]]"
     ) -> None:
-        """Passes events on until every process has ended, one has failed, or the job is to stop."""
+        """Forwards events until all processes have ended, one has failed, or the job is asked to stop."""
         while not self._stop:
             try:
                 self.merged.take(*events.get(timeout=POLL_SECONDS))
@@ -204,7 +204,7 @@ class MultiRun(JobRun):
         command = [sys.executable, "-m", "distillers", str(spec)]
         command += [str(word) for option in options.items() for word in option]
         command += ["--resume"] * resume + ["--replace"] * self.replace
-        # Same process group: whoever ends this job's group ends its parts.
+        # Same process group, so that ending the job's group ends its parts.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=os.environ | _device(part)
         )
@@ -234,7 +234,7 @@ class MultiRun(JobRun):
 
 
 def _read(part: int, process: "subprocess.Popen[str]", events: "queue.SimpleQueue[tuple[int, AnyEvent]]") -> None:
-    """Puts the events that a part's process prints into the queue, until it ends; other lines are a library's."""
+    """Queues the events printed by a part's process until it ends; other lines come from libraries."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -245,7 +245,7 @@ def _read(part: int, process: "subprocess.Popen[str]", events: "queue.SimpleQueu
 
 
 def _device(part: int) -> dict[str, str]:
-    """The variables that show a part's process its own GPU, where there are several."""
+    """Environment variables that give a part's process a GPU of its own, if there are several."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < 2:
         return {}

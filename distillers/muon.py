@@ -1,7 +1,7 @@
-"""Muon: an optimizer that steps along the orthogonalised momentum of a matrix, and is AdamW for all that is no matrix.
+"""Muon: steps matrices along their orthogonalised momentum, and everything else with AdamW.
 
-Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the step's size is Liu et al. 2025's
-(https://arxiv.org/abs/2502.16982, section 2.2), with which Muon takes AdamW's learning rate and weight decay.
+Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/). The step size is that of Liu et al. 2025
+(https://arxiv.org/abs/2502.16982, section 2.2), so that Muon takes AdamW's learning rate and weight decay.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,24 @@ from torch import Tensor
 from distillers.precision import computes_in_bfloat16
 
 SMALLEST = 16
-"""A matrix with a side below it (a network's first and last layer) is left to AdamW."""
+"""A matrix with a smaller side (a network's first and last layers) is left to AdamW."""
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A linear layer's weight as it is, a kernel ``(O, I, H, W)`` as ``(O, H * W * I)``: outputs by inputs."""
+    """A linear layer's weight unchanged, a kernel ``(O, I, H, W)`` as ``(O, H * W * I)``: outputs by inputs."""
     return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def is_matrix(weight: Tensor) -> bool:
-    """Whether Muon steps this weight; AdamW does the others: vectors, and layers of few inputs or outputs."""
+    """Whether Muon updates this weight. AdamW updates the rest: vectors, and layers with few inputs or outputs."""
     return weight.ndim in (2, 4) and min(weight.shape[0], weight[0].numel()) >= SMALLEST
 
 
 def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """About ``U V^T`` of each ``M = U S V^T``: its singular values come out between about 0.7 and 1.2.
+    """Approximately ``U V^T`` of each ``M = U S V^T``: the resulting singular values lie between about 0.7 and 1.2.
 
     Newton-Schulz iteration with the quintic ``3.4445 x - 4.7750 x^3 + 2.0315 x^5`` (Jordan et al. 2024), which need not
-    converge; in bfloat16 where the device computes in it. Singular values far below the largest stay small.
+    converge; in bfloat16 if the device supports it. Singular values far below the largest stay small.
 
     Args:
         matrices: one, ``(R, C)``, or several, ``(N, R, C)``.
@@ -40,7 +40,7 @@ def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x if x.ndim == 3 else x.unsqueeze(0)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # no singular value above 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)  # bounds all singular values by 1
     for _ in range(iterations):
         square = x @ x.mT
         x = 3.4445 * x + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315) @ x
@@ -48,13 +48,13 @@ def orthogonalised(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for matrices and kernels, AdamW for the rest, with one learning rate and weight decay for both."""
+    """Muon for matrices and kernels, AdamW for the rest, with a common learning rate and weight decay."""
 
     def __init__(self, weights: Any, *, momentum: float = 0.95, **settings: Any) -> None:
         """
         Args:
             weights: as in any torch optimizer.
-            momentum: of the matrices' gradients, with Nesterov's look ahead.
+            momentum: of the matrices' gradients (Nesterov).
             settings: AdamW's.
         """
         super().__init__(weights, **settings)
@@ -62,7 +62,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every weight that has a gradient. The matrices' gradients are gone after it."""
+        """Updates every weight that has a gradient, and clears the gradients of matrices."""
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before the step")
         for group in self.param_groups:
@@ -73,11 +73,11 @@ class Muon(torch.optim.AdamW):
             for weights in alike.values():
                 self._step_matrices(weights, group["lr"], group["weight_decay"])
                 for weight in weights:
-                    weight.grad = None  # AdamW passes over it
+                    weight.grad = None  # so that AdamW skips it
         return super().step()
 
     def _step_matrices(self, weights: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
-        """One step of weights of one shape, all at once: a GPU would spend longer starting kernels than in them."""
+        """Updates all weights of one shape at once, since launching a kernel for each would dominate on a GPU."""
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         momenta = [self._momentum(weight) for weight in weights]
         torch._foreach_mul_(momenta, self.momentum)
@@ -91,7 +91,7 @@ class Muon(torch.optim.AdamW):
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
-            # AdamW, when it is loaded, expects a step of everybody, and one that it can capture lies on the device.
+            # On loading, AdamW expects a step count for every weight; a capturable one is on the device.
             state["step"] = torch.tensor(0.0, device=weight.device if self.defaults["capturable"] else None)
             state["momentum"] = torch.zeros_like(weight)
         state["step"] += 1

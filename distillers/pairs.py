@@ -1,4 +1,4 @@
-"""Pairs of noise and the picture that the teacher's ODE solver makes of it, kept on disk between restarts."""
+"""Pairs of noise and the image that the teacher's ODE solver generates from it, kept on disk across restarts."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, tr
 
 SHARD = 64
 LATENTS_AT_ONCE = 16 * 64 * 64
-"""Positions of latents that a teacher draws together: 16 pictures of 512 pixels, 4 of 1024, twice as many rows if guided."""
+"""Latent positions per teacher call: 16 images of 512 pixels, 4 of 1024; guidance doubles the rows."""
 WHAT = "drawing teacher's pictures"
 
 
 class TeacherPairs:
-    """A fixed set of pairs; the noise is not stored, its seed follows from the pair's number."""
+    """A fixed set of pairs. The noise is not stored, since its seed is derived from the pair's index."""
 
     def __init__(self, workspace: Workspace, setup: Setup, count: int) -> None:
         self.workspace = workspace
@@ -29,15 +29,15 @@ class TeacherPairs:
         self._rows = torch.empty(0, dtype=torch.int64)
 
     def noise(self, pairs: Tensor) -> Tensor:
-        """Unit noise of those pairs, ``(B, ...)`` float32 on the training device."""
+        """Unit noise of the given pairs, ``(B, ...)`` float32 on the training device."""
         seeds = [self.workspace.seed("pair", number) for number in pairs.tolist()]
         return ImageNoise(seeds, self.setup.latent_shape, self.setup.device)()
 
     def make(self, steps: int, guidance_scale: float) -> None:
-        """Draws every pair that is not on disk yet: ``steps`` (guided: twice as many) evaluations of the teacher each.
+        """Generates all pairs that are not on disk: ``steps`` evaluations of the teacher each, twice as many if guided.
 
         Args:
-            steps: of DDIM, trailing times.
+            steps: of DDIM, with trailing times.
             guidance_scale: the teacher's; 1.0 is off.
         """
         ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
@@ -46,7 +46,7 @@ class TeacherPairs:
         ]
 
         def made(number: int) -> Path:
-            """Where it is not on disk: another process's may be on another machine's."""
+            """Generates the shard if it is not on this disk; another process may run on another machine."""
             if not files[number].exists():
                 self._make_shard(files[number], torch.arange(*ends[number]), steps, guidance_scale)
             return files[number]
@@ -75,12 +75,12 @@ class TeacherPairs:
         save_checkpoint(path, {"pictures": pictures.half(), "rows": rows}, {"steps": steps})
 
     def _at_once(self) -> int:
-        """How many of a shard's pictures are drawn together."""
+        """Number of a shard's images to generate together."""
         _, height, width = self.setup.latent_shape
         return max(1, LATENTS_AT_ONCE // (height * width))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Cond]:
-        """Noise ``(B, ...)``, the teacher's pictures ``(B, ...)`` float32, and the conditions they were drawn with."""
+        """Noise ``(B, ...)``, the teacher's images ``(B, ...)`` float32, and the conditions of these images."""
         pairs = torch.randint(self.count, (count,), generator=generator)
         target = self._pictures[pairs].to(self.setup.device, torch.float32)
         return self.noise(pairs), target, self.workspace.conditions(self._rows[pairs])

@@ -1,14 +1,16 @@
-"""Multi-Student Distillation's partition: which student is trained on which prompts, and how a router finds it again.
+"""Multi-Student Distillation's partition: which student is trained on which prompts, and how a router reproduces it.
 
-Song et al. 2024, https://arxiv.org/abs/2410.23274: the conditions are cut into K disjoint parts of equal size that belong
-together, and student k is distilled, by any method, on the conditions of part k alone. What is cut here is the set of
-distinct captions (or prompts). A student then sees the data's own joint distribution of picture and caption, given that the
-caption is of its part; a picture whose captions lie in several parts is seen by each of these students, with those captions.
-Pairs of noise and the teacher's picture for a regression are not cut but shared: a regression on a part alone loses modes.
+Song et al. 2024, https://arxiv.org/abs/2410.23274: the conditions are partitioned into K disjoint, semantically
+coherent sets of equal size, and student k is distilled, by any method, on the conditions of part k only. Here, the
+distinct captions (or prompts) are partitioned. A student then sees the joint distribution of images and captions in the
+data, given that the caption is in its part; an image whose captions are in several parts is seen by each of their
+students, with those captions. Pairs of noise and teacher's image for a regression are shared, not partitioned:
+regression on a single part loses modes.
 
-Departures: clusters are of exactly equal size (`distillers.clustering`). The paper needs no router for classes; here prompts
-that nobody saw before are to be drawn, so the centroids are kept, and with them the prices of the balanced assignment as
-offsets: without these, some captions would go to a student that never saw them (``train_without_offsets`` in the manifest).
+Departures: clusters have exactly equal sizes (`distillers.clustering`). The paper's classes need no router. Prompts at
+inference are new, so the centroids are kept, along with the prices of the balanced assignment as offsets: without
+these, some captions would be routed to a student that was not trained on them (``train_without_offsets`` in the
+manifest).
 """
 
 import hashlib
@@ -40,35 +42,35 @@ class Partition:
     """The parts of a corpus."""
 
     labels: Tensor
-    """Each caption's part, ``(N,)`` int64; -1 where it is neither a prompt nor embedded."""
+    """Each caption's part, ``(N,)`` int64; -1 if it is neither a prompt nor embedded."""
     centroids: Tensor
-    """``(K, D)`` float32, of length 1."""
+    """``(K, D)`` float32 unit vectors."""
     offsets: Tensor
-    """``(K,)`` float32, see `weights.router.route`."""
+    """``(K,)`` float32; see `weights.router.route`."""
     metrics: dict[str, Any]
-    """How well the router finds the parts: see `measure`."""
+    """How well the router reproduces the partition; see `measure`."""
 
     def router(self, students: list[str]) -> Router:
-        """What the routed student's manifest says."""
+        """The router for the manifest of the routed student."""
         return Router(centroids=self.centroids.tolist(), students=students, offsets=self.offsets.tolist())
 
 
 def units(corpus: Corpus) -> list[int]:
-    """The captions that are cut into parts: all that the student's conditions are drawn from."""
+    """The captions to partition: all that the student's conditions are drawn from."""
     return list(range(len(corpus.captions))) if corpus.prompts is None else corpus.prompts
 
 
 def make_partition(spec: PartitionSpec, corpus: Corpus, embed: Embed, with_pictures: bool) -> Partition:
-    """Cuts a corpus into parts.
+    """Partitions a corpus.
 
     Args:
-        spec: how.
-        corpus: the whole.
-        embed: prompts to points ``(N, D)`` of length 1.
-        with_pictures: whether pictures are trained on, whose captions then get a part even where they are no prompts.
+        spec: the settings.
+        corpus: the whole corpus.
+        embed: maps prompts to unit vectors ``(N, D)``.
+        with_pictures: whether images are trained on; their captions then get a part even if they are not prompts.
 
     Raises:
-        BadData: there are fewer prompts or groups than students, or pictures without a group.
+        BadData: there are fewer prompts or groups than students, or images without a group.
     """
     chosen = torch.tensor(units(corpus))
     rows = torch.arange(len(corpus.captions)) if with_pictures or corpus.prompts is None else chosen
@@ -98,9 +100,9 @@ def make_partition(spec: PartitionSpec, corpus: Corpus, embed: Embed, with_pictu
 
 
 def _by_groups(corpus: Corpus, parts: int) -> tuple[Tensor, dict[str, int]]:
-    """Each caption's part, and each group's: runs of neighbouring groups with about equally many captions.
+    """Each caption's part, and each group's: runs of consecutive groups with about equally many captions.
 
-    A caption of pictures of several groups belongs to the group that it is drawn for most often.
+    A caption of images from several groups belongs to the group for which it is drawn most often.
     """
     groups = corpus.groups or [None] * len(corpus.rows)
     missing = [number for number, group in enumerate(groups) if group is None]
@@ -134,24 +136,26 @@ def measure(
     held_out_groups: list[str | None],
     group_parts: dict[str, int],
 ) -> dict[str, Any]:
-    """How often the router picks the right student.
+    """Measures how often the router picks the right student.
 
-    - ``train``: share of the prompts that are routed to the student that is trained on them.
-    - ``train_without_offsets``: the same by the nearest centroid alone.
-    - ``held_out``: share of the held-out captions that are routed to the right student, which is, by groups, that of the
-      picture's own group, and by k-means, the one that is trained on the prompt most like it (by cosine). The latter is a
-      lower bound of sense: a new "onion, twemoji" is most like "onion, noto emoji", and better drawn by who knows twemoji.
-    - ``held_out_captions``: how many these are.
-    - ``sizes``: prompts of each part.
-    - ``cosine`` and ``cosine_of_one``: of the prompts to their part's centroid, and to the one of all; means.
+    - ``train``: share of the prompts that are routed to the student trained on them.
+    - ``train_without_offsets``: the same, with the nearest centroid only.
+    - ``held_out``: share of the held-out captions that are routed to the right student. By groups, that is the student
+      of the image's own group; by k-means, the one trained on the most similar prompt (by cosine). The latter is
+      pessimistic: a new "onion, twemoji" is most similar to "onion, noto emoji", but is better generated by a student
+      that knows twemoji.
+    - ``held_out_captions``: the number of these captions.
+    - ``sizes``: number of prompts in each part.
+    - ``cosine`` and ``cosine_of_one``: mean cosine of the prompts to their part's centroid, and to a single centroid of
+      all.
 
     Args:
-        partition: as yet without metrics.
-        points: of every caption, ``(N, D)``.
-        chosen: the captions that were cut into parts.
-        held_out: points of the held-out captions.
+        partition: still without metrics.
+        points: embeddings of all captions, ``(N, D)``.
+        chosen: the captions that were partitioned.
+        held_out: embeddings of the held-out captions.
         held_out_groups: their groups.
-        group_parts: each group's part; empty by k-means.
+        group_parts: each group's part; empty for k-means.
     """
     labels, trained = partition.labels[chosen], points[chosen]
     count = len(partition.centroids)
@@ -180,16 +184,16 @@ def measure(
 
 
 def _nearest(points: Tensor, trained: Tensor, labels: Tensor) -> Tensor:
-    """The label of each point's nearest trained one."""
+    """The label of each point's nearest training point."""
     found = [labels[(chunk @ trained.T).argmax(1)] for chunk in points.split(_CHUNK)]
     return torch.cat(found) if len(points) else labels[:0]
 
 
 def part_of(corpus: Corpus, partition: Partition, part: int, with_pictures: bool) -> Corpus:
-    """One part: the same captions and pictures (so that all parts share what is cached), of which only its own are drawn.
+    """One part of a corpus: captions and images stay the same (so that parts share caches), but only its own are drawn.
 
     Raises:
-        BadData: pictures are trained on, and none has a caption in this part.
+        BadData: images are trained on, and none has a caption in this part.
     """
     inside = (partition.labels == part).tolist()
     own = [row for row in units(corpus) if inside[row]]
@@ -214,18 +218,18 @@ def part_of(corpus: Corpus, partition: Partition, part: int, with_pictures: bool
 def stored_partition(
     folder: Path, spec: PartitionSpec, corpus: Corpus, base_id: str, embed: Embed, with_pictures: bool
 ) -> Partition:
-    """The partition in a job's folder, made and written where there is none.
+    """The partition stored in a job's folder, created if missing.
 
     Args:
         folder: of the whole job.
-        spec: how to cut.
-        corpus: what to cut.
+        spec: the settings.
+        corpus: the whole corpus.
         base_id: identifies the text encoder's weights.
         embed: as in `make_partition`.
         with_pictures: as in `make_partition`.
 
     Raises:
-        BadData: as in `make_partition`, or the stored one is of other data, another base or other settings.
+        BadData: as in `make_partition`, or the stored partition belongs to other data, another base or other settings.
     """
     path = folder / FILE
     settings = spec.model_dump(include={"students", "by", "seed"})

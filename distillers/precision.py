@@ -1,4 +1,4 @@
-"""Which number format to train in, and how: bfloat16 where the processor computes in it, float32 elsewhere."""
+"""Number formats for training: bfloat16 if the processor supports it natively, float32 otherwise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +13,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively; where it does not, it is emulated and slower than float32."""
+    """Whether the device multiplies bfloat16 natively; otherwise it is emulated, and slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -22,17 +22,17 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(asked: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """What "auto" means on this device; anything else is taken as it is."""
+    """Resolves "auto" for this device; other values are returned unchanged."""
     if asked != "auto":
         return asked
     return "bfloat16" if computes_in_bfloat16(device) else "float32"
 
 
 class Float32Kernels(TorchFunctionMode):
-    """Runs attention and group normalisation in float32 where they are given bfloat16, and returns bfloat16.
+    """Runs attention and group normalisation in float32 when their inputs are bfloat16, and returns bfloat16.
 
-    torch's CPU kernels of the two are slower in bfloat16 than in float32, attention's backward pass many times (seen with
-    torch 2.13 on Zen 4), which ate most of what the other layers gain. Accuracy only rises.
+    torch's CPU kernels for these are slower in bfloat16 than in float32, attention's backward pass many times (torch
+    2.13 on Zen 4), which cost most of what the other layers gain. Accuracy can only improve.
     """
 
     SLOW = (F.scaled_dot_product_attention, F.group_norm)
@@ -56,14 +56,14 @@ def _widen(value: Any) -> Any:
 
 
 def fast_kernels(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, bfloat16 training skips the kernels that are slow in it on this device; float32 is left as it is."""
+    """Context in which bfloat16 training avoids kernels that are slow in it on this device; float32 is unaffected."""
     return Float32Kernels() if device.type == "cpu" else nullcontext()
 
 
 def checkpointed(module: Callable[..., Any], *inputs: Any) -> Any:
-    """torch's activation checkpointing (https://arxiv.org/abs/1604.06174), whose two forward passes run the same kernels.
+    """Activation checkpointing (https://arxiv.org/abs/1604.06174) whose two forward passes run the same kernels.
 
-    The second is run inside ``backward``, where modes such as `Float32Kernels` are off.
+    The second pass runs inside ``backward``, where modes such as `Float32Kernels` are not active.
     """
     device = next(each.device for each in inputs if isinstance(each, torch.Tensor))
     return checkpoint(
@@ -73,7 +73,7 @@ def checkpointed(module: Callable[..., Any], *inputs: Any) -> Any:
 
 @contextmanager
 def training_format(device: torch.device) -> Iterator[None]:
-    """Inside, networks run in the format that "auto" means on this device, without the kernels that are slow in it."""
+    """Context in which networks run in this device's "auto" format, without the kernels that are slow in it."""
     bfloat16 = resolve_precision("auto", device) == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), fast_kernels(device):
         yield

@@ -1,4 +1,4 @@
-"""What the processes of one job do together; for a job of one process all of it is nothing."""
+"""Coordination of a distributed job's processes; with a single process, everything here is a no-op."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,38 +8,38 @@ from torch import Tensor, distributed
 
 Made = TypeVar("Made")
 Tick = Callable[[str, int, int], None]
-"""Called with what is being prepared, how much is done, and of how much; raises `Interrupted` when the job is to stop."""
+"""Called with the name, done and total count of what is being prepared; raises `Interrupted` if the job is to stop."""
 
 
 class Interrupted(Exception):
-    """The job was told to stop; what there was to save is saved."""
+    """The job was asked to stop, and has saved its state."""
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """This process's rank, and the number of processes."""
     return (distributed.get_rank(), distributed.get_world_size()) if _several() else (0, 1)
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The tensor's sum over all processes; changed in place."""
+    """The sum of a tensor over all processes, in place."""
     if _several():
         distributed.all_reduce(tensor)
     return tensor
 
 
 def agreed(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so; all have to come here."""
+    """Whether the flag is set in any process; all of them must call this."""
     return bool(summed(torch.tensor(float(flag), device=device)).item() > 0) if _several() else flag
 
 
 def wait() -> None:
-    """Until all processes have come here."""
+    """Waits until all processes have called this."""
     if _several():
         distributed.barrier()
 
 
 def together(tick: Tick, device: torch.device) -> Tick:
-    """A tick that all processes call equally often: where one is to stop, all do, or the others would wait for it."""
+    """A tick that all processes call equally often. If one is to stop, all do; the others would wait for it forever."""
 
     def told(what: str, done: int, total: int) -> None:
         _tell(tick, (what, done, total), device)
@@ -48,17 +48,18 @@ def together(tick: Tick, device: torch.device) -> Tick:
 
 
 def main_first(work: Callable[[Tick], Made], tick: Tick, device: torch.device) -> Made:
-    """What the main process makes and leaves on the disk, where the others then find it; they wait until it is there.
+    """Runs work in the main process first, which leaves its result on disk, then in the others, which find it there.
 
-    They hear of every tick of it, so that one that is asked to stop stops all, and no wait is long enough to be given up.
+    The others take part in every tick of the main process. So a stop request to any of them stops all, and no wait is
+    long enough to time out.
 
     Args:
-        work: told a tick; what it would make it takes from the disk where it is there (on another machine's it may not be).
+        work: given a tick; must use results that are on disk (on other machines they may not be).
         tick: this process's own.
-        device: where processes can talk.
+        device: used for communication between processes.
 
     Raises:
-        Interrupted: a process was asked to stop, or the main one has failed, whose reason it tells itself.
+        Interrupted: a process was asked to stop, or the main process has failed and reports the reason itself.
     """
     rank, processes = place()
     if processes == 1:
@@ -73,7 +74,7 @@ def main_first(work: Callable[[Tick], Made], tick: Tick, device: torch.device) -
 def _make_and_tell(work: Callable[[Tick], Made], tick: Tick, device: torch.device) -> Made:
     try:
         made = work(together(tick, device))
-    except Interrupted:  # of which everybody has heard
+    except Interrupted:  # all processes know already
         raise
     except BaseException:
         _heard(True, True, device)
@@ -84,10 +85,10 @@ def _make_and_tell(work: Callable[[Tick], Made], tick: Tick, device: torch.devic
 
 
 def _tell(tick: Tick, told: tuple[str, int, int], device: torch.device) -> bool:
-    """One tick of all processes; whether the main one has ended what the others wait for.
+    """One tick in all processes; returns whether the main process has finished the work that the others wait for.
 
     Raises:
-        Interrupted: any of them is to stop.
+        Interrupted: any process is to stop.
     """
     stopped = None
     try:
@@ -101,7 +102,7 @@ def _tell(tick: Tick, told: tuple[str, int, int], device: torch.device) -> bool:
 
 
 def _heard(stop: bool, ended: bool, device: torch.device) -> tuple[bool, bool]:
-    """Whether any process says so, of either; all have to come here."""
+    """Whether each of the two flags is set in any process; all of them must call this."""
     if not _several():
         return stop, ended
     told = summed(torch.tensor([float(stop), float(ended)], device=device))

@@ -1,4 +1,4 @@
-"""Density ratios from a discriminator, and the settings of the methods that weigh pictures by them."""
+"""Density ratios from a discriminator, and the settings of methods that weight images by them."""
 
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from distillers.processes import summed
 
 
 class RatioConfig(MethodConfig):
-    """The divergence's settings, to be mixed into those of a method of the score distillation family."""
+    """Settings of the divergence, as a mixin for methods of the score distillation family."""
 
     gan_weight: float = Field(
         1e-3, gt=0, description="student's adversarial weight; its discriminator gives the ratios"
@@ -41,9 +41,9 @@ class RatioConfig(MethodConfig):
 
 
 class Ratios:
-    """r of each picture over a moving average of its own for its interval of t, held within a range (f-distill's code).
+    """r of each image, divided by a moving average for its interval of t, then clamped (as in f-distill's code).
 
-    All processes of a job keep the same averages, of all their pictures.
+    All processes of a job share the same averages, over all of their images.
     """
 
     def __init__(self, config: RatioConfig, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Ratios:
         self.means = torch.ones(config.ratio_bins, device=device)
 
     def __call__(self, logits: Tensor | None, t: Tensor) -> Tensor:
-        """``(B,)``, with the logits' graph; the averages take the ratios in first.
+        """Updates the averages, and returns the normalised ratios ``(B,)``, with the graph of the logits.
 
         Args:
             logits: ``(B, heads)``.
@@ -63,12 +63,12 @@ class Ratios:
         total, count = summed(torch.stack([(member * ratio.detach().unsqueeze(1)).sum(0), member.sum(0)]))
         seen = total / count.clamp_min(1)
         decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
-        self.means.mul_(decay).add_((1 - decay) * seen)  # in place: a captured iteration knows this tensor
+        self.means.mul_(decay).add_((1 - decay) * seen)  # in place, since a captured iteration holds this tensor
         return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
 
 
 class WithRatios(ScoreDistillation):
-    """A method of the family that weighs pictures by ratios, to be mixed in before it."""
+    """Mixin for methods of the family that weight images by density ratios; precedes the method among the bases."""
 
     def __init__(self, config: Any, setup: Setup) -> None:
         super().__init__(config, setup)

@@ -1,8 +1,8 @@
-"""Rollouts: the states that a few-step student meets when it draws, and the times that losses are computed at.
+"""Rollouts: the states that a few-step student encounters at inference, and the times at which losses are computed.
 
-Backward simulation (DMD2, https://arxiv.org/abs/2405.14867, section 4.5): the state that step k denoises in training is
-made by running the student's own steps 0..k-1 from fresh noise, without gradient, as it is made when drawing. Noised real
-pictures in its place are a mismatch that the student never sees again.
+Backward simulation (DMD2, https://arxiv.org/abs/2405.14867, section 4.5): in training, the state that step k denoises
+is produced as at inference, by running the student's own steps 0..k-1 from fresh noise, without gradient. Noised real
+images instead are a mismatch: the student never sees such states at inference.
 """
 
 import torch
@@ -18,12 +18,12 @@ TIME_GRID = 1000
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Unit normal noise, drawn where the generator is: on the CPU, a seed means the same on every device."""
+    """Unit normal noise, drawn on the generator's device: a CPU seed gives the same noise on every device."""
     return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
 def draw_times(count: int, interval: tuple[float, float], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform times on the grid of 1000 inside the closed ``interval``: ``(count,)`` float32."""
+    """Uniform times on the grid of 1000 in the closed ``interval``: ``(count,)`` float32."""
     low, high = (round(end * TIME_GRID) for end in interval)
     return (torch.randint(low, high + 1, (count,), generator=generator, device=generator.device) / TIME_GRID).to(device)
 
@@ -33,7 +33,7 @@ def draw_lognormal_times(
 ) -> Tensor:
     """Times at which ``ln(sigma_t / alpha_t)`` is normal (EDM's distribution of training noise): ``(count,)`` float32.
 
-    Levels that the schedule never reaches are its nearest end. https://arxiv.org/abs/2206.00364, section 5.
+    Noise levels outside the schedule are clamped to its ends. https://arxiv.org/abs/2206.00364, section 5.
     """
     normal = torch.randn(count, generator=generator, dtype=torch.float64, device=generator.device)
     log_snr = -(mean + std * normal)
@@ -43,7 +43,7 @@ def draw_lognormal_times(
 def draw_step(
     schedules: dict[int, StepSchedule], weights: dict[int, float] | None, generator: torch.Generator
 ) -> tuple[StepSchedule, int]:
-    """Which step count to train now, in proportion to ``weights`` (equally when left out), and which step of it."""
+    """Draws a step count, in proportion to ``weights`` (uniformly when left out), and one of its steps."""
     counts = sorted(schedules)
     probabilities = torch.tensor([1.0 if weights is None else weights.get(count, 0.0) for count in counts])
     schedule = schedules[counts[int(torch.multinomial(probabilities, 1, generator=generator))]]
@@ -51,7 +51,7 @@ def draw_step(
 
 
 def at_time(value: float, x: Tensor) -> Tensor:
-    """``value`` once per row of x, ``(B,)`` float32."""
+    """``value`` for each row of x, ``(B,)`` float32."""
     return torch.full((len(x),), value, device=x.device)
 
 
@@ -59,15 +59,15 @@ def at_time(value: float, x: Tensor) -> Tensor:
 def simulate(
     student: Denoiser, noise: Tensor, schedule: StepSchedule, step: int, cond: Cond, generator: torch.Generator
 ) -> Tensor:
-    """The state that ``step`` denoises when the student draws, from fresh noise: ``step`` network evaluations.
+    """The state that ``step`` denoises at inference, generated from fresh noise with ``step`` network evaluations.
 
     Args:
-        student: run as it is, without gradient.
+        student: used as it is, without gradient.
         noise: ``(B, ...)``, unit normal.
         schedule: the step schedule being trained.
         step: from 0.
         cond: B rows.
-        generator: draws the re-noisings.
+        generator: draws the noise added between steps.
     """
     diffusion = student.schedule
     x_t = initial_state(noise, diffusion, schedule.timesteps[0])
@@ -81,9 +81,9 @@ def simulate(
 
 
 def noised_real(student: Denoiser, real: Tensor, noise: Tensor, schedule: StepSchedule, step: int) -> Tensor:
-    """What stands in for the simulated state when backward simulation is off: real pictures noised to the step's time.
+    """The replacement of the simulated state without backward simulation: real images noised to the step's time.
 
-    The first step gets noise alone, as it does when drawing.
+    The first step gets pure noise, as at inference.
     """
     if step == 0:
         return initial_state(noise, student.schedule, schedule.timesteps[0])

@@ -1,6 +1,6 @@
-"""Job specs: read from TOML or JSON, completed with the method's defaults, refused with every error named.
+"""Job specs: read from TOML or JSON, completed with the method's defaults, or rejected with a list of all errors.
 
-Nothing here loads a network or the libraries that would.
+Nothing here loads a network, or imports the libraries that would.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ FREE = {
     "iterations", "max_minutes", "threads", "gradient_checkpointing", "log_every", "checkpoint_every", "sample_every",
     "keep_checkpoints",
 }  # fmt: skip
-"""Settings of the trainer that may differ when a job is resumed: they change how far it goes, not where (but for a
-cooldown, which moves with the iterations)."""
+"""Trainer settings that may differ when a job is resumed: they change how far it runs, not its course (except for a
+cooldown, which shifts with the iterations)."""
 
 
 class BadSpec(ValueError):
@@ -44,11 +44,11 @@ def recipes() -> dict[str, Path]:
 
 
 def read_spec(source: str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """The raw spec in a TOML or JSON file, or in the recipe of that name.
+    """Reads the raw spec from a TOML or JSON file, or from the recipe of that name.
 
     Args:
         source: a path, or a recipe's name.
-        overrides: ``train.iterations=10`` and the like, values as in TOML (a bare word is a string).
+        overrides: such as ``train.iterations=10``, with values as in TOML (a bare word is a string).
 
     Raises:
         BadSpec: there is no such file, it cannot be parsed, or an override is malformed.
@@ -85,15 +85,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def family_names() -> list[str]:
-    """Families by their files, without importing them (and diffusers with them)."""
+    """Names of the families, from their file names, without importing them (and with them diffusers)."""
     return sorted(info.name for info in pkgutil.iter_modules(weights.families.__path__) if info.name != "base")
 
 
 def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
-    """The job with its method's defaults filled in, and the method's config.
+    """Validates a spec; returns the job with its method's defaults filled in, and the method's config.
 
     Raises:
-        BadSpec: with every error.
+        BadSpec: with a list of all errors.
     """
     try:
         job = DistillJob.model_validate(raw)
@@ -117,7 +117,7 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
 
 
 def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodConfig) -> list[dict[str, str]]:
-    """What the job lacks that this method needs."""
+    """Errors for what the method needs and the job lacks."""
     errors = []
     reason = chosen.needs_pictures(config)
     if reason and not _has_pictures(job):
@@ -137,7 +137,7 @@ def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodCon
 
 
 def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig) -> list[dict[str, str]]:
-    """What the job's settings have against captured iterations."""
+    """Errors for settings that prevent iterations from being captured."""
     train = job.train
     if not train.capture:
         return []
@@ -175,7 +175,7 @@ def _against_the_data(job: DistillJob) -> list[dict[str, str]]:
 
 
 def _against_each_other(job: DistillJob) -> list[dict[str, str]]:
-    """Where the student's weights would come from two places."""
+    """Errors for settings that would initialise the student's weights twice."""
     errors = [
         _error("network", f"starts from random weights, all of them trained: leave out network, or {field}")
         for field in ("start", "lora")
@@ -200,17 +200,17 @@ def _has_pictures(job: DistillJob) -> bool:
 
 
 def fingerprint(job: DistillJob, *digests: str) -> str:
-    """Of all that a resumed run must have in common with its checkpoint.
+    """A digest of everything that a resumed run must have in common with its checkpoint.
 
     Args:
-        job: its settings count, but for those that say how far it goes and what is told on the way.
-        digests: of the weights that teach: the base's, and the guide's where there is one.
+        job: its settings count, except for those that only affect the duration or the reporting.
+        digests: of the weights that teach: the base's and, if there is a guide, the guide's.
     """
     plain = job.model_dump(
         mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
     )
     for field in ("partition", "network", "guide"):
-        if plain[field] is None:  # so that checkpoints from before there was the field are still of the same job
+        if plain[field] is None:  # keeps the fingerprints of checkpoints from before the field existed
             del plain[field]
     if not plain["train"]["capture"]:
         del plain["train"]["capture"]

@@ -1,4 +1,4 @@
-"""Time that adds up: by the clock, and the processor's, which other work on the machine takes nothing from."""
+"""A stopwatch for wall-clock time and for processor time, which other load on the machine does not affect."""
 
 import time
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Self
 
 @dataclass
 class Stopwatch:
-    """Runs inside a ``with`` block, and goes on in the next one."""
+    """Runs inside a ``with`` block, and accumulates over several."""
 
     seconds: float = 0.0
-    """By the clock."""
+    """Wall-clock time."""
     processor_seconds: float = 0.0
-    """Of the processor, in all threads of this process."""
+    """Processor time of all threads of this process."""
 
     def __enter__(self) -> Self:
         self._since = time.monotonic(), time.process_time()

@@ -1,4 +1,4 @@
-"""Values and derivatives along a trajectory, without a graph: forward-mode, or by a difference where a network has none."""
+"""Values and derivatives of a function along a trajectory, without a graph: forward-mode or by finite differences."""
 
 import warnings
 from collections.abc import Callable
@@ -14,28 +14,28 @@ from distillers.losses.distribution_matching import per_picture
 
 Differentiation = Literal["jvp", "finite_difference"]
 Function = Callable[[Tensor, Tensor], Tensor]
-"""Of a state ``(B, ...)`` and times ``(B,)``, row by row."""
+"""A function of states ``(B, ...)`` and times ``(B,)``, independent across rows."""
 
 
 class ContiguousNorms(TorchFunctionMode):
-    """Gives group normalisation its input row by row: torch's derivative of it takes no channels-last tensors."""
+    """Makes the inputs of group normalisation contiguous: its forward-mode derivative rejects channels_last tensors."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.group_norm:  # a copy, since the derivative's layout may differ from the value's
+        if func is F.group_norm:  # always a copy, since the tangent's layout may differ from the value's
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """``function(x, t)``, and ``d/dt function(x(t), t)`` where ``dx/dt = velocity``: exact, for about two evaluations' cost.
+    """``function(x, t)`` and ``d/dt function(x(t), t)`` with ``dx/dt = velocity``: exact, for about two evaluations.
 
-    Attention runs unfused inside, because its fused kernels have no forward-mode derivative.
+    Attention runs unfused here, because fused kernels have no forward-mode derivative.
 
     Args:
-        function: of a state and times.
+        function: of states and times.
         x: ``(B, ...)``.
         t: ``(B,)``.
         velocity: ``(B, ...)``.
@@ -45,7 +45,7 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> tup
     """
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), ContiguousNorms():
-            # torch loads its derivatives of some operations when it first needs one, by a way it deprecates itself
+            # torch loads the derivatives of some operations on first use, through an interface that it deprecates
             warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", DeprecationWarning)
             value, derivative = torch.func.jvp(function, (x, t), (velocity, torch.ones_like(t)))[:2]
             return value, derivative
@@ -60,14 +60,14 @@ def jvp_along(function: Function, x: Tensor, t: Tensor, velocity: Tensor) -> tup
 
 @torch.no_grad()
 def difference_along(function: Function, x: Tensor, t: Tensor, earlier: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by the difference to an earlier point of the trajectory, in one evaluation of twice the rows.
+    """Like `jvp_along`, by a finite difference to an earlier point of the trajectory: one evaluation of twice the rows.
 
     Args:
-        function: of states and times, here of ``2 B`` rows: those of ``x``, then those of ``earlier``.
+        function: of states and times, called with ``2 B`` rows: those of ``x``, then those of ``earlier``.
         x: state at t, ``(B, ...)``.
         t: ``(B,)``.
         earlier: state at s, ``(B, ...)``.
-        s: ``(B,)``, below t. Rounding is magnified by 1 / (t - s).
+        s: ``(B,)``, below t. Rounding errors are multiplied by 1 / (t - s).
     """
     value, before = function(torch.cat([x, earlier]), torch.cat([t, s])).chunk(2)
     return value, (value - before) / per_picture((t - s).to(value.dtype), value)

@@ -1,4 +1,4 @@
-"""What is trained: a network with its optimizer, its average, its part of a checkpoint; a turn's networks as a module."""
+"""A trained network with its optimizer, average and share of a checkpoint; and the networks of a turn as one module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,27 +13,27 @@ from distillers.muon import Muon
 
 
 class TrainedNetwork:
-    """One of a method's networks."""
+    """A trained network with its optimizer and moving average."""
 
     def __init__(self, trained: Trained, device: torch.device, ema_decay: float, captured: bool) -> None:
         """
         Args:
-            trained: what the method says of it.
+            trained: the method's declaration of it.
             device: where it is trained.
-            ema_decay: of its moving average, where the method wants one; 0 is none.
-            captured: whether its optimizer's steps are captured as CUDA graphs.
+            ema_decay: of its moving average, if the method wants one; 0 for none.
+            captured: whether its optimizer steps are captured as CUDA graphs.
         """
         self.module = trained.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.settings = trained.optimizer
         self.weights = {key: weight for key, weight in self.module.named_parameters() if weight.requires_grad}
         self.rate = torch.zeros((), device=device) if captured else None
-        """Where a captured optimizer step reads its learning rate."""
+        """Tensor from which a captured optimizer step reads its learning rate."""
         self.optimizer = _optimizer(self.settings, list(self.weights.values()), self.rate)
         self.average = Average(self.module, ema_decay) if trained.average and ema_decay > 0 else None
         self.updates = 0
 
     def begin(self, turn: Turn) -> float:
-        """Makes ready for the next update, a turn's.
+        """Prepares the next update, in a turn.
 
         Returns:
             Its learning rate, before any cooldown.
@@ -44,18 +44,18 @@ class TrainedNetwork:
         return peak * min(1.0, (self.updates - turn.since + 1) / self.settings.warmup) if self.settings.warmup else peak
 
     def set_rate(self, value: float) -> None:
-        """What the next update goes by."""
+        """Sets the learning rate of the next update."""
         for group in self.optimizer.param_groups:
             group["lr"] = value if self.rate is None else self.rate.fill_(value)
 
     def stepped(self) -> None:
-        """What follows an update."""
+        """Called after every update."""
         self.updates += 1
         if self.average is not None:
             self.average.update()
 
     def pack(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that training has changed, as tensors (not copied) and as JSON-able hyper-parameters, under a name."""
+        """Everything that training changes, as tensors (not copied) and JSON-serialisable hyper-parameters."""
         tensors = {f"network.{name}.{key}": value for key, value in self._kept().items()}
         moments, plain = pack_optimizer(self.optimizer, f"optimizer.{name}")
         tensors |= moments
@@ -67,14 +67,14 @@ class TrainedNetwork:
     def unpack(
         self, name: str, tensors: dict[str, Tensor], plain: dict[str, Any], updates: int, averaged: int | None
     ) -> None:
-        """Puts back what `pack` took.
+        """Restores what `pack` returned.
 
         Args:
-            name: that it was packed under.
+            name: as given to `pack`.
             tensors: of the checkpoint.
             plain: the hyper-parameters.
-            updates: so many there were.
-            averaged: and so many of the average.
+            updates: number of updates of the network.
+            averaged: number of updates of its average.
         """
         for key, kept in self._kept().items():
             kept.copy_(tensors[f"network.{name}.{key}"])
@@ -85,14 +85,14 @@ class TrainedNetwork:
             self.average.load(behind(tensors, f"average.{name}."), averaged)
 
     def _kept(self) -> dict[str, Tensor]:
-        """The trained weights and the buffers that change with them, as they are (not copied)."""
+        """The trained weights, and the buffers that change with them (not copied)."""
         frozen = {key for key, _ in self.module.named_parameters()} - self.weights.keys()
         state = self.module.state_dict(keep_vars=True)
         return {key: value.data for key, value in state.items() if key not in frozen}
 
 
 class TurnModule(nn.Module):
-    """One turn of a method as a module: the trained networks are its children, its forward pass is the loss."""
+    """A turn of a method as a module: its children are the trained networks, and its forward pass computes the loss."""
 
     def __init__(self, method: Method, turn: Turn, networks: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class TurnModule(nn.Module):
 
 
 def behind(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin so, without it."""
+    """The tensors whose names start with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,7 +1,8 @@
-"""The trainer: optimizers, cadence, averages, precision, checkpoints, resumption. It knows no method by name.
+"""The trainer: optimizers, cadence, averages, precision, checkpoints, resumption. It is independent of the methods.
 
-accelerate does the devices, mixed precision and DDP underneath. Each turn of a method is one module whose forward pass is
-the turn's loss and whose parameters are the networks that the turn trains, so that DDP wraps any method alike.
+accelerate provides devices, mixed precision and DDP. Each turn of a method is wrapped as one module, whose forward pass
+is the turn's loss and whose parameters are those of the networks that the turn trains, so that DDP works for any
+method.
 """
 
 import math
@@ -27,22 +28,22 @@ from weights.contracts import Progress, Saved, Started, TrainSpec
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient is no longer finite; the message names the step, the loss and the last good checkpoint."""
+    """A loss or gradient is not finite; the message names the iteration, the turn and the last good checkpoint."""
 
 
 class BadCheckpoint(ValueError):
-    """A checkpoint is not of this job."""
+    """A checkpoint belongs to another job."""
 
 
 class Batches(Protocol):
-    """What the trainer needs of the data."""
+    """The trainer's interface to the data."""
 
     def batch(self, iteration: int, micro: int = 0, rank: int = 0) -> Batch:
-        """The batch of that number; the same whenever it is asked for."""
+        """The batch with that index; always the same for the same arguments."""
 
 
 class Trainer:
-    """Trains one method to its end, or until it is told to stop."""
+    """Trains a method until its last iteration, or until asked to stop."""
 
     def __init__(
         self,
@@ -58,17 +59,17 @@ class Trainer:
     ) -> None:
         """
         Args:
-            method: built, its networks on the accelerator's device.
-            feed: gives the batches.
+            method: with its networks on the accelerator's device.
+            feed: provides the batches.
             spec: the trainer's settings.
             accelerator: devices and mixed precision.
-            folder: the job's; checkpoints/ and samples/ are made in it.
-            reporter: takes the events.
-            fingerprint: of all that must not change between a checkpoint and its resumption.
-            sheet: draws sample sheets; none are drawn when left out.
+            folder: the job's; checkpoints/ and samples/ are created in it.
+            reporter: receives the events.
+            fingerprint: digest of everything that must not change between a checkpoint and its resumption.
+            sheet: generates sample sheets; none are generated when left out.
 
         Raises:
-            ValueError: the iterations are to be captured, and cannot be here.
+            ValueError: the job asks for captured iterations, which are not possible here.
         """
         self.method = method
         self.feed = feed
@@ -93,18 +94,18 @@ class Trainer:
     # Training
 
     def run(self) -> None:
-        """Trains from where it is to the end; the last state is checkpointed.
+        """Trains from the current iteration to the end, and saves the final state.
 
         Raises:
             Diverged: a loss or gradient is not finite.
-            Interrupted: `asked_to_stop` was set; the state is checkpointed.
+            Interrupted: `asked_to_stop` was set; the state has been saved.
         """
         self.reporter.emit(
             Started(at=now(), step=self.iteration, iterations=self.spec.iterations, resumed_from=self.iteration)
         )
         saved = sampled = self.iteration
         while self.iteration < self.spec.iterations and not self._out_of_time():
-            with self.time:  # saving and drawing is not training time
+            with self.time:  # saving and sampling do not count as training time
                 self._iterate()
             self.iteration += 1
             if self.iteration % self.spec.log_every == 0:
@@ -131,7 +132,7 @@ class Trainer:
         return agreed(self.asked_to_stop, self.accelerator.device)
 
     def _iterate(self) -> None:
-        """One iteration: every turn of it, each on all micro-batches."""
+        """Runs one iteration: each of its turns on all micro-batches."""
         rank, seed = self.accelerator.process_index, self.spec.seed
         self.seed_global()
         micros = range(self.spec.gradient_accumulation)
@@ -158,29 +159,29 @@ class Trainer:
             self.stepped(turn)
 
     def seed_global(self) -> None:
-        """Seeds this iteration's dropout, and whatever draws without asking; where it is captured, all that draws."""
+        """Seeds torch's global generators, for dropout and other implicit draws; for all draws if captured."""
         torch.manual_seed(seed_of(self.spec.seed, "global", self.iteration, self.accelerator.process_index))
 
     def shared_generator(self, turn: Turn, micro: int) -> torch.Generator:
-        """`Step.shared` of this iteration's turn, as new."""
+        """`Step.shared` for a turn of this iteration, in its initial state."""
         return generator_of(self.spec.seed, "shared", turn.name, self.iteration, micro)
 
     def set_rates(self, turn: Turn) -> None:
-        """This iteration's learning rates, for the networks of a turn."""
+        """Sets this iteration's learning rates for the networks of a turn."""
         for name in turn.trains:
             network = self.networks[name]
             network.set_rate(network.begin(turn) * self._cooldown())
 
     def learn(self, turn: Turn, steps: list[Step], *, check: bool) -> list[dict[str, Tensor]]:
-        """One turn: losses and gradients of all micro-batches, one optimizer step of its networks.
+        """Runs a turn: losses and gradients of all micro-batches, and one optimizer step.
 
         Args:
             turn: the turn.
             steps: its micro-batches.
-            check: that losses and gradient are finite, before the networks step on them; waits for the device.
+            check: check that losses and gradients are finite before the optimizer step; waits for the device.
 
         Returns:
-            Numbers for the log, of each micro-batch and then of the turn, still on the device.
+            Values to log, of each micro-batch and then of the turn, still on the device.
         """
         trained = [self.networks[name] for name in turn.trains]
         noted: list[dict[str, Tensor]] = []
@@ -189,7 +190,7 @@ class Trainer:
         for number, step in enumerate(steps):
             with self._unsynced(module, number + 1 < len(steps)), fast_kernels(self.accelerator.device):
                 loss, metrics = module(turn, step)
-                if check and self.accelerator.num_processes == 1:  # else the others would wait for this one's gradients
+                if check and self.accelerator.num_processes == 1:  # else, others would wait for this one's gradients
                     self.check(f"{turn.name}/loss", float(loss.detach()))
                 self.accelerator.backward(loss / len(steps))
             noted.append({f"{turn.name}/loss": loss.detach(), **metrics})
@@ -197,7 +198,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(weights, self.spec.gradient_clip)
         if check:
             if not math.isfinite(float(norm)):
-                wait()  # it is everybody's: who ends first must not cut the others off on their way here
+                wait()  # all processes have this norm: the first to exit must not cut off the rest on their way here
             self.check(f"{turn.name}/gradient_norm", float(norm))
         for network in trained:
             network.optimizer.step()
@@ -205,21 +206,21 @@ class Trainer:
         return [*noted, {f"{turn.name}/gradient_norm": norm.detach()}]
 
     def stepped(self, turn: Turn) -> None:
-        """What follows a turn's optimizer step."""
+        """Called after a turn's optimizer step."""
         for name in turn.trains:
             self.networks[name].stepped()
         self.method.after_step(turn, self.iteration)
 
     def _cooldown(self) -> float:
-        """What learning rates are multiplied by: 1, then linearly to ``1 / n`` at the last of n cooling iterations.
+        """The factor on learning rates: 1, then falling linearly to ``1 / n`` at the last of n cooldown iterations.
 
-        It goes by iterations, never by the clock, so that a resumed job repeats what an uninterrupted one does.
+        It depends on iterations, not on time, so that a resumed job is identical to an uninterrupted one.
         """
         cooling = self.spec.cooldown * self.spec.iterations
         return min(1.0, (self.spec.iterations - self.iteration) / cooling) if cooling >= 1 else 1.0
 
     def _only(self, turn: Turn) -> None:
-        """Only the turn's networks get gradients: no loss reaches another, and no work is spent on it."""
+        """Enables gradients for the turn's networks only, so that the loss reaches no others and no work is wasted."""
         for name, network in self.networks.items():
             for weight in network.weights.values():
                 weight.requires_grad_(name in turn.trains)
@@ -234,10 +235,10 @@ class Trainer:
         return self.accelerator.no_sync(module) if accumulating else nullcontext()
 
     def check(self, name: str, value: float) -> None:
-        """Refuses to go on from a number that is not finite.
+        """Stops the training if a value is not finite.
 
         Args:
-            name: of a metric, ``"turn/what"``.
+            name: of the metric, ``"turn/what"``.
             value: its value.
 
         Raises:
@@ -254,17 +255,17 @@ class Trainer:
     # Reports
 
     def note(self, metrics: dict[str, Tensor]) -> None:
-        """Adds to the means of the next report."""
+        """Adds metrics to the means of the next report."""
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def _means(self) -> dict[str, float]:
-        """Of what was noted since the last report; waits for the device.
+        """Means of the metrics since the last report; waits for the device.
 
         Raises:
-            Diverged: one is not finite. (Where iterations are captured, nothing else would have shown it; and no event can
-                tell such a number.)
+            Diverged: one of them is not finite. Captured iterations are checked only here, and events cannot represent
+                such values.
         """
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         for name, mean in means.items():
@@ -272,7 +273,7 @@ class Trainer:
         return means
 
     def _log(self) -> None:
-        """Means since the last report, as an event and as TensorBoard scalars."""
+        """Reports the means since the last report, as an event and as TensorBoard scalars."""
         metrics = self._means()
         self._sums, self._counts = {}, {}
         left = self.spec.iterations - self.iteration
@@ -291,7 +292,7 @@ class Trainer:
         self.reporter.scalars(self.iteration, metrics)
 
     def sample(self) -> None:
-        """Draws a sample sheet with the averaged student."""
+        """Generates a sample sheet with the averaged student."""
         if self.sheet is None or not self.accelerator.is_main_process:
             return
         path = self.folder / "samples" / f"iteration-{self.iteration:08d}.png"
@@ -304,7 +305,7 @@ class Trainer:
         self._saved("samples", path)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the student holds its averaged weights."""
+        """Context in which the student holds its averaged weights."""
         average = self.networks["student"].average
         return average.applied() if average is not None else nullcontext()
 
@@ -326,16 +327,16 @@ class Trainer:
         return paths[-1] if paths else None
 
     def save(self) -> None:
-        """Writes a checkpoint of everything that training has changed, and drops the oldest ones.
+        """Writes a checkpoint of everything that training has changed, and deletes the oldest ones.
 
-        The data position and the state of every random generator are functions of the seed and the iteration (see
-        `distillers.seeds`), which are in it.
+        The data position and all random states are functions of the seed and the iteration (see `distillers.seeds`),
+        which it contains.
         """
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
         if self.captured is not None:
-            self._means()  # a state that is no good must not take a good one's place
+            self._means()  # raises if not finite: a bad state must not replace a good one
         tensors: dict[str, Tensor] = {f"method.{name}": value for name, value in self.method.state().items()}
         optimizers: dict[str, Any] = {}
         for name, network in self.networks.items():
@@ -358,10 +359,10 @@ class Trainer:
         self._saved("checkpoint", path)
 
     def load(self, path: Path) -> None:
-        """Goes back to a checkpoint.
+        """Restores a checkpoint.
 
         Raises:
-            BadCheckpoint: it is of another job.
+            BadCheckpoint: it belongs to another job.
             ValueError: it cannot be read.
         """
         tensors, state = load_checkpoint(path)
@@ -375,5 +376,5 @@ class Trainer:
             network.unpack(name, tensors, state["optimizers"][name], updates, averaged)
         self.method.load_state(behind(tensors, "method."))
         self.iteration = state["iteration"]
-        # The processor's is not in checkpoints of version 0.1.0.
+        # Checkpoints of version 0.1.0 have no processor time.
         self.time = Stopwatch(state["seconds"], state.get("processor_seconds", 0.0))
