@@ -1,7 +1,7 @@
-"""Denoisers: networks seen as ``D(x_t, t, cond) -> x0``, whatever they predict inside.
+"""Denoisers: networks wrapped as ``D(x_t, t, cond) -> x0``, whatever they predict themselves.
 
-Everything above the families (losses, samplers, methods, engine) speaks only of x0. Conventions, pinned for the project:
-``x_t = alpha_t x_0 + sigma_t eps``, t in [0, 1], t = 1 is noise; guidance 1.0 is off.
+Everything above the families (losses, samplers, methods, the engine) deals only in x0. The project's conventions are
+``x_t = alpha_t x_0 + sigma_t eps``, t in [0, 1], and t = 1 is noise; a guidance scale of 1.0 is off.
 """
 
 from abc import ABC, abstractmethod
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from weights.diffusion.schedules import Schedule
 
 Cond = Mapping[str, Tensor]
-"""What a picture is conditioned on: named tensors, each with the batch as its first dimension."""
+"""What an image is conditioned on: named tensors, each with the batch as its first dimension."""
 GUIDANCE = "guidance_scale"
-"""Name of the condition ``(B,)`` that a network which embeds guidance is told its scale by."""
+"""Name of the condition ``(B,)`` with the guidance scale, for networks that embed it."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -25,7 +25,7 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The estimate of x_0.
+        """Estimate x_0.
 
         Args:
             x_t: noisy latents, ``(B, ...)``.
@@ -37,7 +37,7 @@ class Denoiser(nn.Module, ABC):
         """
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        """The estimate and inner features ``[(B, C, h, w), ...]`` for a critic's heads, in one evaluation.
+        """The estimate, and inner features ``[(B, C, h, w), ...]`` for a discriminator's heads, in one evaluation.
 
         Raises:
             TypeError: this denoiser has no inner features.
@@ -45,32 +45,32 @@ class Denoiser(nn.Module, ABC):
         raise TypeError(f"{type(self).__name__} has no inner features, so it cannot carry a critic's head")
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """The features alone, where a network can stop early to save work; the same tensors as `with_features`."""
+        """The features of `with_features` alone; overridden by networks that can stop early to save work."""
         return self.with_features(x_t, t, cond)[1]
 
     @property
     def feature_channels(self) -> list[int]:
-        """Channels of each tensor that `with_features` returns; empty when it has none."""
+        """Channels of each tensor that `with_features` returns; empty if there are none."""
         return []
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the network is told the guidance scale (``cond[GUIDANCE]``) and answers as guided, in one evaluation."""
+        """Whether the network embeds the guidance scale, ``cond[GUIDANCE]``, and needs no unconditional evaluation."""
         return False
 
     @property
     def feature_blocks(self) -> list[str]:
-        """Names of the blocks that `block_features` can read, in the order they run; empty when there are none."""
+        """Names of the blocks that `block_features` can read, in execution order; empty if there are none."""
         return []
 
     def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
-        """What several blocks give, ``[(B, C, h, w), ...]``, in one evaluation, which may end after the last of them.
+        """Outputs of several blocks, ``[(B, C, h, w), ...]``, in one evaluation, which may stop after the last of them.
 
         Args:
             x_t: noisy latents, ``(B, ...)``.
             t: times, ``(B,)``.
-            cond: B rows.
-            blocks: some of `feature_blocks`, each once, in their order; so are the features.
+            cond: conditions with B rows.
+            blocks: distinct names from `feature_blocks`, in that order, which is also the order of the features.
 
         Raises:
             TypeError: this denoiser has no inner features.
@@ -79,20 +79,20 @@ class Denoiser(nn.Module, ABC):
 
 
 def cond_rows(cond: Cond, rows: Tensor | slice) -> dict[str, Tensor]:
-    """Those rows of every tensor."""
+    """Select rows of every tensor."""
     return {name: tensor[rows] for name, tensor in cond.items()}
 
 
 def cond_cat(conds: Sequence[Cond]) -> dict[str, Tensor]:
-    """One batch of several; all must have the same names."""
+    """Concatenate several conditions into one batch; all must have the same names."""
     return {name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}
 
 
 def cond_repeat(cond: Cond, count: int) -> dict[str, Tensor]:
-    """A single row (or each row) repeated ``count`` times, in order."""
+    """Repeat each row ``count`` times, in order."""
     return {name: tensor.repeat_interleave(count, dim=0) for name, tensor in cond.items()}
 
 
 def cond_to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The conditions on a device; floating tensors in ``dtype`` where one is given."""
+    """Move the conditions to a device, and floating-point tensors to ``dtype`` if one is given."""
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in cond.items()}

@@ -1,4 +1,5 @@
-"""The theory, pure: schedules, parameterizations, guidance and samplers. Tensors in, tensors out.
+"""Pure diffusion maths: schedules, parameterizations, guidance and samplers. Tensors in, tensors out.
 
-Nothing is imported here on purpose: `weights.denoiser` needs `schedules`, and `guidance` needs `weights.denoiser`.
+Deliberately imports nothing, to avoid a cycle: `weights.denoiser` needs `schedules`, and `guidance` needs
+`weights.denoiser`.
 """

@@ -1,8 +1,9 @@
-"""A denoiser in another schedule: a denoiser that wraps a denoiser.
+"""Evaluation of a denoiser in another noise schedule, by a wrapper around it.
 
-Two schedules at equal SNR differ by the scale of the state alone (`weights.diffusion.schedules.convert`), so that what a
-network learned in its own schedule, whatever it predicts there, answers in any other without training (Lu & Song 2024,
-https://arxiv.org/abs/2410.11081, appendix B.1; Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.1):
+At equal SNR, the states of two schedules differ only in scale (`weights.diffusion.schedules.convert`). A network can
+therefore be evaluated in a schedule other than its own without retraining, whatever it predicts (Lu & Song 2024,
+https://arxiv.org/abs/2410.11081, appendix B.1; Chen et al. 2025, https://arxiv.org/abs/2503.09641, section 3.1). With
+D, alpha and sigma in the network's own schedule, and D', alpha' and sigma' in the new one:
 
     D'(x_t, t) = D(k x_t, t'),    alpha_{t'} / sigma_{t'} = alpha'_t / sigma'_t,    k = alpha_{t'} / alpha'_t
 """
@@ -14,9 +15,10 @@ from weights.diffusion.schedules import Schedule, convert
 
 
 class Converted(Denoiser):
-    """``denoiser``, asked in ``schedule`` in place of its own. Differentiable in x_t and t, forwards and backwards.
+    """``denoiser``, evaluated in ``schedule`` instead of its own.
 
-    Times that its own schedule never reaches are its nearest end there, as in `convert`.
+    Differentiable in x_t and t, in forward and reverse mode. SNRs that the denoiser's own schedule never reaches map to
+    its nearest end, as in `convert`.
     """
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:

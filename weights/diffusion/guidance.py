@@ -1,12 +1,12 @@
-"""Guidance: a denoiser that wraps a denoiser.
+"""Guidance, as denoisers that wrap a denoiser.
 
-Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6, in the convention that is
-pinned here): ``D = D_uncond + w (D_cond - D_uncond)``; w = 1 is off. x_0 is an affine function of what a network
-predicts, with coefficients that both estimates share, so guiding x_0 equals guiding the network's own output.
+Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598, equation 6) is used in the convention
+``D = D_uncond + w (D_cond - D_uncond)``; w = 1 is off. x_0 is an affine function of the network's output, with the same
+coefficients for both estimates, so guiding x_0 is equivalent to guiding the output itself.
 
-Autoguidance (Karras et al. 2024, https://arxiv.org/abs/2406.02507, section 3) does the same with a worse version of the
-model, smaller or trained for less long, in the unconditional one's place: both err in the same directions, the worse one
-further, so that to lead away from it is to lead away from the error.
+Autoguidance (Karras et al. 2024, https://arxiv.org/abs/2406.02507, section 3) replaces the unconditional estimate by
+that of a worse version of the model, which is smaller or less trained. Both err in the same directions, the worse one
+further, so guiding away from the worse model reduces the error.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from weights.diffusion.schedules import expand
 
 
 class Guided(Denoiser):
-    """A denoiser under classifier-free guidance, in one call of twice the batch.
+    """A denoiser under classifier-free guidance, evaluated in one call of twice the batch.
 
     Args:
-        denoiser: the one to guide.
-        uncond: the unconditional (or negative) prompt: one row for all pictures, or a row each.
-        scale: w, at least 0: one for all, or a tensor ``(B,)``. 1.0 costs a single call (and is exactly the plain
-            denoiser); so does 0.0, which is the unconditional one.
-        interval: guide only where ``low <= t <= high`` (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724).
-            A call whose times all lie outside costs a single one.
+        denoiser: the denoiser to guide.
+        uncond: conditions of the unconditional (or negative) prompt: one row for all images, or one per image.
+        scale: w, at least 0: one for all, or a tensor ``(B,)``. If all are 1.0, the call evaluates ``cond`` alone
+            (exactly the unguided denoiser), and if all are 0.0, ``uncond`` alone; both avoid doubling the batch.
+        interval: guide only where ``low <= t <= high`` (Kynkaanniemi et al. 2024, https://arxiv.org/abs/2404.07724). A
+            call whose times all lie outside does not double the batch.
 
     Raises:
         ValueError: a negative scale, or an interval that is not inside [0, 1].
@@ -81,16 +81,17 @@ class Guided(Denoiser):
 
 
 class AutoGuided(Denoiser):
-    """A denoiser led away from a worse one: ``D = G + w (D - G)``, at the same prompt. Its features are its own.
+    """A denoiser guided away from a worse one at the same prompt: ``D = G + w (D - G)``.
 
-    Under guidance by the prompt as well (`Guided` around this), the unconditional estimate is left alone, since that
-    guidance leads away from it: they add up, ``D_cond + s (w - 1) (D_cond - G_cond) + (s - 1) (D_cond - D_uncond)``.
+    The unconditional estimate is left unguided, since classifier-free guidance (`Guided` around this) guides away from
+    it. The two then add up: ``D_cond + s (w - 1) (D_cond - G_cond) + (s - 1) (D_cond - D_uncond)``. Features are those
+    of the guided denoiser.
 
     Args:
-        denoiser: the one to guide.
+        denoiser: the denoiser to guide.
         guide: the worse one, over the same schedule.
         scale: w, at least 1.0, which is off.
-        uncond: the unconditional prompt, one row.
+        uncond: conditions of the unconditional prompt, one row.
 
     Raises:
         ValueError: a scale below 1.
@@ -136,7 +137,7 @@ class AutoGuided(Denoiser):
         return x0.index_copy(0, rows, worse + self.scale * (own - worse))
 
     def _unconditional(self, cond: Cond) -> Tensor:
-        """Which rows are the unconditional prompt's, ``(B,)`` bool."""
+        """Mask ``(B,)`` of the rows that hold the unconditional prompt."""
         same = [
             (cond[name] == one.to(cond[name])).reshape(len(cond[name]), -1).all(1) for name, one in self.uncond.items()
         ]
@@ -144,13 +145,13 @@ class AutoGuided(Denoiser):
 
 
 class EmbeddedGuidance(Denoiser):
-    """A denoiser that embeds guidance, told its scale: one evaluation a call, at every scale.
+    """A denoiser whose network embeds the guidance scale, at a fixed scale: one evaluation per call.
 
-    Its network learned what a guided teacher answers at each of a range of scales (Meng et al. 2023,
-    https://arxiv.org/abs/2210.03142, section 3.1); the unconditional prompt has no part in it.
+    Its network was distilled from a guided teacher over a range of scales (Meng et al. 2023,
+    https://arxiv.org/abs/2210.03142, section 3.1), so it needs no unconditional evaluation.
 
     Args:
-        denoiser: one whose ``embeds_guidance`` is true.
+        denoiser: a denoiser whose ``embeds_guidance`` is true.
         scale: w.
     """
 

@@ -1,4 +1,4 @@
-r"""What networks predict, and the x_0 that it means. Conventions: ``x_t = alpha x_0 + sigma eps``.
+r"""Prediction types of networks, and their conversion to x_0, with ``x_t = alpha x_0 + sigma eps``.
 
 | prediction | the network's output F | x_0 |
 |---|---|---|
@@ -8,13 +8,15 @@ r"""What networks predict, and the x_0 that it means. Conventions: ``x_t = alpha
 | ``flow`` | eps - x_0 (Liu et al. 2022, https://arxiv.org/abs/2209.03003) | (x_t - sigma F) / (alpha + sigma) |
 | ``edm`` | EDM's F (Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 7) | c_skip x_t + c_out F |
 
-They hold for every alpha and sigma, not only the schedule each was invented for: v and flow are combinations of x_0 and
-eps whose matrix never becomes singular, and EDM's coefficients are those of the rescaled input ``x_t / alpha`` at noise
-``sigma / alpha``, written so that alpha = 0 is finite. Only ``eps`` has no x_0 at alpha = 0 (a network that predicts
-noise says nothing about the picture there) and gives infinities: use t < 1 or another prediction with a zero terminal SNR.
+The formulas hold for any alpha and sigma, not only for the schedules that the predictions were proposed for. For v and
+flow, the linear map from (x_0, eps) to (x_t, F) is never singular. EDM's coefficients are those of the rescaled input
+``x_t / alpha`` at noise level ``sigma / alpha``, written so that they stay finite at alpha = 0. Only ``eps`` does not
+determine x_0 at alpha = 0, and gives values that are not finite there: use t < 1, or another prediction with zero
+terminal SNR.
 
-All is computed in float64, since ``eps`` divides by a small alpha near t = 1 and its inverse by a small sigma near t = 0.
-"""  # noqa: E501 - a table's rows
+Everything is computed in float64, since converting from ``eps`` divides by a small alpha near t = 1, and converting to
+it by a small sigma near t = 0.
+"""  # noqa: E501 (table rows)
 
 from typing import Literal, get_args
 
@@ -30,10 +32,10 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 def to_x0(
     output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
 ) -> Tensor:
-    """The x_0 that a network's output stands for.
+    """Convert a network's output to x_0.
 
     Args:
-        output: what the network gave for ``x_t``, ``(B, ...)``, any floating dtype.
+        output: the network's output for ``x_t``, ``(B, ...)``, any floating dtype.
         x_t: ``(B, ...)``.
         alpha: ``(B,)`` or a scalar, from the schedule, at least 0.
         sigma: as alpha.
@@ -41,7 +43,7 @@ def to_x0(
         sigma_data: the data's standard deviation; ``edm`` only.
 
     Returns:
-        ``(B, ...)``, float64 where ``output`` or ``x_t`` is, else float32.
+        ``(B, ...)``, float64 if ``output`` or ``x_t`` is, else float32.
 
     Raises:
         ValueError: unknown prediction.
@@ -67,10 +69,9 @@ def to_x0(
 def from_x0(
     x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
 ) -> Tensor:
-    """What a network with this prediction would have given, had it meant ``x0``: the inverse of `to_x0`.
+    """The output of a network with this prediction type that corresponds to ``x0``: the inverse of `to_x0`.
 
-    Shapes, dtypes and errors as there. At sigma = 0 only ``x0`` has an answer (x_t is the picture, so nothing tells the
-    noise): the others are not finite.
+    Shapes, dtypes and errors as there. At sigma = 0, where x_t does not determine the noise, only ``x0`` is finite.
     """
     d, x, a, s = x0.double(), x_t.double(), expand(alpha.double(), x_t), expand(sigma.double(), x_t)
     match prediction:
@@ -91,16 +92,16 @@ def from_x0(
 
 
 def eps_from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that ``x_t`` holds if its picture is ``x0``: ``(x_t - alpha x_0) / sigma``; see `from_x0`."""
+    """The noise in ``x_t`` if its clean image is ``x0``: ``(x_t - alpha x_0) / sigma``; see `from_x0`."""
     return from_x0(x0, x_t, alpha, sigma, "eps")
 
 
 def training_target(
     x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: Prediction, sigma_data: float = 0.5
 ) -> Tensor:
-    """What to regress a network's output on, from the clean picture and the noise; no division, so finite for all t.
+    """The regression target for a network's output, given the clean image and the noise.
 
-    Shapes, dtypes and errors as in `to_x0`.
+    It never divides by alpha or by sigma alone, so it is finite at all t. Shapes, dtypes and errors as in `to_x0`.
     """
     d, e, a, s = x0.double(), eps.double(), expand(alpha.double(), x0), expand(sigma.double(), x0)
     match prediction:
@@ -113,7 +114,7 @@ def training_target(
         case "flow":
             target = e - d
         case "edm":
-            # (x_0 - c_skip x_t) / c_out with x_t = a x_0 + s e, after cancelling s.
+            # (x_0 - c_skip x_t) / c_out with x_t = a x_0 + s e, with s cancelled.
             target = (s * d - sigma_data**2 * a * e) / (sigma_data * torch.sqrt(s * s + (a * sigma_data) ** 2))
         case _:
             raise _unknown(prediction)
@@ -121,7 +122,7 @@ def training_target(
 
 
 def _edm_coefficients(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """c_skip / alpha and c_out of EDM's table 1, at noise sigma / alpha, without dividing by alpha."""
+    """EDM's c_skip / alpha and c_out (table 1) at noise level sigma / alpha, without dividing by alpha."""
     variance = sigma * sigma + (alpha * sigma_data) ** 2
     return sigma_data**2 * alpha / variance, sigma * sigma_data / torch.sqrt(variance)
 

@@ -1,10 +1,10 @@
 r"""Samplers: many steps along the probability-flow ODE, and a student's few.
 
-All of them see only ``D(x_t, t, cond) -> x_0`` and the schedule, so they serve every family.
+They need only ``D(x_t, t, cond) -> x_0`` and the schedule, so they work with every family.
 
-DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, equation 12) keeps x_0 and eps fixed over a step, which is
-exact where the data are one point. Heun (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1) corrects it
-with a second evaluation at the step's end. A student's "consistency" sampler (Song et al. 2023,
+DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502, equation 12) holds x_0 and eps fixed over a step, which is
+exact if the data are a single point. Heun (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1) corrects
+the step with a second evaluation at its end. A student's "consistency" sampler (Song et al. 2023,
 https://arxiv.org/abs/2303.01469, algorithm 1; diffusers' LCMScheduler) predicts x_0 and adds fresh noise for the next
 level.
 """
@@ -33,19 +33,20 @@ __all__ = [
 ]
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each network evaluation's step with its index and the x_0 the model sees there, ``(B, ...)``."""
+"""Called after each step with its index and the denoiser's estimate of x_0 at the step's start, ``(B, ...)``."""
 
 
 class ImageNoise:
-    """Unit normal noise with a generator per picture, seeded on the CPU: the same on every device and in every batch.
+    """Unit normal noise from one CPU generator per image: the same on every device and in every batch.
 
-    The first draw is a picture's initial latent, the later ones its re-noisings in the order of the steps: what
-    diffusers' pipelines and LCMScheduler draw from ``torch.Generator("cpu").manual_seed(seed)`` at batch size 1.
+    The first draw is an image's initial latent; the later ones are the noise that its steps add, in step order.
+    Diffusers' pipelines with LCMScheduler draw the same from ``torch.Generator("cpu").manual_seed(seed)`` at batch size
+    1.
 
     Args:
-        seeds: one a picture, each in 0..2^64-1.
-        shape: of one picture's latent, without the batch.
-        device: where the noise is wanted; it is drawn on the CPU in any case.
+        seeds: one per image, each in 0..2^64-1.
+        shape: shape of one image's latent, without the batch.
+        device: where the noise is returned; it is always drawn on the CPU.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -54,19 +55,19 @@ class ImageNoise:
         self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def __call__(self) -> Tensor:
-        """The next draw of every picture, ``(B, *shape)`` float32."""
+        """The next draw for every image, ``(B, *shape)`` float32."""
         draws = [torch.randn(self.shape, generator=generator) for generator in self._generators]
         return torch.stack(draws).to(self.device)
 
 
 def initial_state(noise: Tensor, schedule: Schedule, t: float = 1.0) -> Tensor:
-    """Unit noise scaled to a state at time t: by 1 where variance is preserved, by about sigma_max in EDM.
+    """Scale unit noise to a state at time t: by 1 in variance-preserving schedules, by about sigma_max in EDM.
 
     Args:
         noise: ``(B, ...)``, unit variance.
-        t: the first time of the sampler.
+        t: the sampler's first time.
     """
-    time = torch.full((1,), t, dtype=torch.float64, device=noise.device)  # filled there: nothing waits for the GPU
+    time = torch.full((1,), t, dtype=torch.float64, device=noise.device)  # created there, so no transfer to wait for
     norm = torch.hypot(schedule.alpha(time), schedule.sigma(time))
     return (noise.double() * expand(norm, noise)).to(noise.dtype)
 
@@ -80,19 +81,19 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """From time t to the cleaner time s, given the x_0 estimated at t (DDIM's equations 12 and 16).
+    """Step from time t to the cleaner time s, given the x_0 estimated at t (DDIM's equations 12 and 16).
 
     Args:
         x_t: ``(B, ...)``.
-        x0: ``(B, ...)``, the denoiser's answer for ``x_t``.
+        x0: ``(B, ...)``, the denoiser's estimate for ``x_t``.
         t: ``(B,)`` or a scalar, where sigma is above 0.
         s: as t, below it.
-        schedule: any; the equations' generalisation to all alpha and sigma is used.
+        schedule: any; the equations are generalised to arbitrary alpha and sigma.
         eta: 0 is deterministic, 1 is ancestral sampling.
-        noise: ``(B, ...)``, unit normal, wanted where eta > 0.
+        noise: ``(B, ...)``, unit normal; needed if eta > 0.
 
     Returns:
-        x_s ``(B, ...)``, float64 where ``x_t`` is, else float32.
+        x_s ``(B, ...)``, float64 if ``x_t`` is, else float32.
 
     Raises:
         ValueError: eta > 0 without noise.
@@ -119,23 +120,23 @@ def sample_ode(
     solver: Literal["ddim", "heun"] = "ddim",
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Follow the probability-flow ODE from ``times[0]`` down to the clean picture.
+    """Integrate the probability-flow ODE from ``times[0]`` to the clean image.
 
     Args:
-        denoiser: also gives the schedule.
+        denoiser: also provides the schedule.
         x: the state at ``times[0]``, ``(B, ...)``; see `initial_state`.
         times: falling, the last 0, e.g. `trailing_times`.
         cond: conditions with B rows.
-        solver: ``ddim`` costs one evaluation a step and is of first order; ``heun`` costs two (one in the last step)
-            and is of second order, where sigma is smooth in t down to 0. With evenly spaced times a DDPM's is not (it
-            starts like a square root): there the last step, which is DDIM's in either case, has the largest error.
+        solver: ``ddim`` takes one evaluation per step and is first-order. ``heun`` takes two (one in the last step) and
+            is second-order if sigma is smooth in t down to 0. A DDPM's sigma at evenly spaced times is not (it starts
+            like a square root); there the last step, which is a DDIM step in both solvers, has the largest error.
         on_step: called after every step.
 
     Returns:
-        The picture ``(B, ...)``; at t = 0 that is the last x_0 itself, also where the schedule keeps a trace of noise.
+        The image ``(B, ...)``: at t = 0 the last x_0 itself, even if the schedule keeps some noise there.
 
     Raises:
-        ValueError: times do not fall to 0, or an unknown solver.
+        ValueError: the times do not fall to 0, or the solver is unknown.
     """
     check_times(times)
     if solver not in ("ddim", "heun"):
@@ -153,11 +154,11 @@ def sample_ode(
 
 
 def _heun_correct(denoiser: Denoiser, x_t: Tensor, x0: Tensor, x_s: Tensor, t: float, s: float, cond: Cond) -> Tensor:
-    """The step from t to s again, by the trapezoidal rule with the estimate at the predicted ``x_s``.
+    """Repeat the step from t to s by the trapezoidal rule, with the estimate at the predicted ``x_s``.
 
-    The ODE reads d(x/alpha)/d(sigma/alpha) = eps or, just as well, d(x/sigma)/d(alpha/sigma) = x_0: one coordinate is
-    infinite at alpha = 0, the other at sigma = 0. So x_0 is averaged in the noisy half and eps in the clean one (where
-    this is EDM's own rule).
+    The ODE can be written as d(x/alpha)/d(sigma/alpha) = eps or as d(x/sigma)/d(alpha/sigma) = x_0. The first is
+    singular at alpha = 0, the second at sigma = 0. So x_0 is averaged in the noisy half, and eps in the clean half
+    (where this is EDM's own rule).
     """
     end = _denoise(denoiser, x_s, s, cond)
     time, target, schedule = _time(t, x_t), _time(s, x_t), denoiser.schedule
@@ -175,7 +176,7 @@ def _heun_correct(denoiser: Denoiser, x_t: Tensor, x0: Tensor, x_s: Tensor, t: f
 
 
 def needs_noise(schedule: StepSchedule, step: int) -> bool:
-    """Whether the update after this step draws noise: not after the last, and not in deterministic DDIM."""
+    """Whether the update after this step draws noise: not after the last step, and not in deterministic DDIM."""
     return step + 1 < len(schedule.timesteps) and (schedule.sampler == "consistency" or schedule.eta > 0)
 
 
@@ -187,17 +188,17 @@ def few_step_update(
     diffusion: Schedule,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One step of a student, after its network's answer: the state that the next step denoises.
+    """The update of a student's step, after the network evaluation: returns the state that the next step denoises.
 
-    Pure, so that a server's batcher and training's backward simulation share it.
+    A pure function, shared by the server's batches and by backward simulation in training.
 
     Args:
         x: the state at ``schedule.timesteps[step]``, ``(B, ...)``.
-        x0: the denoiser's answer for it (at ``schedule.network_times[step]``), ``(B, ...)``.
+        x0: the denoiser's estimate for it (at ``schedule.network_times[step]``), ``(B, ...)``.
         step: index of the step, from 0.
         schedule: the student's step schedule.
         diffusion: the base's noise schedule.
-        noise: ``(B, ...)`` unit normal, where `needs_noise`.
+        noise: ``(B, ...)`` unit normal, if `needs_noise`.
 
     Returns:
         The state at ``timesteps[step + 1]``, or ``x0`` itself after the last step.
@@ -228,20 +229,20 @@ def few_step(
     start: int = 0,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw with a student: one network evaluation a step.
+    """Sample from a student, with one network evaluation per step.
 
     Args:
-        denoiser: the student's; also gives the noise schedule.
+        denoiser: the student's; also provides the noise schedule.
         x: the state at ``schedule.timesteps[start]``, ``(B, ...)``.
         schedule: times, sampler and eta.
         cond: conditions with B rows.
-        noise: gives the next ``(B, ...)`` unit normal draw, e.g. `ImageNoise` (whose first draw was ``x``); called only
-            where `needs_noise`.
-        start: index of the first step to run; above 0 where another model brought ``x`` there.
+        noise: returns the next ``(B, ...)`` unit normal draw, e.g. `ImageNoise` (whose first draw was ``x``); called
+            only if `needs_noise`.
+        start: index of the first step to run; above 0 if another model produced ``x``.
         on_step: called after every step.
 
     Returns:
-        The picture's x_0, ``(B, ...)`` float32.
+        The image's x_0, ``(B, ...)`` float32.
 
     Raises:
         IndexError: start is beyond the last step.

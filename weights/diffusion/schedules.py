@@ -1,12 +1,13 @@
 r"""Noise schedules: ``x_t = alpha_t x_0 + sigma_t eps`` with t in [0, 1], where t = 1 is noise.
 
-A schedule is two curves, alpha(t) and sigma(t). All that matters to a denoiser is their ratio, so every schedule also
-gives ``lambda_t = log(alpha_t / sigma_t)``, which falls strictly with t, and its inverse; two schedules are the same
-process seen at other speeds and scales (Karras et al. 2022, https://arxiv.org/abs/2206.00364, section 2; Kingma et al.
-2021, https://arxiv.org/abs/2107.00630, section 5.1), which is what `convert` uses.
+A schedule is a pair of functions alpha(t) and sigma(t). Up to a scaling of the state, only their ratio matters to a
+denoiser, so every schedule also provides ``lambda_t = log(alpha_t / sigma_t)``, which falls strictly with t, and its
+inverse. Any two schedules are the same process at different speeds and scales (Karras et al. 2022,
+https://arxiv.org/abs/2206.00364, section 2; Kingma et al. 2021, https://arxiv.org/abs/2107.00630, section 5.1), which
+is what `convert` relies on.
 
-Every method takes times of any shape and returns that shape. Inside, all is float64; the answer is float32, or float64
-where the times are float64. Times outside [0, 1] count as the nearest end.
+Every method takes times of any shape and returns that shape. It computes in float64, and returns float64 for float64
+times, else float32. Times outside [0, 1] are clamped.
 """
 
 import math
@@ -20,12 +21,12 @@ from torch import Tensor
 
 
 def expand(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient a row, ``(B,)`` or a scalar, shaped so that it multiplies ``x`` of shape ``(B, ...)``.
+    """Reshape a coefficient, ``(B,)`` or a scalar, so that it broadcasts over ``x`` of shape ``(B, ...)``.
 
-    A scalar becomes a tensor of x's rank too: as a 0-d tensor it would not lift a bfloat16 ``x`` to float32.
+    A scalar is expanded to x's rank as well: a 0-d tensor would not promote a bfloat16 ``x`` to float32.
 
     Raises:
-        ValueError: the coefficient is neither a scalar, nor one or B values, nor already of x's rank.
+        ValueError: the coefficient is neither a scalar, nor of 1 or B values, nor already of x's rank.
     """
     if coefficient.ndim == x.ndim and coefficient.ndim > 1:
         return coefficient
@@ -38,14 +39,14 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class Schedule(ABC):
-    """The curves alpha(t) and sigma(t), and the log signal-to-noise ratio between them."""
+    """The functions alpha(t) and sigma(t), and their log signal-to-noise ratio."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """How much signal is left at t, in [0, 1]."""
+        """The coefficient of x_0 at t, in [0, 1]."""
         return _like(self._alpha(_clean(t)), t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The standard deviation of the noise at t, at least 0."""
+        """The coefficient of eps at t, at least 0."""
         return _like(self._sigma(_clean(t)), t)
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class Schedule(ABC):
         return _like(self._log_snr(_clean(t)), t)
 
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The t at which the log-SNR has this value; the nearest end where the schedule never reaches it."""
+        """The t with this log-SNR, or the nearest end if the schedule never reaches it."""
         return _like(self._time_of_log_snr(log_snr.double()).clamp(0.0, 1.0), log_snr)
 
     @abstractmethod
@@ -66,26 +67,26 @@ class Schedule(ABC):
 
     @abstractmethod
     def _time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The inverse of `_log_snr`, float64; the caller clamps it to [0, 1]."""
+        """The inverse of `_log_snr` in float64; the caller clamps it to [0, 1]."""
 
     def _log_snr(self, t: Tensor) -> Tensor:
         return self._alpha(t).log() - self._sigma(t).log()
 
 
 class DiscreteVP(Schedule):
-    r"""A variance-preserving schedule known at N steps (DDPM, Stable Diffusion): ``alpha^2 + sigma^2 = 1``.
+    r"""A variance-preserving schedule given at N steps (DDPM, Stable Diffusion): ``alpha^2 + sigma^2 = 1``.
 
     Native index n in 0..N-1 is ``t = (n + 1) / N``, so t = 1 is n = N - 1, and t = 0 is exactly clean. On that grid the
-    values are the table's. Between its points the angle ``theta = atan2(sigma, alpha)`` is linear in t: unlike the
-    log-SNR it is finite at both ends, so a zero terminal SNR (Lin et al. 2023, https://arxiv.org/abs/2305.08891) needs
-    no special case.
+    values are those of the table. Between grid points the angle ``theta = atan2(sigma, alpha)`` is linear in t. Unlike
+    the log-SNR, it is finite at both ends, so zero terminal SNR (Lin et al. 2023, https://arxiv.org/abs/2305.08891)
+    needs no special case.
 
     Args:
-        alphas_cumprod: ``(N,)``, strictly falling inside [0, 1): diffusers' ``scheduler.alphas_cumprod``. The last may
-            be 0.
+        alphas_cumprod: ``(N,)``, falling strictly, in [0, 1): diffusers' ``scheduler.alphas_cumprod``. The last may be
+            0.
 
     Raises:
-        ValueError: the table is not such a one.
+        ValueError: the table is not of this form.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -110,11 +111,11 @@ class DiscreteVP(Schedule):
         num_train: int = 1000,
         zero_terminal_snr: bool = False,
     ) -> Self:
-        """The usual tables by name: DDPM's linear betas, Stable Diffusion's, and the cosine of Nichol & Dhariwal 2021.
+        """The usual schedules by name: DDPM's linear betas, Stable Diffusion's, and the cosine schedule.
 
-        ``zero_terminal_snr`` shifts and rescales ``sqrt(alphas_cumprod)`` so that its last value is 0 and its first
-        stays (Lin et al. 2023, algorithm 1). The cosine (https://arxiv.org/abs/2102.09672, equation 17, betas capped
-        at 0.999) takes no start and end.
+        ``zero_terminal_snr`` shifts and rescales ``sqrt(alphas_cumprod)`` so that its last value becomes 0 and its
+        first does not change (Lin et al. 2023, algorithm 1). The cosine schedule (Nichol & Dhariwal 2021,
+        https://arxiv.org/abs/2102.09672, equation 17, betas capped at 0.999) ignores ``beta_start`` and ``beta_end``.
 
         Raises:
             ValueError: ``kind`` is unknown.
@@ -135,7 +136,7 @@ class DiscreteVP(Schedule):
         return cls(roots**2)
 
     def native_index(self, t: Tensor) -> Tensor:
-        """What the network is told at time t: ``t N - 1`` as a float, at least 0; whole numbers on the grid."""
+        """The network's timestep at time t: ``t N - 1`` as a float, at least 0; whole numbers on the grid."""
         return _like((self._position(_clean(t)) - 1).clamp(min=0), t)
 
     def time_of_index(self, index: Tensor) -> Tensor:
@@ -143,11 +144,11 @@ class DiscreteVP(Schedule):
         return _like((index.double() + 1) / self.num_train, index)
 
     def _position(self, t: Tensor) -> Tensor:
-        """Where t lies on the table of N + 1 angles; (n + 1) / N that came through float32 is exactly that point."""
+        """The position of t in the table of N + 1 angles; an (n + 1) / N rounded to float32 is exactly n + 1."""
         position = t * self.num_train
         nearest = position.round()
         from_float32 = (t.float().double() == t) & ((position - nearest).abs() <= nearest * 2**-23)
-        # Written as a shift, so that the derivative by t is N at these points too (round's is 0).
+        # Written as a shift, so that the derivative with respect to t is N at these points too (that of round is 0).
         return torch.where(from_float32, position + (nearest - position).detach(), position)
 
     def _table(self, device: torch.device) -> Tensor:
@@ -174,11 +175,11 @@ class DiscreteVP(Schedule):
 
 
 class EDM(Schedule):
-    r"""The variance-exploding schedule of EDM: alpha = 1 and
-    ``sigma(t) = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho``
-    (Karras et al. 2022, https://arxiv.org/abs/2206.00364, equation 5, with t counted from the clean end).
+    r"""The variance-exploding schedule of EDM: alpha = 1 and sigma rising from sigma_min to sigma_max.
 
-    At t = 0 a trace of noise, sigma_min, is left; samplers that end at t = 0 return the denoised estimate there.
+    ``sigma(t) = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho`` (Karras et al. 2022,
+    https://arxiv.org/abs/2206.00364, equation 5, with t counted from the clean end). At t = 0 some noise, sigma_min, is
+    left; samplers that end at t = 0 return the denoised estimate there.
 
     Raises:
         ValueError: not 0 < sigma_min < sigma_max, or rho is not positive.
@@ -206,13 +207,14 @@ class EDM(Schedule):
 
 
 class RectifiedFlow(Schedule):
-    r"""Straight lines: alpha = 1 - t', sigma = t' (Liu et al. 2022, https://arxiv.org/abs/2209.03003, equation 1).
+    r"""Straight paths: alpha = 1 - t', sigma = t' (Liu et al. 2022, https://arxiv.org/abs/2209.03003, equation 1).
 
-    ``t' = shift t / (1 + (shift - 1) t)`` moves time towards noise for larger pictures (Esser et al. 2024,
-    https://arxiv.org/abs/2403.03206, equation 23); 1.0 is off. Samplers' steps are uniform in t; networks know of t' alone.
+    ``t' = shift t / (1 + (shift - 1) t)`` shifts times towards noise for larger images (Esser et al. 2024,
+    https://arxiv.org/abs/2403.03206, equation 23); a shift of 1.0 is off. Sampler steps are uniform in t; networks see
+    only t'.
 
     Args:
-        shift: of time.
+        shift: the time shift.
         num_train: N; a network's native timestep is ``N t'``.
 
     Raises:
@@ -227,11 +229,11 @@ class RectifiedFlow(Schedule):
         self.shift, self.num_train = shift, num_train
 
     def native_index(self, t: Tensor) -> Tensor:
-        """What the network is told at time t: ``N sigma(t)``, in [0, N]."""
+        """The network's timestep at time t: ``N sigma(t)``, in [0, N]."""
         return _like(self.num_train * self._sigma(_clean(t)), t)
 
     def time_of_index(self, index: Tensor) -> Tensor:
-        """The time at which the network is told this, in [0, N]; float64 for a float64 index, else float32."""
+        """The time of a native timestep in [0, N]; float64 for a float64 index, else float32."""
         sigma = _clean(index.double() / self.num_train)
         return _like(sigma / (self.shift - (self.shift - 1) * sigma), index)
 
@@ -247,9 +249,10 @@ class RectifiedFlow(Schedule):
 
 
 class TrigFlow(Schedule):
-    r"""A rotation: alpha = cos(angle), sigma = sigma_data sin(angle), angle = t pi / 2
-    (Lu & Song 2024, https://arxiv.org/abs/2410.11081, equation 3, whose own time is the angle and whose noise z has
-    standard deviation sigma_data).
+    r"""A rotation: alpha = cos(angle), sigma = sigma_data sin(angle), angle = t pi / 2.
+
+    See Lu & Song 2024, https://arxiv.org/abs/2410.11081, equation 3, where time is the angle itself and the noise z has
+    standard deviation sigma_data.
 
     Raises:
         ValueError: sigma_data is not positive.
@@ -261,7 +264,7 @@ class TrigFlow(Schedule):
         self.sigma_data = sigma_data
 
     def angle(self, t: Tensor) -> Tensor:
-        """The paper's own time, in [0, pi / 2]."""
+        """The paper's time, in [0, pi / 2]."""
         return _like(_clean(t) * (math.pi / 2), t)
 
     def _alpha(self, t: Tensor) -> Tensor:
@@ -275,12 +278,12 @@ class TrigFlow(Schedule):
 
 
 def add_noise(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """``alpha_t x_0 + sigma_t eps`` for ``(B, ...)`` and t ``(B,)``; float32 at least."""
+    """``alpha_t x_0 + sigma_t eps`` for tensors ``(B, ...)`` and t ``(B,)``; at least float32."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), eps) * eps
 
 
 def add_more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """From time s to the noisier t by the forward process: ``a x_s + b eps``, distributed as a picture noised to t at once.
+    """Step from s to the noisier t by the forward process: ``a x_s + b eps``, distributed like x_0 noised to t at once.
 
     ``a = alpha_t / alpha_s``, ``b^2 = sigma_t^2 - a^2 sigma_s^2`` (Kingma et al. 2021,
     https://arxiv.org/abs/2107.00630, appendix A.1).
@@ -293,7 +296,7 @@ def add_more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: T
         t: ``(B,)``, at least s.
 
     Returns:
-        ``(B, ...)``, float64 where ``x_s`` is, else float32.
+        ``(B, ...)``, float64 if ``x_s`` is, else float32.
     """
     ratio = schedule.alpha(t.double()) / schedule.alpha(s.double())
     added = (schedule.sigma(t.double()).square() - (ratio * schedule.sigma(s.double())).square()).clamp(min=0).sqrt()
@@ -301,22 +304,22 @@ def add_more_noise(schedule: Schedule, x_s: Tensor, eps: Tensor, s: Tensor, t: T
 
 
 def convert(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple[Tensor, Tensor]:
-    """The same noisy picture in another schedule: the time of equal SNR, and ``x_t`` rescaled to that schedule.
+    """Convert a noisy state to another schedule: the time of equal SNR, and ``x_t`` rescaled to that schedule.
 
-    At equal SNR, alpha and sigma differ by one common factor, so the posterior of x_0 stays what it was and a denoiser
-    trained in one schedule serves the other without training. Where the target never gets as noisy (or as clean), its
-    end is taken and the picture keeps unit variance for data of unit variance.
+    At equal SNR, (alpha, sigma) differ by one common factor, so the posterior of x_0 is unchanged, and a denoiser
+    trained in one schedule works in the other without training. SNRs that the target never reaches map to its nearest
+    end, and the state is rescaled to the variance that data of unit variance have there.
 
     Args:
         x_t: ``(B, ...)`` in the source schedule.
         t: ``(B,)`` in [0, 1], the source's time.
 
     Returns:
-        x ``(B, ...)`` and times ``(B,)``, float32 or float64 as ``x_t`` and ``t`` are.
+        x ``(B, ...)`` and times ``(B,)``: float64 if ``x_t`` or ``t`` is, respectively, else float32.
     """
     exact = t.double()
     time = target.time_of_log_snr(source.log_snr(exact))
-    # The ratio of norms is that common factor, and unlike sigma'/sigma or alpha'/alpha it is finite at both ends.
+    # The ratio of norms is the common factor; unlike sigma'/sigma and alpha'/alpha, it is finite at both ends.
     before = torch.hypot(source.alpha(exact), source.sigma(exact))
     after = torch.hypot(target.alpha(time), target.sigma(time))
     converted = x_t.double() * expand(after / before, x_t)
@@ -324,10 +327,10 @@ def convert(x_t: Tensor, t: Tensor, source: Schedule, target: Schedule) -> tuple
 
 
 def trailing_times(steps: int, num_train: int = 1000) -> list[float]:
-    """Times of a sampler with ``steps`` steps in diffusers' "trailing" spacing, from 1 down, and 0 at the end.
+    """Times of a sampler with ``steps`` steps in diffusers' "trailing" spacing, from 1 down, with a final 0.
 
     ``n_i = round(N - i N / steps) - 1`` and ``t = (n + 1) / N`` (Lin et al. 2023, https://arxiv.org/abs/2305.08891,
-    table 2): the first step always sees pure noise.
+    table 2), so the first step always sees pure noise.
 
     Returns:
         ``steps + 1`` falling times.
@@ -341,10 +344,10 @@ def trailing_times(steps: int, num_train: int = 1000) -> list[float]:
 
 
 def check_times(times: Sequence[float]) -> None:
-    """Refuse what is no sampler's list of times.
+    """Check that the times are valid for a sampler.
 
     Raises:
-        ValueError: the times do not fall inside [0, 1], end elsewhere than at 0, or are fewer than two.
+        ValueError: the times do not fall strictly from at most 1 to 0, or there are fewer than two.
     """
     falls = all(later < t for t, later in pairwise(times))
     if len(times) < 2 or not falls or times[0] > 1 or times[-1] != 0:
