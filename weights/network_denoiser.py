@@ -1,4 +1,4 @@
-"""Networks of diffusers as denoisers: what UNets and transformers have in common."""
+"""Diffusers networks as denoisers: what UNets and transformers have in common."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,36 +14,36 @@ from weights.diffusion.parameterizations import Prediction, to_x0
 from weights.diffusion.schedules import DiscreteVP, RectifiedFlow, expand
 
 TIMES = 1024
-"""Batches of times at which a curve's values are kept."""
+"""Size of the cache of curve values, in batches of times."""
 
 Curve = Callable[[Tensor], Tensor]
-"""Of a schedule, by the time."""
+"""A schedule's function of time, such as alpha."""
 
 
 @lru_cache(maxsize=TIMES)
 def _known(curve: Curve, times: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """The curve there, kept: drawings ask for few times again and again, and a small network takes not much longer."""
+    """The curve's values, cached: sampling repeats times, and computing them is not negligible for a small network."""
     return curve(torch.tensor(times, dtype=dtype))
 
 
 def at(curve: Curve, t: Tensor) -> Tensor:
-    """The curve at times ``(B,)``, looked up where that is cheaper than to compute it."""
-    # On a GPU to read the times would wait for it; a gradient may be wanted where inference mode is off.
+    """The curve's values at times ``(B,)``, from the cache where that is cheaper than computing them."""
+    # Reading times from a GPU would synchronise; outside inference mode, the caller may need gradients.
     if t.device.type == "cpu" and torch.is_inference_mode_enabled():
         return _known(curve, tuple(t.tolist()), t.dtype)
     return curve(t)
 
 
 class _Enough(Exception):
-    """Ends a forward pass once the features that were asked for are there."""
+    """Stops a forward pass once the requested features are there."""
 
 
 class NetworkDenoiser(Denoiser):
-    """A network of diffusers as a denoiser. A subclass says what the network takes, and what its blocks give."""
+    """A diffusers network as a denoiser. Subclasses define its inputs and its blocks' features."""
 
     schedule: DiscreteVP | RectifiedFlow
     evaluate: ClassVar[Callable[..., Tensor]]
-    """The network, then its `inputs` by position, to what it predicts ``(B, C, h, w)``."""
+    """Maps the network, then its `inputs` by position, to its prediction ``(B, C, h, w)``."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class NetworkDenoiser(Denoiser):
     ) -> None:
         """
         Args:
-            network: of diffusers.
-            schedule: of the noise.
+            network: the diffusers network.
+            schedule: the noise schedule.
             prediction: what the network predicts.
-            program: what evaluates the network in its place, but for features: takes `inputs` by position.
+            program: evaluates the network in its place, except for features; takes `inputs` by position.
         """
         super().__init__()
         self.network = network
@@ -88,15 +88,15 @@ class NetworkDenoiser(Denoiser):
     @property
     @abstractmethod
     def middle(self) -> str:
-        """The block whose output `features` gives."""
+        """The block that `features` reads."""
 
     @abstractmethod
     def inputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
-        """What the network itself takes, in its own dtype but for its native timesteps, which are float32."""
+        """The network's own inputs, in its dtype except for the native timesteps, which are float32."""
 
     @abstractmethod
     def _feature(self, output: Any, x_t: Tensor) -> Tensor:
-        """A block's output for those latents as a map ``(B, C, h, w)``."""
+        """A block's output for these latents as a feature map ``(B, C, h, w)``."""
 
     @property
     def _config(self) -> Any:
@@ -115,9 +115,9 @@ class NetworkDenoiser(Denoiser):
 
     @contextmanager
     def _recording(self, x_t: Tensor, blocks: Sequence[str], stop: bool) -> Iterator[list[Tensor]]:
-        """Collects those blocks' maps; with ``stop`` nothing is run after the last of them.
+        """Record the feature maps of these blocks; with ``stop``, end the forward pass after the last of them.
 
-        After a UNet's mid block that saves the up blocks, more than half of the work.
+        Stopping after a UNet's mid block skips the up blocks, more than half of the work.
         """
         kept: list[Tensor] = []
 

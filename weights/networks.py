@@ -1,8 +1,8 @@
-"""Networks of diffusers from a folder, without a look left or right: safe beside threads that compute.
+"""Loads diffusers networks from a folder without process-wide side effects, so other threads can compute meanwhile.
 
-diffusers' own ``from_pretrained`` changes torch's default dtype, `nn.Module.register_parameter` and ``torch.nn.init`` for
-the whole process while it loads, so that nothing else may be computed meanwhile. Here the network is made on the meta
-device, which torch knows of each thread apart, and each weight is then taken from the file.
+While it loads, diffusers' ``from_pretrained`` changes torch's default dtype, `nn.Module.register_parameter` and
+``torch.nn.init`` for the whole process. Here the network is built on the meta device, a setting that is local to the
+thread, and each weight is then assigned from the file.
 """
 
 import json
@@ -18,24 +18,24 @@ from torch import Tensor
 M = TypeVar("M", bound=ModelMixin)
 
 SHOWN = 300
-"""Characters of torch's list of what does not fit."""
+"""Characters shown of torch's list of mismatches."""
 
 
 class BadNetwork(ValueError):
-    """A folder does not hold the network that it should."""
+    """A folder does not hold the expected network."""
 
 
 def read_network(kind: type[M], folder: Path, device: torch.device | str, dtype: torch.dtype) -> M:
-    """The network that diffusers' ``save_pretrained`` wrote, for drawing: frozen, and in evaluation mode.
+    """Load a network written by diffusers' ``save_pretrained`` for inference: frozen and in evaluation mode.
 
     Args:
-        kind: its class.
-        folder: holds ``config.json``, and the weights in one safetensors file or in shards with their index.
-        device: where its weights lie from the start.
-        dtype: of its weights; those that are no floating-point numbers stay as they are.
+        kind: the network's class.
+        folder: holds ``config.json``, and the weights in one safetensors file or in shards with an index.
+        device: where the weights are loaded.
+        dtype: dtype of floating-point weights; others keep theirs.
 
     Raises:
-        BadNetwork: a file is missing or cut off, or the weights are not exactly those of such a network.
+        BadNetwork: a file is missing or truncated, or the weights do not exactly match the configuration.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -48,18 +48,18 @@ def read_network(kind: type[M], folder: Path, device: torch.device | str, dtype:
         raise BadNetwork(f"{folder} holds no complete {kind.__name__}: {error}; save it again") from error
     try:
         network.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:  # all that is missing, surplus, or of another shape
+    except RuntimeError as error:  # lists missing and unexpected weights, and wrong shapes
         listed = " ".join(str(error).split())
         listed = listed if len(listed) <= SHOWN else listed[:SHOWN] + "..."
         raise BadNetwork(f"the weights in {folder} are not those of its config.json: {listed}") from error
     made = [name for name, tensor in network.named_buffers() if tensor.is_meta]
-    if made:  # no file has them: the constructor computes them
+    if made:  # computed by the constructor, and so in no file
         raise BadNetwork(f"{folder}: a {kind.__name__} with {', '.join(made)}, which no file holds, cannot be loaded")
     return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
 def _files(folder: Path) -> list[Path]:
-    """Where the weights are: as in diffusers, the index comes first."""
+    """The files with the weights; like diffusers, prefers the index."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [folder / SAFETENSORS_WEIGHTS_NAME]
@@ -71,9 +71,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read_into(weights: dict[str, Tensor], file: Path, device: torch.device | str, dtype: torch.dtype) -> None:
-    """A file's tensors, in memory of their own: what safetensors gives is the mapped file, which may change or go."""
+    """Copy a file's tensors into memory: safetensors maps the file, which may change or disappear."""
     with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - no mapping
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
             if name in weights:
                 raise ValueError(f"{name} is in two of the files")
             tensor = opened.get_tensor(name)

@@ -1,4 +1,4 @@
-"""diffusers' pipelines as models in parts: what every family made of one has in common."""
+"""Diffusers pipelines as models in parts: what the families built on them have in common."""
 
 import copy
 import json
@@ -22,21 +22,21 @@ from weights.quiet import quiet
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "fewstep.json"
-"""Beside model_index.json: a base's default_steps, default_guidance and licence, where they are not the usual ones."""
+"""File beside model_index.json with a base's default_steps, default_guidance and licence, where they are unusual."""
 
 
 class PipelineModel(TextToImage):
-    """A pipeline of diffusers in parts: a network over the latents of an autoencoder, told about by text encoders."""
+    """A diffusers pipeline in parts: text encoders, and a denoising network in an autoencoder's latent space."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     network_class: ClassVar[type[ModelMixin]]
     network_module: ClassVar[type[nn.Module]]
-    """Takes the denoiser's inputs by position."""
+    """Wraps the network to take the denoiser's inputs by position."""
     known_as: ClassVar[str]
     usual_steps: ClassVar[int] = 50
     usual_guidance: ClassVar[float]
     fixed: ClassVar[frozenset[str]]
-    """Settings of a network that its latents, its text encoders and its samplers decide."""
+    """Network settings that must not change: the latents, the text encoders and the samplers depend on them."""
     part_names: ClassVar[tuple[PartName, ...]] = ("network", "decoder")
 
     def __init__(
@@ -54,7 +54,7 @@ class PipelineModel(TextToImage):
         self.denoiser: NetworkDenoiser = self._denoiser(network or self._own_network)
         self._decode = self._programs.get("decoder", Decoder(self.vae))
         for part in (self.vae, self.network):
-            # Where it was loaded from must not be published: a machine's path.
+            # The path that it was loaded from must not be published.
             cast(Any, part).register_to_config(_name_or_path="")
         self.size = int(self._own_network.config.sample_size) * self.scale
         self.default_steps = int(self.card.get("default_steps", self.usual_steps))
@@ -63,15 +63,15 @@ class PipelineModel(TextToImage):
 
     @abstractmethod
     def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
-        """The network as a denoiser, run by the program in its place where there is one."""
+        """The network as a denoiser, run by the program that replaces it, if any."""
 
     @abstractmethod
     def _multiple(self) -> int:
-        """What a picture's height and width are multiples of, in pixels."""
+        """The number of pixels that an image's height and width must be multiples of."""
 
     @abstractmethod
     def _student_scheduler(self, times: list[float]) -> Any:
-        """diffusers' scheduler that draws at these times as the consistency sampler does, when asked for so many steps.
+        """A diffusers scheduler that, asked for ``len(times)`` steps, does consistency sampling at these times.
 
         Raises:
             ValueError: there is none.
@@ -79,11 +79,11 @@ class PipelineModel(TextToImage):
 
     @abstractmethod
     def _merge_adapters(self, network: Any, folder: Path) -> None:
-        """Puts the folder's LoRA adapters onto a network."""
+        """Load the folder's LoRA adapters into a network; the caller fuses them."""
 
     @classmethod
     def _load_settings(cls, _folder: Path) -> Mapping[str, Any]:
-        """What the pipeline in that folder is told when it is loaded."""
+        """Extra arguments for loading the pipeline in that folder."""
         return {}
 
     @classmethod
@@ -102,7 +102,7 @@ class PipelineModel(TextToImage):
 
     @property
     def _own_network(self) -> Any:
-        """The pipeline's, whatever this model draws with."""
+        """The pipeline's network, which need not be the one this model uses."""
         return getattr(self.pipeline, self.network_name)
 
     @property
@@ -111,7 +111,7 @@ class PipelineModel(TextToImage):
 
     @property
     def device(self) -> torch.device:
-        return next(cast(nn.Module, self.vae).parameters()).device  # the network's weights may be gone
+        return next(cast(nn.Module, self.vae).parameters()).device  # the network may be on the meta device
 
     def components(self) -> dict[str, nn.Module]:
         return {self.network_name: self.network, "vae": self.vae}
@@ -157,7 +157,7 @@ class PipelineModel(TextToImage):
         return type(self)(self.pipeline, network, self.card, dict(programs))
 
     def parts(self) -> dict[PartName, Part]:
-        """`TextToImage.parts`: network and decoder; text encoders that answer with several tensors run as they are."""
+        """`TextToImage.parts`: network and decoder. Text encoders with several outputs cannot be replaced."""
         network, vae = self.network, self.vae
         return {
             "network": Part(
@@ -181,7 +181,7 @@ class PipelineModel(TextToImage):
 
     @quiet
     def with_random_network(self, changes: Mapping[str, Any]) -> Self:
-        """See `TextToImage.with_random_network`; what goes in and out of the network stays as it is."""
+        """See `TextToImage.with_random_network`; the network's inputs and outputs cannot change."""
         config = {name: value for name, value in cast(Any, self.network).config.items() if not name.startswith("_")}
         kind = self.network_class.__name__
         unknown = sorted(set(changes) - set(config) | set(changes) & self.fixed)
@@ -195,12 +195,12 @@ class PipelineModel(TextToImage):
         return self.with_network(network.to(self.device, self.dtype))
 
     def _completed(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A network's configuration, with the settings that follow from others of it."""
+        """The network's configuration, completed by settings that follow from others."""
         return config
 
     @quiet
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        # Copied with its weights where they go, so that a GPU that is full holds no second network.
+        # The memo moves the copy's weights to the CPU at once, so a full GPU need not hold a second network.
         stored = {id(p): nn.Parameter(p.detach().to("cpu", dtype, copy=True), False) for p in self.network.parameters()}
         network: Any = copy.deepcopy(self.network, memo=stored)
         network.to("cpu", dtype).save_pretrained(folder / self.network_name)
@@ -243,20 +243,20 @@ class PipelineModel(TextToImage):
 
 
 def plain_config(module: nn.Module) -> dict[str, Any]:
-    """What a module of diffusers or transformers is made from, without what tells where it lay."""
+    """The configuration of a diffusers or transformers module, without private entries such as its path."""
     config = cast(Any, module).config
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {"class": type(module).__name__, **{k: v for k, v in plain.items() if not k.startswith("_")}}
 
 
 def _weightless(network: nn.Module) -> nn.Module:
-    """A network like this one whose weights take no memory: all that can be asked of it is what it looks like."""
+    """A copy of the network on the meta device: it has names, shapes and dtypes, but takes no memory."""
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
 def family_of(folder: Path) -> str | None:
-    """The family that takes the pipeline in a folder, by the class that its index names; None where none does.
+    """The family of the pipeline in a folder, by the class named in its index; None if no family matches.
 
     Raises:
         ValueError: the index cannot be read.
@@ -266,7 +266,7 @@ def family_of(folder: Path) -> str | None:
 
 
 def _takers() -> dict[str, str]:
-    """Families by the name of the pipeline that they take."""
+    """Family names by the class name of their pipeline."""
     return {each.pipeline_class.__name__: name for name, each in families().items() if issubclass(each, PipelineModel)}
 
 
@@ -279,7 +279,7 @@ def _kind(folder: Path) -> str:
 
 
 def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
-    """Refuse another kind of pipeline, which diffusers would take apart as far as its components' names agree."""
+    """Reject other pipeline classes, which diffusers would load as far as the component names match."""
     kind = _kind(folder)
     if kind == family.pipeline_class.__name__:
         return

@@ -1,4 +1,4 @@
-"""Prompts through CLIP's text encoders, as diffusers' pipelines of several encoders take them."""
+"""Encoding of prompts by CLIP, as in diffusers' pipelines with several text encoders."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,20 +7,23 @@ import torch
 from torch import Tensor
 
 PROMPTS_AT_ONCE = 64
-"""Every layer's states are kept until the last is there: 13 MB a prompt of SDXL's second encoder's in float32."""
+"""Prompts encoded together.
+
+The hidden states of all layers are kept until the end: for SDXL's second encoder, 13 MB per prompt in float32.
+"""
 
 
 def clip_states(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -> tuple[Tensor, Tensor | None]:
-    """The states of the last layer but one, and the prompt as one vector where the encoder has a projection.
+    """The penultimate layer's hidden states, and the pooled embedding if the encoder has a projection.
 
     Args:
-        tokenizer: of the encoder.
-        encoder: a `CLIPTextModel`, or one with a projection.
-        prompts: N of them.
-        length: of every row, in tokens.
+        tokenizer: the encoder's tokenizer.
+        encoder: a `CLIPTextModel`, or a `CLIPTextModelWithProjection`.
+        prompts: N prompts.
+        length: tokens that every prompt is padded or truncated to.
 
     Returns:
-        ``(N, length, D)``, and ``(N, E)`` or none.
+        ``(N, length, D)``, and ``(N, E)`` or None.
     """
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     device = next(encoder.parameters()).device
@@ -29,7 +32,7 @@ def clip_states(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -
 
 
 def in_parts(encode: Callable[[list[str]], tuple[Tensor, ...]], prompts: list[str]) -> tuple[Tensor, ...]:
-    """What ``encode`` gives for all prompts, asked for `PROMPTS_AT_ONCE` at a time."""
+    """Apply ``encode`` to `PROMPTS_AT_ONCE` prompts at a time and concatenate the results."""
     starts = range(0, len(prompts), PROMPTS_AT_ONCE)
     parts = [encode(prompts[start : start + PROMPTS_AT_ONCE]) for start in starts]
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))

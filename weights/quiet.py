@@ -1,4 +1,4 @@
-"""The libraries' voices, while models are loaded and saved."""
+"""Silences diffusers and transformers while models are loaded and saved."""
 
 import threading
 from contextlib import ContextDecorator
@@ -10,9 +10,9 @@ _LIBRARIES = (diffusers_logging, transformers_logging)
 
 
 class _Quiet(ContextDecorator):
-    """Without the libraries' progress bars, and their remarks on components that are not Stable Diffusion's usual ones.
+    """Turns off the libraries' progress bars, and their warnings about components unusual for Stable Diffusion.
 
-    These are the whole process's. Of threads that are in here at once the first turns them off, and the last on again.
+    These settings are process-wide: the first of several concurrent threads turns them off, and the last restores them.
     """
 
     def __init__(self) -> None:

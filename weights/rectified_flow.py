@@ -1,7 +1,7 @@
-"""diffusers' flow-matching schedulers: read as a schedule, and written so that a pipeline draws a student's steps.
+"""Diffusers' flow-matching schedulers: reads one as a noise schedule, and builds one for a student's steps.
 
-Their sigma is this project's, ``shift u / (1 + (shift - 1) u)`` of a uniform u, and what they call a timestep is N sigma
-(Esser et al. 2024, https://arxiv.org/abs/2403.03206, equation 23; `weights.diffusion.schedules.RectifiedFlow`).
+Their sigma is this project's, ``shift u / (1 + (shift - 1) u)`` for uniform u, and their timestep is N sigma (Esser et
+al. 2024, https://arxiv.org/abs/2403.03206, equation 23; `weights.diffusion.schedules.RectifiedFlow`).
 """
 
 import math
@@ -15,20 +15,20 @@ from weights.diffusion.schedules import RectifiedFlow
 
 KNOWN = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
 ELSEWHERE = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-"""Settings under which sigma is another function of time."""
+"""Settings that make sigma another function of time."""
 TOLERANCE = 1e-6
-"""Of a sigma: what float32 leaves of it."""
+"""Tolerance for sigmas that went through float32."""
 
 
 def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
-    """The schedule that a pipeline's scheduler stands for.
+    """The noise schedule that a pipeline's scheduler represents.
 
     Args:
-        scheduler: of the pipeline.
-        tokens: of a picture of the usual size, which a shift by the size depends on.
+        scheduler: the pipeline's scheduler.
+        tokens: image tokens at the usual size, for the error about dynamic shifting.
 
     Raises:
-        ValueError: its noise is none of a rectified flow, or is not the same at every size.
+        ValueError: its noise is not that of a rectified flow, or depends on the image's size.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if not isinstance(scheduler, KNOWN):
@@ -50,20 +50,21 @@ def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
 
 
 def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
-    """A scheduler that draws at these times as the consistency sampler does, when it is asked for so many steps.
+    """A scheduler that, asked for ``len(times)`` steps, samples at these times as the consistency sampler does.
 
-    With ``stochastic_sampling`` a step goes to ``(1 - sigma') x_0 + sigma' eps`` with fresh noise, which is that sampler's
-    (so does diffusers' FlowMatchLCMScheduler, but the pipelines name this class). Asked for n steps, it shifts n evenly
-    spaced numbers from 1 to the sigma of its last training step, which was shifted before, and stretches what comes out so
-    that it ends in ``shift_terminal``. All these maps are of the form ``x -> (a x + b) / (c x + d)``; so is the shift of
-    evenly spaced times, which `_shift_before_stretching` puts together from them.
+    With ``stochastic_sampling``, a step goes to ``(1 - sigma') x_0 + sigma' eps`` with fresh noise, as in consistency
+    sampling. (So does diffusers' FlowMatchLCMScheduler, but the pipelines name this class.) Asked for n steps, the
+    scheduler takes n evenly spaced numbers from 1 to the sigma of its last training step (already shifted), shifts
+    them, and stretches the result so that it ends in ``shift_terminal``. All these maps have the form
+    ``x -> (a x + b) / (c x + d)``, like the shift of evenly spaced times, so `_shift_before_stretching` can compose
+    that shift from them.
 
     Args:
-        schedule: of the noise.
+        schedule: the noise schedule.
         times: falling, in (0, 1].
 
     Raises:
-        ValueError: it cannot draw at these times.
+        ValueError: the scheduler cannot sample at these times.
     """
     sigmas = schedule.sigma(torch.tensor(list(times), dtype=torch.float64))
     settings: dict[str, Any] = {
@@ -86,14 +87,16 @@ def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMa
 
 
 def _shift_before_stretching(schedule: RectifiedFlow, steps: int) -> float:
-    r"""The shift r that, stretched to end where ``t_i = 1 - i / n`` under the shift s does, is that shift everywhere.
+    r"""The shift r that, once stretched, equals the shift s of the times ``t_i = 1 - i / n``.
 
-    With m = r / (N + r - 1) the last training step's sigma and d = (1 - m) / (n - 1), both sides are fractions of i:
+    With m = r / (N + r - 1) the sigma of the last training step, d = (1 - m) / (n - 1), and k the stretch factor, the
+    sigmas agree if, for every i,
 
-        1 - sigma_i = i / (s n - (s - 1) i),    wanted of    k i d / (r - (r - 1) i d)
+        1 - sigma_i = i / (s n - (s - 1) i) = k i d / (r - (r - 1) i d)
 
-    so that k = (r - 1) / (s - 1), and with c = (s - 1) (n - 1) / (s n) r solves ``c r^2 - (N - 1) (1 - c) r + N - 1 = 0``:
-    its root that is 1 where s is. One step needs no stretching, and shifts 1 to 1.
+    Hence k = (r - 1) / (s - 1), and with c = (s - 1) (n - 1) / (s n), r solves
+    ``c r^2 - (N - 1) (1 - c) r + N - 1 = 0``. The root returned is the one that is 1 at s = 1. A single step needs no
+    stretching, since 1 is shifted to 1.
     """
     shift, last = schedule.shift, schedule.num_train - 1
     bend = (shift - 1) * (steps - 1) / (shift * steps)
@@ -102,7 +105,7 @@ def _shift_before_stretching(schedule: RectifiedFlow, steps: int) -> float:
 
 
 def _shift_at(config: Any, tokens: int) -> float:
-    """What use_dynamic_shifting comes to for pictures of so many tokens: diffusers' line through two sizes."""
+    """The shift that use_dynamic_shifting gives for this many tokens: diffusers' line through two sizes."""
     sizes = config["base_image_seq_len"], config["max_image_seq_len"]
     shifts = config["base_shift"], config["max_shift"]
     mu = shifts[0] + (tokens - sizes[0]) * (shifts[1] - shifts[0]) / (sizes[1] - sizes[0])

@@ -1,4 +1,4 @@
-"""UNets of diffusers as denoisers, and as plain functions of tensors."""
+"""Diffusers UNets as denoisers, and as plain functions of tensors."""
 
 import math
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from weights.network_denoiser import NetworkDenoiser
 
 SIDES = ("down_blocks", "up_blocks")
 MIDDLE = "mid_block"
-"""A UNet's blocks by the names that the network itself gives them."""
+"""Name of the mid block; ``SIDES`` names the lists of down and up blocks."""
 
 GUIDANCE_WIDTH = 256
-"""Of a guidance scale's embedding, as in LCM's public weights."""
+"""Width of a guidance scale's embedding, as in LCM's public weights."""
 
 
 def embedded_scale(scale: Tensor) -> Tensor:
-    """Guidance scales ``(B,)`` as sines and cosines ``(B, 256)``: what diffusers' pipelines give as ``timestep_cond``.
+    """Embed guidance scales ``(B,)`` as sines and cosines ``(B, 256)``: diffusers' ``timestep_cond``.
 
-    Their frequencies are a timestep embedding's, of ``1000 (w - 1)`` (LCM, https://arxiv.org/abs/2310.04378, section 4.3,
-    whose w is one less).
+    This is a timestep embedding of ``1000 (w - 1)`` (LCM, https://arxiv.org/abs/2310.04378, section 4.3, whose w is
+    smaller by one).
     """
     half = GUIDANCE_WIDTH // 2
     frequencies = torch.exp(torch.arange(half, device=scale.device) * -(math.log(10000.0) / (half - 1)))
@@ -33,7 +33,7 @@ def embedded_scale(scale: Tensor) -> Tensor:
 
 
 class UNet(nn.Module):
-    """A UNet that takes `UNetDenoiser.inputs` by position, and answers with ``(B, C, h, w)``."""
+    """A UNet that takes `UNetDenoiser.inputs` by position and returns ``(B, C, h, w)``."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class UNet(nn.Module):
 
 
 class UNetXL(UNet):
-    """SDXL's, which is also told the prompt as one vector ``(B, D)`` and the picture's sizes ``(B, 6)``."""
+    """SDXL's UNet, which also takes the pooled prompt embedding ``(B, D)`` and the image's sizes ``(B, 6)``."""
 
     def forward(  # type: ignore[override]
         self, x_t: Tensor, index: Tensor, states: Tensor, pooled: Tensor, sizes: Tensor, scale: Tensor | None = None
@@ -91,20 +91,20 @@ class UNetDenoiser(NetworkDenoiser):
         return [*down, MIDDLE, *up]
 
     def inputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
-        """What the network itself takes: latents, native timesteps, hidden states, and a scale's embedding if it has one."""
+        """Latents, native timesteps, hidden states and, if the network embeds guidance, the scale's embedding."""
         dtype = self._dtype
         told = (embedded_scale(cond[GUIDANCE]).to(dtype),) if self.embeds_guidance else ()
         return x_t.to(dtype), self._native(t), cond["encoder_hidden_states"].to(dtype), *told
 
     def _feature(self, output: Any, x_t: Tensor) -> Tensor:
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)  # down blocks give their skips as well
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)  # down blocks also return their skips
 
 
 class UNetXLDenoiser(UNetDenoiser):
-    """SDXL's UNet as a denoiser; ``cond`` has the prompt as one vector as well, ``{"text_embeds": (B, D)}``.
+    """SDXL's UNet as a denoiser; ``cond`` also has the pooled prompt embedding, ``{"text_embeds": (B, D)}``.
 
-    The sizes that it is told (SDXL, https://arxiv.org/abs/2307.01952, section 2.2) follow from the latents': a picture that
-    was always as large as it is drawn, and not cut.
+    The size conditioning (SDXL, https://arxiv.org/abs/2307.01952, section 2.2) follows from the latents: original and
+    target size are the image's size, and nothing is cropped.
     """
 
     evaluate = staticmethod(_evaluate_xl)
@@ -121,17 +121,15 @@ class UNetXLDenoiser(UNetDenoiser):
         """See `UNetDenoiser`.
 
         Args:
-            scale: pixels to a latent, each way.
+            scale: pixels per latent, along each side.
         """
         super().__init__(network, schedule, prediction, program)
         self.scale = scale
 
     def inputs(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
-        """`UNetDenoiser.inputs`, with the prompt's vector and the sizes before the scale."""
+        """`UNetDenoiser.inputs`, with the pooled embedding and the sizes before the scale's embedding."""
         latents, index, states, *told = super().inputs(x_t, t, cond)
-        sizes = torch.zeros(
-            len(x_t), 6, device=x_t.device
-        )  # original size, corner of the cut, size wanted; heights first
+        sizes = torch.zeros(len(x_t), 6, device=x_t.device)  # original size, crop corner, target size; heights first
         sizes[:, 0::4] = self.scale * x_t.shape[-2]
         sizes[:, 1::4] = self.scale * x_t.shape[-1]
         return latents, index, states, cond["text_embeds"].to(latents.dtype), sizes, *told

@@ -1,4 +1,4 @@
-"""The models that ship with the repository, and how a base's name becomes a folder."""
+"""The models that ship with the repository, and the resolution of a base's name to a folder."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from weights.student_files import NOT_LOADED, WEIGHTS
 
 BUNDLED = Path(__file__).resolve().parent
 STUDENTS = BUNDLED / "students"
-"""Students of the bundled bases. A server that is told of no other default draws with the first by name: the best is it."""
+"""Students of the bundled bases. By default a server uses the first by name, so the best one must sort first."""
 DATA = BUNDLED / "emoji-data"
 
 FETCHED = ["model_index.json", "fewstep.json", *(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", WEIGHTS))]
-"""Of a hub's repository: a pipeline's components, each in a folder. Many hold several times as much besides."""
+"""Files fetched from a hub repository, which may hold several times as much: the pipeline's components, in folders."""
 
 
 def bundled_bases() -> dict[str, Path]:
@@ -29,11 +29,11 @@ def resolve_base(source: str | Path) -> Path:
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return folder.resolve()
-    from huggingface_hub import snapshot_download  # slow to import, and most runs need no hub
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=FETCHED, ignore_patterns=list(NOT_LOADED)))
-    except Exception as error:  # the hub's client has a dozen ways to say that it cannot be had
+    except Exception as error:  # the hub's client raises a dozen unrelated types
         raise FileNotFoundError(
             f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is no folder with a model_index.json, "
             f"and could not be fetched from the hub ({type(error).__name__}: {error})"

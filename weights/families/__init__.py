@@ -1,4 +1,4 @@
-"""Families of teachers: one file each, found by being there."""
+"""Model families: one file each, discovered automatically."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ def families() -> dict[str, type[TextToImage]]:
     """Every family in this folder, by name.
 
     Raises:
-        RuntimeError: two files define a family of the same name.
+        RuntimeError: two families have the same name.
     """
     found: dict[str, type[TextToImage]] = {}
     for module_info in pkgutil.iter_modules(__path__):
@@ -37,7 +37,7 @@ def families() -> dict[str, type[TextToImage]]:
 def load(
     family: str, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextToImage:
-    """The model ``source`` of a family: a bundled base's name, a folder, or a hub id.
+    """Load the model ``source`` of a family: a bundled base's name, a folder, or a hub id.
 
     Raises:
         ValueError: no family has that name.

@@ -1,7 +1,7 @@
-"""What a family gives: a text-to-image model in parts, behind one interface.
+"""The interface of a family: a text-to-image model in parts.
 
-A family is one file in this folder. It defines one subclass of `TextToImage` with a class attribute ``family``; it is
-found by being there (see `weights.families.families`).
+A family is one file in this folder, which defines one subclass of `TextToImage` with a class attribute ``family``. It
+needs no registration (see `weights.families.families`).
 """
 
 from abc import ABC, abstractmethod
@@ -17,89 +17,89 @@ from weights.denoiser import Denoiser
 
 PartName = Literal["network", "decoder", "text_encoder"]
 Programs = Mapping[PartName, nn.Module]
-"""What takes the place of parts: takes what their modules take, in any number of rows, and answers alike."""
+"""Replacements of parts: each maps the same inputs as the part's module, of any batch size, to the same output."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A stretch of a model's work that another program can take over: tensors to a tensor, every row for itself.
+    """A piece of a model's computation that a program can take over: tensors in, one tensor out, row by row.
 
-    Shapes other than the batch's differ from call to call only where pictures of another size are drawn.
+    Apart from the batch size, shapes differ between calls only if the size of the images does.
     """
 
     module: nn.Module
-    """Takes the tensors of ``example`` by position, and answers with one tensor of as many rows."""
+    """Takes the tensors of ``example`` by position and returns one tensor with as many rows."""
     example: Callable[[int], tuple[Tensor, ...]]
-    """Inputs of so many rows, as drawing a picture of the usual size gives them; the same ones every time."""
+    """Returns inputs with that many rows, like those for an image of the usual size; the same every time."""
     config: Mapping[str, Any]
-    """What decides beside the weights what the module computes: plain values, as JSON has them."""
+    """What besides the weights determines the module's output, as plain JSON values."""
 
 
 class TextToImage(ABC):
-    """A text-to-image model: a denoiser in a latent space, and the way in and out of it.
+    """A text-to-image model: a denoiser in a latent space, with the encoders and the decoder around it.
 
-    Latents are scaled to about unit variance. Pictures are float tensors ``(B, 3, H, W)`` in [-1, 1].
+    Latents are scaled to about unit variance. Images are float tensors ``(B, 3, H, W)`` in [-1, 1].
     """
 
     family: ClassVar[str]
     network_name: ClassVar[str] = "unet"
     lora_targets: ClassVar[list[str]] = []
     part_names: ClassVar[tuple[PartName, ...]] = ()
-    """Parts that a backend can have another program run; see `parts`."""
+    """Parts that a backend can replace by another program; see `parts`."""
 
     denoiser: Denoiser
     size: int
-    """Height and width in pixels when a request names none."""
+    """Default height and width in pixels."""
     default_steps: int
-    """Steps of the undistilled model at which its quality is quoted."""
+    """Number of steps of the undistilled model at which its quality is quoted."""
     default_guidance: float
     """Guidance scale of the undistilled model at which its quality is quoted (1.0 is off)."""
     licence: str = "unspecified"
-    """Of the undistilled model's weights, as an SPDX expression where its folder tells one."""
+    """Licence of the undistilled model's weights, as an SPDX expression if its folder has one."""
     extra_bytes: int = 0
-    """Memory that its parts hold beside their parameters and buffers: a compiled copy of them, for instance."""
+    """Memory that its parts use besides parameters and buffers, such as for a compiled copy."""
 
     @classmethod
     @abstractmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """The model in ``source``: a folder, or whatever else the family takes."""
+        """Load the model in ``source``: a folder, or whatever else the family accepts."""
 
     @property
     @abstractmethod
     def network(self) -> nn.Module:
-        """The part that distillation trains."""
+        """The network that distillation trains."""
 
     @abstractmethod
     def components(self) -> dict[str, nn.Module]:
-        """Every module by name, the network among them."""
+        """Every module by name, including the network."""
 
     @abstractmethod
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """Shape ``(C, h, w)`` of one picture's latents.
+        """Shape ``(C, h, w)`` of one image's latents.
 
         Raises:
-            ValueError: the model cannot draw pictures of that height and width.
+            ValueError: the model cannot generate images of that height and width.
         """
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The denoiser's conditions, one row a prompt; the empty prompt is the unconditional one."""
+        """The denoiser's conditions, one row per prompt; the empty prompt is the unconditional one."""
 
     @abstractmethod
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """One point a prompt in the text encoder's space: ``(N, D)``, float32, of length 1."""
+        """One embedding per prompt in the text encoder's space: ``(N, D)``, float32, of length 1."""
 
     @abstractmethod
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures ``(B, 3, H, W)`` in [-1, 1] to latents of about unit variance."""
+        """Encode images ``(B, 3, H, W)`` in [-1, 1] to latents of about unit variance."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pictures ``(B, 3, H, W)`` in [-1, 1], float32."""
+        """Decode latents to images ``(B, 3, H, W)`` in [-1, 1], float32."""
 
     @abstractmethod
     def render(self, latents: Tensor) -> Tensor:
-        """`decode` with its graph, for losses on pictures: values that are cut off there keep their gradient."""
+        """Differentiable `decode`, for losses on images; the gradient passes through the clamping."""
 
     @abstractmethod
     def with_network(self, network: nn.Module) -> Self:
@@ -110,35 +110,35 @@ class TextToImage(ABC):
         """This model with a copy of the network; every other component is shared."""
 
     def with_random_network(self, changes: Mapping[str, Any]) -> Self:
-        """This model with a network of another shape, on random weights: a smaller student, to be trained from nothing.
+        """This model with a randomly initialised network of another shape, such as a smaller student.
 
         Args:
-            changes: settings of the network's own configuration that differ from this one's.
+            changes: settings of the network's configuration that differ from this one's.
 
         Raises:
-            ValueError: the network has no such setting, or none of that value.
+            ValueError: the network has no such setting, does not allow that value, or has a fixed shape.
         """
         raise ValueError(f"network: family {self.family!r} draws with its own network alone")
 
     def with_guidance_embedding(self) -> Self:
-        """This model with a copy of the network that is also told a guidance scale, which does not change its answer yet.
+        """This model with a copy of the network that also embeds a guidance scale, without effect until it is trained.
 
         Raises:
-            TypeError: the family's networks cannot be told one.
+            TypeError: the family's networks cannot embed one.
         """
         raise TypeError(f"networks of family {self.family!r} cannot be told a guidance scale")
 
     @abstractmethod
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes the network into ``folder``, as safetensors."""
+        """Write the network to ``folder`` as safetensors."""
 
     def save_adapters(self, folder: Path, layers: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-        """Writes LoRA adapters of its network into ``folder``, in the file that `load_network` looks for.
+        """Write LoRA adapters of the network to ``folder``, in the file that `load_network` looks for.
 
         Args:
-            folder: where to.
-            layers: the adapters' weights, by peft's names for them.
-            config: peft's configuration of them.
+            folder: where to write.
+            layers: the adapters' weights, under peft's names.
+            config: peft's configuration of the adapters.
 
         Raises:
             TypeError: the family's networks take no adapters.
@@ -147,50 +147,51 @@ class TextToImage(ABC):
 
     @abstractmethod
     def load_network(self, folder: Path) -> Self:
-        """This model with the network that `save_network` wrote, or with the LoRA adapters in the folder merged in."""
+        """This model with the network that `save_network` wrote, or with the folder's LoRA adapters merged in."""
 
     def with_loras(self, loras: Sequence[tuple[Path, float]]) -> Self:
         """This model with a copy of the network into which LoRA adapters are merged, one after another.
 
         Args:
-            loras: folders that each hold adapters for such a network, as `save_network` of a LoRA student wrote them, and
-                the scale to merge them at: 1.0 is as they were trained.
+            loras: folders with adapters for this network, as `save_adapters` writes them, each with the scale to merge
+                them at (1.0 is as trained).
 
         Raises:
             TypeError: the family's networks take no adapters.
+            ValueError: a folder has no adapters for this network.
         """
         raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
 
     @abstractmethod
     def export(self, folder: Path, times: list[float]) -> None:
-        """Writes a self-contained pipeline for diffusers, which draws at these times, in (0, 1], without our code."""
+        """Write a self-contained diffusers pipeline that samples at these times, in (0, 1], without our code."""
 
     def parts(self) -> dict[PartName, Part]:
-        """The parts of `part_names`, as this model's own modules compute them, whatever runs in their place."""
+        """The parts in `part_names`, as computed by this model's own modules, whatever programs replace them."""
         return {}
 
     @property
     def programs(self) -> Programs:
-        """What runs in the place of parts now."""
+        """The programs that currently replace parts."""
         return {}
 
     def with_programs(self, programs: Programs, *, keep_network: bool = True) -> Self:
-        """This model with other programs in the place of parts; all else is shared with this one, not copied.
+        """This model with programs in place of parts; everything else is shared with this one, not copied.
 
         Args:
-            programs: by part. Parts that are not named are run by the model's own modules.
-            keep_network: whether `network` still has weights. Without them the model can only draw; its parameters have
-                names, shapes and dtypes, but lie on torch's meta device.
+            programs: replacements by part name. Other parts are run by the model's own modules.
+            keep_network: whether `network` keeps its weights. Without them the model can only generate; its parameters
+                keep names, shapes and dtypes, but are on torch's meta device.
 
         Raises:
-            ValueError: the model has no such part, or its network would be lost.
+            ValueError: the model has no such part, or would be left without its network.
         """
         if programs or not keep_network:
             raise ValueError(f"family {self.family!r} has no parts that another program could run")
         return self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moves every component; returns itself."""
+        """Move every component, and return this model."""
         for module in self.components().values():
             module.to(device)
             if dtype is not None:
@@ -200,10 +201,10 @@ class TextToImage(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network's weights lie."""
+        """Device of the network's weights."""
         return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network's weights are kept in."""
+        """Dtype of the network's weights."""
         return next(self.network.parameters()).dtype

@@ -1,10 +1,10 @@
 r"""Gaussian mixtures: a teacher whose x_0, score and density are known in closed form.
 
-Losses, samplers and whole methods are checked against it. The formulas are in `weights.diffusion.mixture`; points are
+Losses, samplers and whole methods are tested against it. The formulas are in `weights.diffusion.mixture`; points are
 "latents" of shape ``(B, D, 1, 1)``, and ``cond`` is ``{"label": (B,)}``, where -1 is unconditional.
 
-A mixture has no trainable network, so the family brings a small MLP denoiser for students and fake scores; `fit` makes
-it agree with a mixture by regression.
+A mixture has no trainable network, so the family provides a small MLP denoiser for students and fake scores, which
+`fit` trains to match a mixture.
 """
 
 import copy as copying
@@ -46,12 +46,12 @@ def _line() -> Mixture:
 
 def _ring() -> Mixture:
     angles = torch.arange(8, dtype=torch.float64) * (2 * math.pi / 8)
-    means = 1.4 * torch.stack([angles.cos(), angles.sin()], dim=1)  # with std 0.15, unit variance a coordinate
+    means = 1.4 * torch.stack([angles.cos(), angles.sin()], dim=1)  # with std 0.15, unit variance per coordinate
     return Mixture(torch.ones(8), means, torch.full((8,), 0.15), torch.arange(8))
 
 
 PRESETS: dict[str, Callable[[], Mixture]] = {"line": _line, "ring": _ring}
-"""By name: ``line`` is 1-D, weights .3/.7, means -.5/1, std .1/.2; ``ring`` is 2-D, 8 Gaussians, a label each."""
+"""By name: ``line`` is 1-D, weights .3/.7, means -.5/1, std .1/.2; ``ring`` is 2-D, 8 Gaussians, one label each."""
 
 
 class AnalyticDenoiser(Denoiser):
@@ -62,20 +62,20 @@ class AnalyticDenoiser(Denoiser):
         self.mixture, self.schedule = mixture, schedule
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The posterior mean; ``cond["label"]`` is ``(B,)``. float64 where ``x_t`` is, else float32."""
+        """The posterior mean; ``cond["label"]`` is ``(B,)``. float64 if ``x_t`` is, else float32."""
         alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
         return self.mixture.x0(x_t, alpha, sigma, cond.get("label"))
 
 
 class MLP(nn.Module):
-    """A small residual network on points, told the noise level and a label.
+    """A small residual network on points, conditioned on the noise level and a label.
 
     Args:
         dim: D.
         num_labels: L; label -1 has an embedding of its own.
-        width: of the hidden layers.
+        width: width of the hidden layers.
         depth: number of residual blocks.
-        told_guidance: whether it is told a guidance scale too.
+        told_guidance: whether the network also embeds a guidance scale.
     """
 
     def __init__(self, dim: int, num_labels: int, width: int = 96, depth: int = 3, told_guidance: bool = False) -> None:
@@ -103,7 +103,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Tensor, c_noise: Tensor, label: Tensor, guidance_scale: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Output ``(B, D)`` and every block's ``(B, width)`` for x ``(B, D)``; the other arguments are ``(B,)``."""
+        """The output ``(B, D)`` and every block's ``(B, width)`` for x ``(B, D)``; the other arguments are ``(B,)``."""
         phase = c_noise.unsqueeze(1) * self.frequencies
         noise = self.embed_noise(torch.cat([phase.sin(), phase.cos()], dim=1).to(x.dtype))
         told = noise + self.embed_label(label % self.embed_label.num_embeddings)
@@ -118,13 +118,13 @@ class MLP(nn.Module):
 
 
 class MLPDenoiser(Denoiser):
-    """An `MLP` seen as a denoiser, whatever it predicts and in whatever schedule.
+    """An `MLP` as a denoiser, for any prediction type and schedule.
 
     Args:
         network: the MLP.
         schedule: its noise schedule.
-        prediction: what its output means.
-        sigma_data: the data's standard deviation, which scales input and output (EDM's table 1).
+        prediction: what the network predicts.
+        sigma_data: the data's standard deviation, which scales the input, and for ``edm`` the output (EDM's table 1).
     """
 
     def __init__(self, network: MLP, schedule: Schedule, prediction: Prediction = "v", sigma_data: float = 1.0) -> None:
@@ -136,19 +136,19 @@ class MLPDenoiser(Denoiser):
         return self._run(x_t, t, cond)[0]
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        """The estimate and the middle block's output ``(B, width, 1, 1)``."""
+        """The estimate, and the middle block's output ``(B, width, 1, 1)``."""
         x0, features = self._run(x_t, t, cond)
         return x0, [features[len(features) // 2]]
 
     def block_features(self, x_t: Tensor, t: Tensor, cond: Cond, blocks: Sequence[str]) -> list[Tensor]:
-        """Those blocks' outputs, each ``(B, width, 1, 1)``."""
+        """These blocks' outputs, each ``(B, width, 1, 1)``."""
         features = dict(zip(self.feature_blocks, self._run(x_t, t, cond)[1], strict=True))
         return [features[block] for block in blocks]
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
-        """The estimate and every block's output."""
+        """The estimate, and every block's output."""
         alpha, sigma = self.schedule.alpha(t.double()), self.schedule.sigma(t.double())
-        # Unit variance in, and the noise level as its angle, which unlike the log-SNR is finite at both ends.
+        # Inputs of unit variance, and the noise level as an angle, which unlike the log-SNR is finite at both ends.
         c_in = torch.rsqrt((alpha * self.sigma_data) ** 2 + sigma**2)
         dtype = self.network.enter.weight.dtype
         points = (expand(c_in, x_t) * x_t.double()).flatten(1).to(dtype)
@@ -178,10 +178,10 @@ def fit(
     seed: int = 0,
     learning_rate: float = 3e-3,
 ) -> float:
-    """Regress a denoiser's x_0 on the analytic one: a student's initialisation, as a copied teacher would be.
+    """Regress a denoiser's x_0 on the analytic one, to initialise a student as a copy of the teacher would.
 
-    Labels are drawn evenly from -1..L-1, times evenly from [0, 1], points from the mixture. AdamW with a cosine decay.
-    The denoiser is left in training mode, with gradients on.
+    Labels are drawn uniformly from -1..L-1, times uniformly from [0, 1], and points from the mixture. The optimizer is
+    AdamW with cosine decay. The denoiser is left in training mode, with gradients on.
 
     Returns:
         The mean squared error over the last tenth of the iterations.
@@ -210,8 +210,8 @@ def fit(
 class GaussianMixture(TextToImage):
     """A mixture as a text-to-image model: the prompt "class 3" is label 3, the empty prompt is unconditional.
 
-    A freshly loaded one denoises exactly; its network is an MLP that waits to be trained. `with_network` and `copy`
-    give a model that denoises with the MLP instead. "Pictures" are the points themselves.
+    As loaded, it denoises exactly, and its network is an untrained MLP. `with_network` and `copy` return a model that
+    denoises with the MLP instead. "Images" are the points themselves.
     """
 
     family = "gaussian_mixture"
@@ -232,7 +232,7 @@ class GaussianMixture(TextToImage):
         self.prediction: Prediction = prediction
         self.denoiser: Denoiser = AnalyticDenoiser(mixture, self.schedule)
         if network is None:
-            with torch.random.fork_rng(devices=[]):  # the same start every time, and nobody's random state moves
+            with torch.random.fork_rng(devices=[]):  # reproducible, and leaves the global random state alone
                 torch.manual_seed(0)
                 self._network = MLP(mixture.dim, mixture.num_labels)
         else:
@@ -241,7 +241,7 @@ class GaussianMixture(TextToImage):
 
     @classmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """A preset by name.
+        """Load a preset by name.
 
         Raises:
             ValueError: no preset has that name.
@@ -281,7 +281,7 @@ class GaussianMixture(TextToImage):
         return int(found[1])
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """One-hot ``(N, L + 1)``; the last place is the empty prompt's."""
+        """One-hot ``(N, L + 1)``; the last column is the empty prompt's."""
         labels = self.encode_prompts(prompts)["label"] % (self.mixture.num_labels + 1)
         return nn.functional.one_hot(labels, self.mixture.num_labels + 1).float()
 
@@ -289,7 +289,7 @@ class GaussianMixture(TextToImage):
         return pictures
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The points as they are, of any size: a mixture has no pixels to keep inside [-1, 1]."""
+        """Return the points unchanged: a mixture has no pixels to clamp to [-1, 1]."""
         return latents
 
     def render(self, latents: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ class GaussianMixture(TextToImage):
         """A model that denoises with this `MLP`, in the same schedule.
 
         Raises:
-            TypeError: it is no MLP.
+            TypeError: the network is not an MLP.
         """
         if not isinstance(network, MLP):
             raise TypeError(f"a Gaussian mixture's network is an MLP, got {type(network).__name__}")
@@ -339,5 +339,5 @@ class GaussianMixture(TextToImage):
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
     def export(self, folder: Path, times: list[float]) -> None:
-        """Always a ValueError: diffusers has no pipeline for a mixture."""
+        """Always raises a ValueError: diffusers has no pipeline for a mixture."""
         raise ValueError(f"a Gaussian mixture cannot be exported to {folder}: diffusers has no pipeline for it")

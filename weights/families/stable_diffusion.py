@@ -1,7 +1,8 @@
 """Stable Diffusion: any diffusers `StableDiffusionPipeline`, from a folder or the hub.
 
-The text encoder may be CLIP's or a BERT (the bundled model's), the autoencoder `AutoencoderKL` or `AutoencoderTiny`. The
-network predicts eps, v or x0 over a discrete variance-preserving schedule; its own timestep n of N is ``t = (n + 1) / N``.
+The text encoder may be CLIP or a BERT (as in the bundled model), the autoencoder `AutoencoderKL` or `AutoencoderTiny`.
+The network predicts eps, v or x0 over a discrete variance-preserving schedule; its timestep n of N is
+``t = (n + 1) / N``.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ _SCALE_WEIGHT = "time_embedding.cond_proj.weight"
 
 
 class _TextEncoder(nn.Module):
-    """Hidden states ``(B, L, D)`` of tokens and, where the pipeline gives one, their mask ``(B, L)``."""
+    """Maps tokens, and their mask ``(B, L)`` if the pipeline uses it, to hidden states ``(B, L, D)``."""
 
     def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -77,14 +78,14 @@ class StableDiffusion(PipelineModel):
 
     @classmethod
     def _load_settings(cls, _folder: Path) -> Mapping[str, Any]:
-        # Servers have a hook of their own for what is checked.
+        # The server has its own hook for a safety checker.
         return {"safety_checker": None, "requires_safety_checker": False}
 
     def _denoiser(self, network: nn.Module) -> UNetDenoiser:
         return UNetDenoiser(network, *self._noise(), self._programs.get("network"))
 
     def _noise(self) -> tuple[DiscreteVP, Prediction]:
-        """The schedule, and what the network predicts."""
+        """The noise schedule, and what the network predicts."""
         scheduler = self.pipeline.scheduler
         prediction = scheduler.config.get("prediction_type")
         if prediction not in _PREDICTIONS:
@@ -116,7 +117,7 @@ class StableDiffusion(PipelineModel):
         return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
     def _uses_mask(self) -> bool:
-        """Whether the pipeline gives the text encoder its mask: diffusers' own rule, kept so that pixels agree."""
+        """Whether the text encoder receives the attention mask: diffusers' own rule, so that pixels agree."""
         return bool(getattr(self.text_encoder.config, "use_attention_mask", False))
 
     def _text_inputs(self, prompts: list[str]) -> tuple[Tensor, ...]:
@@ -131,7 +132,7 @@ class StableDiffusion(PipelineModel):
     def embed_prompts(self, prompts: list[str]) -> Tensor:
         ids, mask = self._tokens(prompts)
         output = self.text_encoder(ids, mask if self._uses_mask() else None)
-        if self.text_encoder.config.model_type == "bert":  # sentence transformers average the tokens
+        if self.text_encoder.config.model_type == "bert":  # sentence transformers use the mean over tokens
             weight = mask.unsqueeze(-1).float()
             pooled = (output[0].float() * weight).sum(1) / weight.sum(1)
         else:
@@ -148,7 +149,7 @@ class StableDiffusion(PipelineModel):
 
     @quiet
     def with_guidance_embedding(self) -> Self:
-        """See `TextToImage.with_guidance_embedding`: LCM's ``time_cond_proj``, which starts at zero here."""
+        """See `TextToImage.with_guidance_embedding`: LCM's ``time_cond_proj``, initialised to zero."""
         network = cast(Any, self.network)
         told = UNet2DConditionModel.from_config({**network.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
         told = told.to(self.device, self.dtype).train(network.training)
@@ -172,7 +173,7 @@ class StableDiffusion(PipelineModel):
     def _student_scheduler(self, times: list[float]) -> Any:
         timesteps = [round(t * self.denoiser.schedule.num_train) - 1 for t in times]
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-        config["thresholding"] = False  # a student's x_0 is taken as it is
+        config["thresholding"] = False  # a student's x_0 is not clipped
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() != timesteps:

@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: any diffusers `StableDiffusion3Pipeline`, from a folder or the hub.
 
-A transformer that predicts the flow ``eps - x_0`` along straight lines (https://arxiv.org/abs/2403.03206), and is told the
-prompt by two CLIPs and, where its folder has one, by a T5; no guidance scale. All parts run in the precision that is asked
-for, as diffusers runs them, but for the layers of T5 that float16 is too small for.
+A transformer that predicts the flow ``eps - x_0`` along straight paths (https://arxiv.org/abs/2403.03206). It is
+conditioned on two CLIPs and, if its folder has one, a T5; it does not embed a guidance scale. All parts run in the
+requested precision, as in diffusers, except for T5's layers that overflow in float16.
 """
 
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ class StableDiffusion3(PipelineModel):
 
     @classmethod
     def _load_settings(cls, folder: Path) -> Mapping[str, Any]:
-        # diffusers leaves out of the index what a pipeline has not, and then wants to be told so.
+        # Components missing from a pipeline's index must be passed to diffusers as None.
         third = ("text_encoder_3", "tokenizer_3")
         return {} if (folder / third[0]).is_dir() else dict.fromkeys(third)
 
@@ -101,7 +101,7 @@ class StableDiffusion3(PipelineModel):
         super().to(device, dtype)
         if dtype == torch.float16 and self.text_encoder_3 is not None:
             for name, module in self.text_encoder_3.named_modules():
-                if name.endswith(".wo"):  # as transformers loads them: they overflow
+                if name.endswith(".wo"):  # as transformers does on loading, since they overflow
                     module.to(torch.float32)
         return self
 
@@ -109,7 +109,7 @@ class StableDiffusion3(PipelineModel):
         return int(self.scale * self._own_network.config.patch_size)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-        """See `TextToImage.latent_shape`; the network knows so many places of a patch, each way."""
+        """See `TextToImage.latent_shape`; the size is also limited by the network's position embedding."""
         shape = super().latent_shape(height, width)
         most = self._multiple() * int(self._own_network.config.pos_embed_max_size)
         if max(shape[1:]) * self.scale > most:
@@ -120,7 +120,7 @@ class StableDiffusion3(PipelineModel):
         return shape
 
     def _clip(self, prompts: list[str], which: str = "") -> tuple[Tensor, Tensor]:
-        """One CLIP's states ``(N, L, D)`` and vectors ``(N, E)``; both have the first one's length."""
+        """One CLIP's hidden states ``(N, L, D)``, with the first tokenizer's L, and pooled embeddings ``(N, E)``."""
         tokenizer, encoder = getattr(self.pipeline, f"tokenizer{which}"), getattr(self.pipeline, f"text_encoder{which}")
         states, pooled = clip_states(tokenizer, encoder, prompts, self.pipeline.tokenizer_max_length)
         assert pooled is not None, "a CLIPTextModelWithProjection"
@@ -144,12 +144,12 @@ class StableDiffusion3(PipelineModel):
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """See `TextToImage.embed_prompts`; in the larger CLIP's space."""
+        """See `TextToImage.embed_prompts`; uses the second, larger CLIP's space."""
         (pooled,) = in_parts(lambda few: (self._clip(few, "_2")[1],), prompts)
         return nn.functional.normalize(pooled.float(), dim=-1)
 
     def _completed(self, config: dict[str, Any]) -> dict[str, Any]:
-        # Both rows of tokens have one width.
+        # Image and prompt tokens have the same width.
         return {**config, "caption_projection_dim": config["num_attention_heads"] * config["attention_head_dim"]}
 
     def _merge_adapters(self, network: Any, folder: Path) -> None:

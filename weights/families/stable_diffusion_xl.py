@@ -1,9 +1,9 @@
 """SDXL: any diffusers `StableDiffusionXLPipeline`, from a folder or the hub (https://arxiv.org/abs/2307.01952).
 
-Beside Stable Diffusion 1 and 2: two text encoders, whose last states but one are the network's hidden states and the second
-of which gives the prompt as one vector too; the picture's sizes, which follow from the latents'; and an autoencoder that
-overflows in float16, so that it stays in float32 unless its own configuration says otherwise. The refiner is another
-kind of pipeline.
+Differences from Stable Diffusion 1 and 2: two text encoders, whose penultimate hidden states condition the network,
+along with the second one's pooled embedding; conditioning on the image's sizes, which follow from the latents'; and an
+autoencoder that overflows in float16, and so stays in float32 unless its configuration says otherwise. The refiner is
+another kind of pipeline, and not supported.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,10 @@ from weights.unet import UNetDenoiser, UNetXL, UNetXLDenoiser
 
 
 class StableDiffusionXL(StableDiffusion):
-    """A `StableDiffusionXLPipeline` in parts. The empty prompt is zeros where the pipeline says so, as SDXL's own does."""
+    """A `StableDiffusionXLPipeline` in parts.
+
+    The empty prompt is encoded as zeros if the pipeline's configuration says so, as SDXL's does.
+    """
 
     family = "stable_diffusion_xl"
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
@@ -59,11 +62,11 @@ class StableDiffusionXL(StableDiffusion):
         return self
 
     def parts(self) -> dict[PartName, Part]:
-        """`TextToImage.parts`; the text encoders, which answer with two tensors, run as they are."""
+        """`TextToImage.parts`, without the text encoders, which have two outputs."""
         return {name: part for name, part in super().parts().items() if name in self.part_names}
 
     def _encoded(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states ``(B, L, D)`` of both encoders side by side, and the second's vector ``(B, E)``."""
+        """Concatenated hidden states ``(B, L, D)`` of both encoders, and the second's pooled embedding ``(B, E)``."""
         states, pooled = in_parts(self._encode_few, prompts)
         return states, pooled
 
