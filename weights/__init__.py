@@ -1,6 +1,6 @@
-"""What a model is: contracts, the store, diffusion's mathematics, families of teachers, drawing."""
+"""What a model is: contracts, the store, diffusion maths, model families and image generation."""
 
 import os
 
-# transformers tells at import, twice, that torchvision is missing: nothing here needs it.
+# transformers warns at import, twice, that torchvision is missing; nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

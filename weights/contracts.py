@@ -1,7 +1,7 @@
-"""Everything that crosses a process: job specs, student manifests, progress events.
+"""The data that crosses process boundaries: job specs, student manifests and progress events.
 
-These models are the only things that the service and the distillers share. They are strict (an unknown field is an
-error), frozen, and say in their error what was given and what is allowed.
+The service and the distillers exchange nothing else. The models are frozen and strict (an unknown field is an error),
+and their error messages say what was given and what is allowed.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ FORMAT_VERSION = 1
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be a folder of the store and no path out of it.
+    """Return the name if it is valid: a folder name that cannot lead out of the store.
 
     Raises:
-        ValueError: it holds anything but lower-case letters, digits, '.', '_' and '-', or '..'.
+        ValueError: it does not match ``NAME_PATTERN``, or contains '..'.
     """
     if not NAME_PATTERN.fullmatch(name) or ".." in name:
         raise ValueError(
@@ -36,7 +36,7 @@ UnitTime = Annotated[float, Field(gt=0, le=1)]
 
 
 class Contract(BaseModel):
-    """Base of every contract: frozen; unknown fields are refused, and numbers that JSON cannot tell."""
+    """Base class of every contract: frozen, without unknown fields, NaN or infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -45,7 +45,7 @@ RECOMBINED = "recombined"
 
 
 class DataSpec(Contract):
-    """What the job trains on."""
+    """The data that the job trains on."""
 
     source: str = Field("emoji", description="'emoji' (bundled), or a folder with metadata.jsonl and pictures")
     prompts: str | None = Field(
@@ -56,12 +56,12 @@ class DataSpec(Contract):
 
     @property
     def recombines(self) -> bool:
-        """Whether prompts are made of the bundled captions."""
+        """Whether prompts are recombined from the bundled captions."""
         return self.source == "emoji" and self.prompts == RECOMBINED
 
 
 class LoraSpec(Contract):
-    """Low-rank adapters instead of full fine-tuning."""
+    """Low-rank adapters, trained instead of the full weights."""
 
     rank: int = Field(64, ge=1, le=1024)
     alpha: float | None = Field(None, gt=0, description="scale; the rank when left out")
@@ -74,7 +74,7 @@ class LoraSpec(Contract):
 
 
 class TrainSpec(Contract):
-    """The trainer's settings, the same for every method."""
+    """The trainer's settings, common to all methods."""
 
     iterations: int = Field(1000, ge=1, description="iterations of the method's full cycle (critic and student steps)")
     max_minutes: float | None = Field(None, gt=0, description="stop (and publish) after this much training time")
@@ -104,7 +104,7 @@ class TrainSpec(Contract):
 
 
 class PartitionSpec(Contract):
-    """Several students of one job, each trained on its part of the prompts (Multi-Student Distillation)."""
+    """Several students from one job, each trained on a part of the prompts (Multi-Student Distillation)."""
 
     students: int = Field(
         ge=2, le=64, description="K; student k is published as NAME-k, and NAME picks one by the prompt"
@@ -130,7 +130,7 @@ class PartitionSpec(Contract):
 
 
 class GuideSpec(Contract):
-    """Autoguidance: the teacher is led away from a worse version of itself (`weights.diffusion.guidance.AutoGuided`)."""
+    """Autoguidance of the teacher, away from a worse version of itself (`weights.diffusion.guidance.AutoGuided`)."""
 
     student: Name = Field(
         description="published student of the same base that denoises as the teacher does, only worse: a smaller one, "
@@ -144,7 +144,7 @@ class GuideSpec(Contract):
 
 
 class DistillJob(Contract):
-    """One distillation: which base, by which method, on what, for how long, published as what."""
+    """One distillation job: base, method, data, training settings, and the name to publish the student under."""
 
     student: Name = Field(description="name to publish the student under")
     method: str = Field(description="name of a method in distillers/methods")
@@ -173,7 +173,7 @@ class DistillJob(Contract):
 
     @property
     def parts(self) -> list["DistillJob"]:
-        """The jobs that this one consists of, one a student; none where it trains a single one itself."""
+        """The jobs that this one splits into, one per student; empty if it trains a single student itself."""
         if self.partition is None or self.partition.part is not None:
             return []
         return [
@@ -188,21 +188,21 @@ class DistillJob(Contract):
 
     @property
     def sha256(self) -> str:
-        """Of the job as canonical JSON: names it without telling what folders it reads."""
+        """Hash of the job as canonical JSON: identifies the job without revealing the folders that it reads."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     @property
     def publishes(self) -> list[str]:
-        """Every name that it publishes a student under."""
+        """Every name that the job publishes a student under."""
         return [self.student, *(part.student for part in self.parts)]
 
 
 class StepSchedule(Contract):
-    """How a student draws in a given number of steps.
+    """How a student samples in a given number of steps.
 
-    ``timesteps[i]`` is the noise level of the state that step i denoises; ``conditioning[i]`` is the time the network is
-    told (and whose alpha and sigma convert its output). They differ only for students such as SDXL's one-step DMD2,
-    which takes pure noise at conditioning timestep 399 of 1000.
+    ``timesteps[i]`` is the noise level of the state that step i denoises. ``conditioning[i]`` is the time that the
+    network is conditioned on, and whose alpha and sigma convert its output. The two differ only for students such as
+    SDXL's one-step DMD2, which takes pure noise at conditioning timestep 399 of 1000.
     """
 
     timesteps: list[UnitTime] = Field(min_length=1, max_length=64, description="falling, t = 1 is noise")
@@ -222,12 +222,12 @@ class StepSchedule(Contract):
 
     @property
     def network_times(self) -> list[float]:
-        """The times to tell the network, one a step."""
+        """The times that the network is conditioned on, one per step."""
         return self.conditioning if self.conditioning is not None else self.timesteps
 
 
 class BaseReference(Contract):
-    """The base a student was made from, which also supplies the components that training left alone."""
+    """The base a student was made from. It supplies the components that training did not change."""
 
     id: str = Field(description="bundled name, folder, or hub id")
     sha256: str = Field(
@@ -236,14 +236,14 @@ class BaseReference(Contract):
 
 
 class FileRecord(Contract):
-    """One file of a student, as it was published."""
+    """Size and hash of one file of a student, as published."""
 
     sha256: str = Field(pattern=SHA256_PATTERN)
     size: int = Field(ge=0, description="bytes")
 
 
 class GuidanceConvention(Contract):
-    """Classifier-free guidance (``uncond + w (cond - uncond)``, 1.0 is off) at training and at drawing."""
+    """Classifier-free guidance (``uncond + w (cond - uncond)``; 1.0 is off) in training and in sampling."""
 
     trained_scale: float = Field(1.0, ge=0, description="teacher guidance that training baked into the student")
     default_scale: float = Field(1.0, ge=0, description="what to draw with when a request does not say")
@@ -253,7 +253,7 @@ class GuidanceConvention(Contract):
 
 
 class Diversity(Contract):
-    """The base's first step in the student's place: its calibration (see 'Distilling Diversity and Control')."""
+    """Calibration of the base's first steps, which replace the student's (see 'Distilling Diversity and Control')."""
 
     base_steps: int = Field(1, ge=1, le=8, description="network evaluations by the base before the student takes over")
     base_guidance: float = Field(1.0, ge=0, description="guidance of the base leg; anything but 1.0 doubles its cost")
@@ -277,7 +277,7 @@ class Diversity(Contract):
 
 
 class Router(Contract):
-    """A multi-student's choice by prompt: the nearest centroid in the text encoder's space (`weights.router.route`)."""
+    """How a multi-student picks a student: the centroid nearest to the prompt's embedding (`weights.router.route`)."""
 
     centroids: list[list[FiniteFloat]] = Field(min_length=1, description="one a student, of length 1")
     students: list[Name] = Field(min_length=1, description="published students of the same base, a centroid each")
@@ -301,7 +301,7 @@ class Router(Contract):
 
 
 class AveragedStudent(Contract):
-    """One of the students whose weights a student's are the mean of."""
+    """One of the students that a weight average was made from."""
 
     name: Name = Field(description="what it was published as; 'base' is the base's own weights")
     share: float = Field(
@@ -314,7 +314,7 @@ class AveragedStudent(Contract):
 
 
 class ExtractedLora(Contract):
-    """The student of full weights that a LoRA student's adapters stand for."""
+    """The fully fine-tuned student that a LoRA student's adapters approximate."""
 
     name: Name = Field(description="what it was published as")
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
@@ -323,7 +323,7 @@ class ExtractedLora(Contract):
 
 
 class StudentManifest(Contract):
-    """``student.json``: what a student is, how to draw with it, and what it was measured to be."""
+    """``student.json``: what a student is, how to sample from it, and its measured quality."""
 
     format_version: Literal[1] = 1
     name: Name
@@ -358,7 +358,7 @@ class StudentManifest(Contract):
 
 
 class Event(Contract):
-    """One line that a running job writes to its events file and its standard output."""
+    """One line that a running job writes to its events file and to standard output."""
 
     at: datetime
     step: int = Field(ge=0)

@@ -4,16 +4,16 @@ Layout of ``ROOT``::
 
     NAME -> .versions/NAME.ID     a symlink: the student's current version
     .versions/NAME.ID/            student.json and the files that it lists
-    .staging-ID/                  a publish at work, or what a killed one left
+    .staging-ID/                  a publish in progress, or left over from a killed one
 
-Publishing copies into a staging folder, flushes every file and folder to the disk, renames the staging folder to a
-version, and only then points the name at it. Making a symlink fails where the name is taken, and renaming one over
-another is atomic. So of two publishers exactly one creates, a replacement never leaves a moment without a valid
-student, no lock or database is needed, and a kill at any point leaves the old version current. (A plain folder cannot
-be replaced atomically without Linux's RENAME_EXCHANGE, which not every filesystem has.) A replaced version stays for a
-day, for whoever is still reading it; leftovers older than that go with the next publish.
+Publishing copies into a staging folder, flushes every file and folder to disk, renames the staging folder to a version,
+and only then points the name at it. Creating a symlink fails if the name is taken, and renaming one over another is
+atomic. So exactly one of two concurrent publishers creates a name, a valid student exists at every moment of a
+replacement, no lock or database is needed, and a kill at any point leaves the old version current. (A plain folder
+cannot be replaced atomically without Linux's RENAME_EXCHANGE, which not every filesystem supports.) A replaced version
+stays for a day, for processes that still read it; older leftovers are removed by the next publish.
 
-A student can also be a plain folder: so are the bundled ones, and a folder copied into ROOT by hand is found too.
+A student can also be a plain folder, as the bundled ones are; a folder copied into ROOT by hand is found too.
 """
 
 import errno
@@ -67,26 +67,26 @@ _STAGING = ".staging-"
 
 _log = logging.getLogger(__name__)
 
-_Names = list[str]  # Store.list would shadow the builtin in its class's annotations
+_Names = list[str]  # Store.list would shadow the builtin in the class's annotations
 _Manifests = list[StudentManifest]
 _Paths = list[Path]
 
 
 @dataclass(frozen=True)
 class StudentFolder:
-    """A student: from `Store.open` a verified one, from `Store.find` one whose files nobody has looked at."""
+    """A student on disk: verified if it is from `Store.open`, unverified if it is from `Store.find`."""
 
     path: Path
-    """The version's own folder: it stays the same while the name is pointed elsewhere."""
+    """The version's own folder, which stays the same when the name is pointed elsewhere."""
     manifest: StudentManifest
 
 
 class Store:
-    """Students by name under one folder, over the read-only ones that ship with the code.
+    """Students by name in one folder, in addition to the read-only ones that ship with the code.
 
     Args:
-        root: where students are published; made when the first is.
-        bundled: a folder of plain student folders; a name in root hides the one here.
+        root: where students are published; created by the first publish.
+        bundled: a folder of plain student folders; names in root take precedence.
     """
 
     def __init__(self, root: Path, bundled: Path | None = None) -> None:
@@ -102,7 +102,7 @@ class Store:
         return sorted(found)
 
     def list(self) -> _Manifests:
-        """Every student's manifest, by name. One that cannot be read is left out, and logged: it hides no other."""
+        """Every student's manifest, by name. Unreadable ones are logged and left out."""
         manifests = []
         for name in self.names():
             try:
@@ -116,7 +116,8 @@ class Store:
 
         Raises:
             NotFound: no student has that name.
-            Forbidden: that is no name, or the manifest lists a file outside its folder or of a forbidden kind.
+            Forbidden: the name is invalid or a symlink out of the store, or the manifest lists a file outside its
+                folder or of a forbidden kind.
             Corrupt: the manifest cannot be read.
         """
         return self.find(name).manifest
@@ -131,7 +132,7 @@ class Store:
         return StudentFolder(folder, read_manifest(folder, name))
 
     def made_by(self, job: DistillJob) -> StudentManifest | None:
-        """What this very job published in root, if it did; bundled students are nobody's."""
+        """The manifest that exactly this job published in root, or None. Bundled students do not count."""
         try:
             manifest = Store(self.root).manifest(job.student)
         except StoreError:
@@ -139,12 +140,14 @@ class Store:
         return manifest if manifest.job == job else None
 
     def open(self, name: str) -> StudentFolder:
-        """The student's folder, each file checked against its sha256 (again only when its size or mtime changes).
+        """The student's folder, with each file verified against its sha256.
+
+        A file is hashed again only if its size, mtime or inode has changed.
 
         Raises:
             NotFound: no student has that name.
-            Forbidden: as in `manifest`, or a file is a symlink, or an unlisted one could be loaded.
-            Corrupt: a file is missing, truncated, or not what was published.
+            Forbidden: as in `manifest`, or a file is a symlink, or an unlisted file could be loaded.
+            Corrupt: as in `manifest`, or a file is missing, truncated, or not what was published.
         """
         found = self.find(name)
         verify(found.path, found.manifest)
@@ -154,20 +157,20 @@ class Store:
         """Copy a student's files into the store, all or nothing.
 
         Args:
-            manifest: what the student is; its ``files`` are filled in here.
-            folder: holds the files, at least one of them safetensors (but for a routed student, which has no weights of its
-                own); a student.json in it is ignored.
-            replace: take the place of a student of that name; without it, a taken name is an error.
+            manifest: the student's manifest; its ``files`` are filled in here.
+            folder: holds the files, at least one of them safetensors (except for a routed student, which has no weights
+                of its own); a student.json in it is ignored.
+            replace: replace an existing student of that name; otherwise a taken name is an error.
 
         Returns:
-            The manifest as it was published.
+            The manifest as published.
 
         Raises:
             AlreadyExists: the name is taken in root (bundled students may be hidden).
-            NotFound: a student that it routes to is not here.
+            NotFound: the folder, or a student that this one routes to, does not exist.
             Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
-            Corrupt: a safetensors file does not parse, or the manifest would not be read back.
-            DiskFull: no space; the staging folder is gone and an old version stays.
+            Corrupt: a safetensors file does not parse, or the manifest could not be read back.
+            DiskFull: no space is left; the staging folder is removed, and an old version stays.
             StoreError: the folder or root cannot be read or written.
         """
         name, folder = manifest.name, Path(folder)
@@ -187,15 +190,15 @@ class Store:
                 files = {path: copy_file(folder / path, staging / path) for path in paths}
                 published = manifest.model_copy(update={"files": files})
                 write_file(staging / MANIFEST, published.model_dump_json(indent=2).encode() + b"\n")
-                read_manifest(staging, name)  # what cannot be read back is not published
+                read_manifest(staging, name)  # refuse to publish what cannot be read back
                 for parent, _, _ in os.walk(staging):
                     sync_folder(Path(parent))
-                # A link to a version that is gone is no student, and nothing is lost by replacing it.
+                # A dangling link is no student, so it may be replaced.
                 self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
         return published
 
     def amend(self, manifest: StudentManifest) -> StudentManifest:
-        """Publish a student again with another manifest, such as a new calibration, and the same files.
+        """Publish a student again with the same files and another manifest, such as a new calibration.
 
         Raises:
             NotFound, Forbidden: see `check_amendable`.
@@ -208,7 +211,7 @@ class Store:
         return self.publish(manifest, folder.path, replace=True)
 
     def check_amendable(self, name: str) -> None:
-        """Refuse what `amend` could not write: for whoever works long before it.
+        """Check that `amend` could write this student, before a long computation of what it would write.
 
         Raises:
             NotFound: no student has that name.
@@ -221,11 +224,11 @@ class Store:
             raise Forbidden(f"{link} was put there by hand and cannot be replaced atomically: publish it instead")
 
     def delete(self, name: str) -> None:
-        """Remove a student; a bundled one that it hid shows again.
+        """Remove a student; a bundled one of that name is visible again.
 
         Raises:
             NotFound: no student has that name.
-            Forbidden: that is no name, the student is bundled, or another one routes prompts to it.
+            Forbidden: the name is invalid, the student is bundled, or another student routes prompts to it.
         """
         folder = self._folder(name)
         if not os.path.lexists(self.root / name):
@@ -235,7 +238,7 @@ class Store:
             raise Forbidden(f"student {name!r} draws a part of {', '.join(routers)}: delete that first")
         link = self.root / name
         with _clear_errors(name):
-            # Out of sight by one call that needs no space; the weights go only after that.
+            # One call that needs no disk space hides the student; only then are its weights deleted.
             if link.is_symlink():
                 link.unlink()
             else:
@@ -244,11 +247,11 @@ class Store:
             shutil.rmtree(folder)
 
     def _point(self, link: Path, staging: Path, replace: bool, taken: str) -> None:
-        """Make the staged folder a version and point the name at it: the one moment at which a publish happens."""
+        """Make the staged folder a version and point the name at it, which is the moment of publication."""
         versions = self.root / _VERSIONS
         versions.mkdir(exist_ok=True)
         version = versions / f"{link.name}.{uuid.uuid4().hex}"
-        os.utime(staging)  # a version that nothing points at yet is young, however long its copy took
+        os.utime(staging)  # not a leftover yet, however long the copy took
         staging.rename(version)
         sync_folder(versions)
         target, before = f"{_VERSIONS}/{version.name}", link.resolve()
@@ -260,7 +263,7 @@ class Store:
             else:
                 link.symlink_to(target)
         except BaseException as error:
-            if link.resolve() != version.resolve():  # not if we were interrupted just after
+            if link.resolve() != version.resolve():  # unless interrupted just after the link was made
                 shutil.rmtree(version, ignore_errors=True)
             if isinstance(error, FileExistsError):
                 raise AlreadyExists(taken) from error
@@ -270,7 +273,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"student {link.name!r} is published, but a power cut may undo it: {error}") from error
         if replace and before.parent == versions.resolve() and before.is_dir():
-            os.utime(before)  # its day of grace begins
+            os.utime(before)  # its grace period begins
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -282,13 +285,13 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _clean_leftovers(self) -> None:
-        """Remove what killed publishes and replaced students left behind, where it is older than a day."""
+        """Remove leftovers of killed publishes, and replaced versions, that are older than a day."""
         used = {entry.resolve() for entry in self.root.iterdir() if entry.is_symlink()}
         leftovers = [*self.root.glob(f"{_STAGING}*"), *(self.root / _VERSIONS).glob("*")]
         for leftover in leftovers:
             try:
                 age = time.time() - leftover.lstat().st_mtime
-            except FileNotFoundError:  # another publisher was faster
+            except FileNotFoundError:  # removed by another publisher
                 continue
             if age > LEFTOVER_SECONDS and leftover.resolve() not in used:
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -297,7 +300,7 @@ class Store:
         return [place for place in (self.root, self.bundled) if place is not None and place.is_dir()]
 
     def _folder(self, name: str) -> Path:
-        """The real folder of a student: resolved once, so that all that follows reads one version."""
+        """The real folder of a student, resolved once so that everything that follows reads one version."""
         try:
             check_name(name)
         except ValueError as error:

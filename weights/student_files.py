@@ -1,4 +1,4 @@
-"""A student's files: which may be there, what they hash to, and whether they are what was published."""
+"""A student's files: which are allowed, how they are hashed, and whether they are as published."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ ALLOWED = HARMLESS | {".json", WEIGHTS}
 NOT_LOADED = (
     "safety_checker/*", "*.fp16.safetensors", "*.non_ema.safetensors", "*.fp16-*.safetensors", "*.non_ema-*.safetensors",
 )  # fmt: skip
-"""Of a diffusers pipeline's components: a safety checker, and other precisions and states, whole or in shards."""
+"""Files of a pipeline that are not loaded: the safety checker, and fp16 or non-EMA weights, whole or in shards."""
 _CHUNK = 1 << 20
 
 
 class StoreError(Exception):
-    """Whatever a store refuses or fails at; the message says what and how to go on."""
+    """Base class of the store's errors; the message says what failed and how to proceed."""
 
 
 class NotFound(StoreError):
@@ -33,15 +33,15 @@ class NotFound(StoreError):
 
 
 class AlreadyExists(StoreError):
-    """The name is taken, and replacing was not asked for."""
+    """The name is taken, and replacement was not requested."""
 
 
 class Corrupt(StoreError):
-    """The files are not what was published."""
+    """The files are not as published."""
 
 
 class Forbidden(StoreError):
-    """What was asked for could leave the folder, run code, or change what is read-only."""
+    """The request could leave the folder, run code, or change what is read-only."""
 
 
 class DiskFull(StoreError):
@@ -49,10 +49,10 @@ class DiskFull(StoreError):
 
 
 def digest_folder(path: Path) -> str:
-    """One sha256 for all the weights in a folder: of the lines ``sha256  relative/path``, sorted by path.
+    """One sha256 for all weights in a folder: the hash of the lines ``sha256  relative/path``, sorted by path.
 
-    Counts every safetensors file at any depth, and follows symlinks (the hub's cache is made of them), so that it tells
-    which base a student belongs to wherever that base lies.
+    It covers every safetensors file at any depth and follows symlinks (the hub's cache consists of them), so it
+    identifies weights wherever they are stored.
 
     Raises:
         NotFound: the folder holds no safetensors file.
@@ -63,10 +63,9 @@ def digest_folder(path: Path) -> str:
 
 
 def digest_base(path: Path) -> str:
-    """`digest_folder` of a diffusers pipeline, over the weights that are loaded from it: its components', each in a folder.
+    """Like `digest_folder`, but only over what a diffusers pipeline loads: its components' weights, each in a folder.
 
-    Single-file checkpoints beside these, other precisions and a safety checker may come and go; a student's base stays its
-    base.
+    Single-file checkpoints, other precisions and a safety checker may be added or removed without changing the digest.
 
     Raises:
         NotFound: the folder holds no such file.
@@ -77,7 +76,7 @@ def digest_base(path: Path) -> str:
 
 
 def readable(path: Path) -> None:
-    """Give a file, or all below a folder, the mode of any new file: safetensors writes what its maker alone may read."""
+    """Give a file, or all files below a folder, default permissions: safetensors' are for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)
     for file in path.rglob("*") if path.is_dir() else [path]:
@@ -98,12 +97,12 @@ def _digest(root: Path, files: Iterable[Path]) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """A file's sha256 in hexadecimal; computed again only when its size, mtime or inode changes."""
+    """A file's sha256 in hexadecimal; computed again only if its size, mtime or inode changes."""
     return _sha256(_Content.of(path))
 
 
 class _Content(NamedTuple):
-    """A file as long as it keeps its content: what is known of that need not be found out twice."""
+    """Identifies a file's content, as a cache key: it changes when size, mtime or inode do."""
 
     path: Path
     mtime_ns: int
@@ -123,10 +122,10 @@ def _sha256(content: _Content) -> str:
 
 
 def read_manifest(folder: Path, name: str) -> StudentManifest:
-    """The manifest in a student's folder; read again only when its size, mtime or inode changes.
+    """The manifest in a student's folder; read again only if its size, mtime or inode changes.
 
     Raises:
-        Corrupt: it is no JSON, of another format version, incomplete, or another student's.
+        Corrupt: it is not JSON, has another format version, is incomplete, or belongs to another student.
         Forbidden: it lists a file outside the folder or of a kind that is not allowed.
     """
     file = folder / MANIFEST
@@ -160,7 +159,7 @@ def _manifest(written: _Content, name: str) -> StudentManifest:
 
 
 def _check_path(path: str) -> None:
-    """Refuse a relative path that leaves the folder, is hidden, or is of a kind that could run code."""
+    """Reject a relative path that leaves the folder, is hidden, or has a type that could run code."""
     pure = PurePosixPath(path)
     unsafe = pure.is_absolute() or "\\" in path or "\0" in path or str(pure) != path
     if unsafe or any(part.startswith(".") for part in pure.parts):
@@ -173,7 +172,7 @@ def _check_path(path: str) -> None:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """Relative paths of all that is in a folder, symlinks and other non-folders among them."""
+    """Relative paths of everything in a folder except folders; includes symlinks."""
     for parent, folders, names in os.walk(folder, followlinks=False):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from ((Path(parent) / name).relative_to(folder).as_posix() for name in (*names, *links))
@@ -183,13 +182,13 @@ def publishable(folder: Path, weights: bool = True) -> list[str]:
     """The files of a folder that a student can be published from, relative and sorted, without its student.json.
 
     Args:
-        folder: to publish from.
-        weights: whether there must be some; a routed student has none of its own.
+        folder: the folder to publish from.
+        weights: whether weights are required; a routed student has none of its own.
 
     Raises:
         NotFound: there is no such folder.
         Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
-        Corrupt: a safetensors file does not parse, or there is none.
+        Corrupt: a safetensors file does not parse, or a required one is missing.
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} is no folder: nothing to publish")
@@ -205,7 +204,7 @@ def publishable(folder: Path, weights: bool = True) -> list[str]:
 
 
 def _check_weights(path: Path) -> None:
-    """Refuse a safetensors file whose header does not parse or whose length is not what the header says."""
+    """Reject a safetensors file whose header does not parse or does not match the file's length."""
     if path.suffix != WEIGHTS:
         return
     try:
@@ -224,8 +223,8 @@ def verify(folder: Path, manifest: StudentManifest) -> None:
     """Check every file of a student against its manifest.
 
     Raises:
-        Corrupt: a file is missing, has another size or another sha256, or does not parse.
-        Forbidden: a file is a symlink, or one that could be loaded is not in the manifest.
+        Corrupt: a file is missing, differs in size or sha256, or does not parse.
+        Forbidden: a file is a symlink, or a file that could be loaded is not in the manifest.
     """
     advice = f"publish student {manifest.name!r} again, or delete it"
     for path, record in manifest.files.items():
@@ -247,7 +246,7 @@ def verify(folder: Path, manifest: StudentManifest) -> None:
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:
-    """Copy a file durably; what is recorded is what was written."""
+    """Copy a file durably, and return the record of what was written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
     with open(source, "rb") as reader, open(target, "xb") as writer:

@@ -1,4 +1,4 @@
-"""From a student's folder in the store to a model that draws."""
+"""Loads students from their folders in the store."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +14,25 @@ from weights.store import Store, StudentFolder, digest_base
 
 
 class WrongBase(ValueError):
-    """The base at hand is not the one that the student was made from."""
+    """The given base is not the one that the student was made from."""
 
 
 class WrongMember(ValueError):
-    """A student that a routed one names is not like it."""
+    """A member of a routed student does not match it."""
 
 
 class NotALora(ValueError):
-    """A student that is no set of LoRA adapters was to be merged into another model."""
+    """A student without LoRA adapters was to be merged into another model."""
 
 
 class Routed(ValueError):
-    """A student without weights of its own was asked for them."""
+    """The weights of a student that has none of its own were requested."""
 
 
 def base_reference(source: str) -> BaseReference:
-    """How a manifest names a base: its id, and a digest over its weight files.
+    """How a manifest refers to a base: its id, and a digest over its weight files.
 
-    A folder is named by its whole path, since a student is drawn with from other working directories.
+    The id of a folder is its absolute path, since students are used from other working directories.
 
     Raises:
         FileNotFoundError: there is no such base.
@@ -43,10 +43,10 @@ def base_reference(source: str) -> BaseReference:
 
 
 def check_base(folder: StudentFolder, digest: str) -> None:
-    """Makes sure that a student gets its own base.
+    """Check that the base at hand is the student's own.
 
     Raises:
-        WrongBase: ``digest`` is not that of the student's base: its other components would not fit the student.
+        WrongBase: ``digest`` is not that of the student's base, whose other components the student needs.
     """
     expected = folder.manifest.base
     if digest != expected.sha256:
@@ -57,13 +57,13 @@ def check_base(folder: StudentFolder, digest: str) -> None:
 
 
 def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
-    """The student, sharing every component that training left alone with ``base`` (LoRA adapters are merged in).
+    """The student, which shares with ``base`` every component that training did not change.
 
-    The folder was verified by `Store.open`; that the base is the right one is for `check_base`.
+    LoRA adapters are merged in. Expects a folder verified by `Store.open`, and a base checked by `check_base`.
 
     Raises:
         WrongBase: the base is of another family.
-        Routed: the student only picks one of others: see `load_routed`.
+        Routed: the student only routes to others: see `load_routed`.
     """
     router = folder.manifest.router
     if router is not None:
@@ -79,10 +79,10 @@ def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
 
 
 def check_lora(folder: StudentFolder, base: BaseReference) -> None:
-    """Makes sure that a student's adapters can be merged into another model of that base.
+    """Check that a student's adapters can be merged into another model of that base.
 
     Raises:
-        NotALora: the student has weights of its own, or none.
+        NotALora: the student is fully fine-tuned, or routed.
         WrongBase: it was made from another base.
     """
     manifest = folder.manifest
@@ -96,7 +96,7 @@ def check_lora(folder: StudentFolder, base: BaseReference) -> None:
 
 
 def network_bytes(folder: StudentFolder, base: TextToImage) -> int:
-    """Memory that a student will take beside its base, known before it is loaded."""
+    """Memory that a student will need in addition to its base, known before it is loaded."""
     if folder.manifest.adapter == "lora":
         return sum(storages([base.network]).values())
     files = [folder.path / path for path in folder.manifest.files if path.endswith(".safetensors")]
@@ -104,16 +104,16 @@ def network_bytes(folder: StudentFolder, base: TextToImage) -> int:
 
 
 def route_prompts(router: Router, base: TextToImage, prompts: list[str]) -> list[int]:
-    """For each prompt the number of the student that draws it."""
+    """For each prompt, the index of the student that it is routed to."""
     offsets = None if router.offsets is None else torch.tensor(router.offsets)
     return route(base.embed_prompts(prompts).cpu(), torch.tensor(router.centroids), offsets).tolist()
 
 
 def check_member(routed: StudentManifest, member: StudentManifest) -> None:
-    """Makes sure that a routed student can draw with this one, which may have been published anew since.
+    """Check that a routed student can use this member, which may have been republished in the meantime.
 
     Raises:
-        WrongMember: it is routed itself, of another base or family, or draws in other steps or with other guidance.
+        WrongMember: the member is routed itself, or differs in base, family, schedules or guidance.
     """
     if member.router is not None:
         raise WrongMember(
@@ -132,25 +132,25 @@ def check_member(routed: StudentManifest, member: StudentManifest) -> None:
 
 @dataclass(frozen=True)
 class RoutedStudent:
-    """Every student of a router, loaded: for whoever draws many prompts at a time."""
+    """A router with all its students loaded, for generating from many prompts at a time."""
 
     router: Router
     base: TextToImage
     members: list[TextToImage]
 
     def split(self, prompts: list[str]) -> list[tuple[TextToImage, list[int]]]:
-        """The students that draw these prompts, each with the places of its own; nobody without any."""
+        """Pairs of a student and the indices of the prompts routed to it, without students that have none."""
         chosen = route_prompts(self.router, self.base, prompts)
         places = [[place for place, each in enumerate(chosen) if each == part] for part in range(len(self.members))]
         return [(member, own) for member, own in zip(self.members, places, strict=True) if own]
 
 
 def load_routed(store: Store, folder: StudentFolder, base: TextToImage) -> RoutedStudent:
-    """A routed student with all that it routes to. That the base is the right one is for `check_base`.
+    """Load a routed student with all its members. Expects a base checked by `check_base`.
 
     Raises:
-        StoreError: one of them is missing, or its files are not what was published.
-        WrongMember: one of them is not like the others.
+        StoreError: a member is missing, or its files are not as published.
+        WrongMember: a member does not match the routed student.
     """
     router = folder.manifest.router
     assert router is not None, "callers ask for it"
