@@ -1,9 +1,10 @@
-"""Drawing: from conditions and seeds to latents, in the base's many steps or a student's few.
+"""Image generation: from conditions and seeds to latents, in the base's many steps or a student's few.
 
-The server, the evaluation and the demo all draw through here, so that what is measured is what is served. A student can
-be given its base's first step, which brings back the diversity that distillation loses ("Distilling Diversity and
-Control in Diffusion Models", Gandikota & Bau, arXiv 2503.10637, section 4): the base runs DDIM over its own times from
-t = 1 down to t*, the time of the student's step ``skip``; the student takes the latent over there and finishes.
+The evaluation and the samples of training are generated here. The server follows the same trajectories, so what is
+measured is what is served. A student can start from its base's first step, which restores the diversity that
+distillation loses ("Distilling Diversity and Control in Diffusion Models", Gandikota & Bau, arXiv 2503.10637, section
+4): the base runs DDIM over its own times from t = 1 down to t*, the time of the student's step ``skip``, and the
+student finishes from there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,19 +32,19 @@ __all__ = ["CannotDraw", "Drawing", "draw", "draw_base", "guided"]
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What was drawn, and what it cost."""
+    """The result of a generation, and its cost."""
 
     latents: Tensor
-    """``(B, C, h, w)`` float32, clean and of unit variance: ready for `TextToImage.decode`."""
+    """``(B, C, h, w)`` float32, clean and of about unit variance: ready for `TextToImage.decode`."""
     evaluations: int
-    """Network evaluations per picture, the base leg's included; a guided step counts two."""
+    """Network evaluations per image, including the base leg's; a guided step counts as two."""
 
 
 def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> Denoiser:
     """The denoiser under classifier-free guidance.
 
     Raises:
-        CannotDraw: guidance was asked for, without the unconditional (or negative) condition it needs.
+        CannotDraw: guidance was requested without the unconditional (or negative) condition that it needs.
     """
     if denoiser.embeds_guidance:
         return EmbeddedGuidance(denoiser, guidance_scale)
@@ -63,16 +64,19 @@ def draw_base(
     guidance_scale: float,
     on_step: OnStep | None = None,
 ) -> Drawing:
-    """Draw with the base model: DDIM (eta 0) over ``steps`` trailing times.
+    """Generate with the base model: DDIM (eta 0) over ``steps`` trailing times.
 
     Args:
         base: the model.
-        cond: conditions, one row a picture.
-        uncond: a single row, of the empty or the negative prompt; needed when guided.
-        seeds: one a picture; a seed gives the same noise in every batch and on every device.
+        cond: conditions, one row per image.
+        uncond: a single row, for the empty or the negative prompt; needed with guidance.
+        seeds: one per image; a seed gives the same noise in every batch and on every device.
         steps: at least 1.
         guidance_scale: 1.0 is off.
-        on_step: called after each step with its index and the x_0 that the model sees there.
+        on_step: called after each step with its index and the estimate of x_0.
+
+    Raises:
+        CannotDraw: guidance was requested without ``uncond``.
     """
     denoiser = base.denoiser
     trajectory = base_trajectory(denoiser.schedule, steps, guidance_scale, tells_guidance=denoiser.embeds_guidance)
@@ -93,25 +97,25 @@ def draw(
     empty: Cond | None = None,
     on_step: OnStep | None = None,
 ) -> Drawing:
-    """Draw with a student, in the steps of its schedule; optionally with the base's first step in place of its own.
+    """Generate with a student, in the steps of its schedule; optionally, the base replaces its first ones.
 
     Args:
         student: the student.
-        cond: conditions, one row a picture.
-        uncond: a single row, of the empty or the negative prompt; needed when either leg is guided.
-        seeds: one a picture; a seed gives the same noise in every batch and on every device.
-        schedule: the student's times at this number of steps.
-        guidance_scale: the student's guidance; 1.0 is off, but for a student that embeds guidance, whose scale is one of
-            those it was trained for. The base leg has its own, in ``diversity``.
-        base: the student's base, of the same noise schedule; it draws the first step when ``diversity`` is given.
+        cond: conditions, one row per image.
+        uncond: a single row, for the empty or the negative prompt; needed if either leg is guided.
+        seeds: one per image; a seed gives the same noise in every batch and on every device.
+        schedule: the student's step schedule for this number of steps.
+        guidance_scale: the student's guidance; 1.0 is off, except for a student that embeds guidance, which takes one
+            of the scales it was trained for. The base leg's guidance is in ``diversity``.
+        base: the student's base, with the same noise schedule; runs the base leg if ``diversity`` is given.
         diversity: which steps the base replaces, and how.
-        skip_only: the control for ``diversity``: pure noise enters at step ``skip`` and the base is not run at all.
-        empty: a single row, of the empty prompt: what the base is told where ``diversity`` leaves the prompt out.
-            ``uncond`` when left out, which is the same unless that is a negative prompt.
-        on_step: called after each step, the base leg's first, with its index from 0 and the x_0 seen there.
+        skip_only: the control for ``diversity``: pure noise enters at step ``skip``, and the base is not run at all.
+        empty: a single row, for the empty prompt, used where ``diversity`` leaves the prompt out; by default
+            ``uncond``, which is the same unless it is a negative prompt.
+        on_step: called after each step, including the base leg's, with its index from 0 and the estimate of x_0.
 
     Raises:
-        CannotDraw: ``diversity`` leaves the student no step of its own, or has no base.
+        CannotDraw: ``diversity`` leaves the student no step of its own, or has no base; or guidance has no ``uncond``.
     """
     if diversity is not None and base is None and not skip_only:
         raise CannotDraw("diversity runs the base model's first step, but no base was given")
@@ -140,7 +144,7 @@ def _follow(
     on_step: OnStep | None,
     empty: Cond | None = None,
 ) -> Drawing:
-    """All pictures along one trajectory, from their seeds' noise to clean latents."""
+    """Take all images along one trajectory, from their seeds' noise to clean latents."""
     device = next(iter(cond.values())).device
     noise = ImageNoise(seeds, shape, device)
     x = trajectory.first_state(noise())

@@ -1,4 +1,4 @@
-"""Writes a student as a self-contained diffusers pipeline, for use without this project."""
+"""Exports a student as a self-contained diffusers pipeline, for use without this project."""
 
 import shutil
 import uuid
@@ -12,25 +12,27 @@ from weights.students import check_base, load_student
 
 
 def export(store: Store, name: str, target: Path, steps: int, base: str | None = None) -> Path:
-    """Exports a student at one step count into the new folder ``target``.
+    """Export a student at one step count to the new folder ``target``.
 
-    ``DiffusionPipeline.from_pretrained(target)`` then draws, at ``num_inference_steps=steps, guidance_scale=1`` (a student
-    that embeds guidance: at the scale asked for), the pixels that the server draws from the same seed, within the dtype's
-    rounding. diffusers' SD3 pipeline hands no generator on to its scheduler, so that a seed of several steps is set by
-    ``torch.manual_seed`` there, on a CPU.
+    ``DiffusionPipeline.from_pretrained(target)`` then generates, with ``num_inference_steps=steps, guidance_scale=1``
+    (or the requested scale, if the student embeds guidance), the same pixels as the server from the same seed, within
+    the dtype's rounding. Diffusers' SD3 pipeline does not pass its generator on to the scheduler: for several steps,
+    seed it with ``torch.manual_seed``, on a CPU.
 
     Args:
         store: where the student is.
         name: the student.
         target: a folder that does not exist.
         steps: one of the student's step counts.
-        base: where its base lies now: a bundled name, a folder, or a hub id; where it lay at training when left out.
+        base: where its base is now: a bundled name, a folder, or a hub id; by default, where it was during training.
 
     Raises:
         FileExistsError: ``target`` exists.
-        FileNotFoundError: the base cannot be had.
-        WrongBase: it is another one than the student was made from.
-        ValueError: the student has no schedule of that many steps, one that diffusers cannot run, or no weights of its own.
+        FileNotFoundError: the base cannot be found.
+        StoreError: the student does not exist, or cannot be verified.
+        WrongBase: the student was made from another base.
+        ValueError: the student has no schedule of that many steps, one that diffusers cannot run, or no weights of its
+            own.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; export into a new folder")
@@ -58,7 +60,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     student = load_student(folder, load(folder.manifest.family, source))
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
-    staging.mkdir()  # not tempfile's, which nobody else may read
+    staging.mkdir()  # not by tempfile, whose folders are for the owner alone
     try:
         student.export(staging, schedule.timesteps)
         readable(staging)

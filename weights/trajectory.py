@@ -1,14 +1,14 @@
-"""A picture's way from noise to clean latents, written down before it is drawn.
+"""Trajectories: the steps from noise to clean latents, planned before an image is generated.
 
-Every sampler here (DDIM at any eta, the consistency sampler, a base's leg before a student's) goes from one state to the
-next by a combination of three things whose weights depend on times alone:
+Every sampler here (DDIM at any eta, the consistency sampler, a base leg before a student's steps) updates the state by
+a linear combination whose coefficients depend on times alone:
 
-    x_s = keep x_t + estimate x_0 + fresh eps            x_0 the network's answer for x_t, eps new noise
+    x_s = keep x_t + estimate x_0 + fresh eps            x_0 the network's estimate at x_t, eps new noise
 
-So a drawing is a list of steps, each a network, what it is told, and three numbers. Pictures of any prompts, seeds, step
-counts and guidance can then share a call of the same network and one update, row by row, wherever each is on its own way:
-that is what a server batches by. The numbers come from `few_step_update` itself: a linear map's coefficients are its values
-at the unit vectors.
+So generating an image is a list of steps, each with a network, its conditioning, and three coefficients. Images with
+any prompts, seeds, step counts and guidance can then share a call of the same network and one update, row by row,
+whichever step each is at. This is how a server batches. The coefficients come from `few_step_update` and `ddim_step`
+themselves, evaluated at unit vectors.
 """
 
 from collections.abc import Sequence
@@ -27,68 +27,68 @@ Leg = Literal["base", "student"]
 
 
 class CannotDraw(ValueError):
-    """These settings cannot be drawn with this student; the message says why and what can."""
+    """The student cannot generate with these settings; the message says why, and what is possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryStep:
-    """One evaluation of a network, and the update after it."""
+    """One network evaluation (or guided pair), and the update after it."""
 
     leg: Leg
-    """Whose network."""
+    """Whose network to run."""
     t: float
-    """The time that the network is told, in (0, 1]."""
+    """The time that the network is conditioned on, in (0, 1]."""
     guidance_scale: float
     """1.0 is off."""
     tells_guidance: bool
-    """Whether the network is told the scale, and needs no unconditional evaluation."""
+    """Whether the network embeds the scale, and so needs no unconditional evaluation."""
     keep: float
-    """Of x_t."""
+    """Coefficient of x_t."""
     estimate: float
-    """Of x_0."""
+    """Coefficient of x_0."""
     fresh: float = 0.0
-    """Of new noise; 0 where none is drawn."""
+    """Coefficient of new noise; 0 if none is drawn."""
     unprompted: bool = False
-    """Whether the network is told the empty prompt alone, whatever the picture's negative prompt says."""
+    """Whether the network is conditioned on the empty prompt alone, even if the image has a negative prompt."""
 
     @property
     def evaluations(self) -> int:
-        """Of the network, for this step."""
+        """Network evaluations in this step."""
         return 1 if self.tells_guidance else evaluations_per_call(self.guidance_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """All steps of a picture."""
+    """All steps of an image."""
 
     start: float
-    """Unit normal noise times this is the first state."""
+    """Scale of the unit normal noise in the first state."""
     steps: tuple[TrajectoryStep, ...]
     skipped_draws: int = 0
-    """Draws of noise to throw away after the first: those of steps that are left out, so that all others keep their own."""
+    """Noise draws to discard after the first, those of skipped steps, so that the other steps get their usual noise."""
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of a picture; a guided step counts two."""
+        """Network evaluations per image; a guided step counts as two."""
         return sum(step.evaluations for step in self.steps)
 
     def first_state(self, noise: Tensor) -> Tensor:
-        """Unit normal noise ``(B, ...)`` as the state that the first step denoises, float32."""
+        """Scale unit normal noise ``(B, ...)`` to the state that the first step denoises, float32."""
         return noise.float() if self.start == 1 else (self.start * noise.double()).float()
 
 
 def evaluations_per_call(guidance_scale: float) -> int:
-    """Network evaluations of one guided call: one at 1.0 (off) and 0.0 (the unconditional estimate alone), else two."""
+    """Network evaluations of a guided call: one at 1.0 (off) and 0.0 (the unconditional estimate alone), else two."""
     return 1 if guidance_scale in (0, 1) else 2
 
 
 def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
-    """The base leg's falling times: 1 first, the student's time at step ``skip`` last, ``base_steps`` steps between.
+    """The base leg's ``base_steps + 1`` falling times, from 1 to the student's time at step ``skip``.
 
-    The steps are equally long, but for the first where it goes without the prompt: that is as long as the calibration says.
+    The steps are equally long, except for a first step without the prompt, whose length is part of the calibration.
 
     Raises:
-        CannotDraw: the student has no step ``skip``, or takes over before the prompt is told.
+        CannotDraw: the student has no step ``skip``, or takes over before the base uses the prompt.
     """
     steps = len(schedule.timesteps)
     if diversity.skip >= steps:
@@ -108,12 +108,12 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
 
 
 def _evenly(start: float, end: float, steps: int) -> list[float]:
-    """Where each of so many equal steps from ``start`` to ``end`` begins."""
+    """Start times of equally long steps from ``start`` to ``end``."""
     return [start + (end - start) * step / steps for step in range(steps)]
 
 
 def base_leg_scales(diversity: Diversity) -> list[float]:
-    """The guidance of each of the base leg's steps; 0 is the first one's where it goes without the prompt."""
+    """Guidance scales of the base leg's steps; 0 for a first step without the prompt."""
     guided = [diversity.base_guidance] * diversity.base_steps
     return [0.0, *guided[1:]] if diversity.unprompted else guided
 
@@ -126,13 +126,13 @@ def base_leg_evaluations(diversity: Diversity) -> int:
 def base_trajectory(
     diffusion: Schedule, steps: int, guidance_scale: float, *, tells_guidance: bool = False
 ) -> Trajectory:
-    """The base model's: DDIM (eta 0) over trailing times.
+    """The base model's trajectory: DDIM (eta 0) over trailing times.
 
     Args:
         diffusion: the base's noise schedule.
         steps: at least 1.
         guidance_scale: 1.0 is off.
-        tells_guidance: whether its network embeds guidance.
+        tells_guidance: whether the base's network embeds guidance.
     """
     times = trailing_times(steps)
     return Trajectory(
@@ -151,12 +151,12 @@ def student_trajectory(
     skip_only: bool = False,
     base_tells_guidance: bool = False,
 ) -> Trajectory:
-    """A student's; with ``diversity`` its base goes the first part of the way.
+    """A student's trajectory; with ``diversity``, its base runs the first part.
 
     Args:
-        diffusion: the noise schedule, of base and student.
-        schedule: the student's times at this number of steps.
-        guidance_scale: of the student's steps; 1.0 is off. The base's are in ``diversity``.
+        diffusion: the noise schedule of base and student.
+        schedule: the student's step schedule for this number of steps.
+        guidance_scale: guidance of the student's steps; 1.0 is off. The base's is in ``diversity``.
         tells_guidance: whether the student's network embeds guidance.
         diversity: which steps the base replaces, and how.
         skip_only: the control for ``diversity``: pure noise enters at step ``skip``, and the base is not run at all.
@@ -171,7 +171,7 @@ def student_trajectory(
         first, times = diversity.skip, base_leg_times(schedule, diversity)
         start = times[-1] if skip_only else times[0]
         if not skip_only:
-            # A leg at scale 0 is there to leave the prompt out: a negative prompt would be all that it is told.
+            # Scale 0 means no prompt at all; without this flag, such a step would still see a negative prompt.
             leg = _ddim_steps(
                 "base", diffusion, times, base_leg_scales(diversity), base_tells_guidance, unprompted=True
             )
@@ -191,16 +191,16 @@ def student_trajectory(
 
 
 def advance(x_t: Tensor, x0: Tensor, steps: Sequence[TrajectoryStep], noise: Tensor | None = None) -> Tensor:
-    """Every picture's next state, each by its own step.
+    """Every image's next state, each by its own step.
 
     Args:
         x_t: ``(B, ...)``.
-        x0: the networks' answers, guided, ``(B, ...)``.
-        steps: one a picture.
-        noise: ``(B, ...)`` unit normal where any step has ``fresh``; rows of the others do not matter, but are finite.
+        x0: the networks' guided estimates, ``(B, ...)``.
+        steps: one per image.
+        noise: ``(B, ...)`` unit normal if any step has ``fresh``; other steps' rows have no effect, but must be finite.
 
     Returns:
-        ``(B, ...)`` float32, computed in float64. A row does not depend on the others, nor on their number.
+        ``(B, ...)`` float32, computed in float64. A row depends neither on the other rows nor on their number.
     """
 
     def column(values: list[float]) -> Tensor | float:
@@ -219,7 +219,7 @@ def advance(x_t: Tensor, x0: Tensor, steps: Sequence[TrajectoryStep], noise: Ten
 
 
 _UNIT = [row.unsqueeze(1) for row in torch.eye(3, dtype=torch.float64)]
-"""x_t, x_0 and eps ``(3, 1)`` of a batch in which each is 1 where the others are 0."""
+"""x_t, x_0 and eps, each ``(3, 1)``: the three unit vectors, at which a linear map gives its coefficients."""
 
 
 class _Weights(TypedDict):
@@ -229,7 +229,7 @@ class _Weights(TypedDict):
 
 
 def _weights(keep: Tensor, estimate: Tensor, fresh: Tensor) -> _Weights:
-    """An update's rows at the unit vectors, by name."""
+    """An update's values at the unit vectors, as named coefficients."""
     return {"keep": float(keep), "estimate": float(estimate), "fresh": float(fresh)}
 
 
@@ -245,10 +245,10 @@ def _ddim_steps(
     tells_guidance: bool,
     unprompted: bool = False,
 ) -> tuple[TrajectoryStep, ...]:
-    """DDIM down falling times, each step under its own guidance.
+    """DDIM steps through falling times, each with its own guidance scale.
 
-    At time 0 the picture is the last x_0 itself, also where a trace of noise is left. ``unprompted``: steps at scale 0
-    are told the empty prompt.
+    At time 0 the image is the last x_0 itself, even if the schedule keeps some noise there. With ``unprompted``, steps
+    at scale 0 are conditioned on the empty prompt.
     """
     steps = []
     for (t, s), guidance_scale in zip(pairwise(times), scales, strict=True):
