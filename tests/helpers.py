@@ -1,5 +1,6 @@
 """Small stand-ins that are real where it matters: a diffusers pipeline with random weights, in milliseconds."""
 
+import inspect
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -21,6 +26,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     BertConfig,
     BertModel,
@@ -29,6 +38,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -256,6 +268,82 @@ def tiny_sd3_pipeline(folder: Path, seed: int = 0, with_t5: bool = True, **chang
         tokenizer_2=tokenizer,
         text_encoder_3=T5EncoderModel(t5) if with_t5 else None,
         tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Gemma's, that knows letters, and much of the pipeline's long instruction by heart so that it is soon encoded."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=list("abcdefghijklmnopqrstuvwxyz,\u2581")
+    )
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    trained = Tokenizer(BPE(unk_token="<unk>"))
+    trained.train_from_iterator([line.replace(" ", "\u2581") for line in instruction], trainer)
+    made = json.loads(trained.to_str())["model"]
+    tokenizer = GemmaTokenizer(vocab=made["vocab"], merges=[tuple(pair) for pair in made["merges"]])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    return tokenizer
+
+
+def dc_autoencoder(**changes: Any) -> AutoencoderDC:
+    """32x32 pictures to 8x8 latents, like SANA's but for its 32 pixels to a latent."""
+    usual: dict[str, Any] = {"latent_channels": 8, "attention_head_dim": 8, "scaling_factor": 0.41407}
+    for side in ("encoder", "decoder"):
+        usual |= {
+            f"{side}_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+            f"{side}_block_out_channels": (8, 8, 8),
+            f"{side}_layers_per_block": (1, 1, 1),
+            f"{side}_qkv_multiscales": ((), (), (5,)),
+        }
+    return AutoencoderDC(**{**usual, **changes})
+
+
+def tiny_sana_pipeline(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Writes one of SANA's classes: a linear transformer, a DPM-Solver's flow, a Gemma 2, a DC autoencoder; its folder.
+
+    Args:
+        folder: made where it is not there.
+        seed: of all weights.
+        changes: settings of the transformer.
+    """
+    torch.manual_seed(seed)
+    tokenizer = gemma_tokenizer()
+    text = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        query_pre_attn_scalar=4,
+        sliding_window=64,
+        max_position_embeddings=4096,
+    )
+    network: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 8,
+        "out_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "num_cross_attention_heads": 4,
+        "cross_attention_head_dim": 4,
+        "cross_attention_dim": 16,
+        "caption_channels": 12,
+    }
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(text),
+        vae=dc_autoencoder(),
+        transformer=SanaTransformer2DModel(**{**network, **changes}),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, beta_schedule="linear"
+        ),
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -33,7 +33,8 @@ def encoded(vae: nn.Module, pictures: Tensor) -> Tensor:
     """Encode images ``(B, 3, H, W)`` in [-1, 1] to latents ``(B, C, h, w)``, float32; takes a distribution's mode."""
     config = cast(Any, vae).config
     output = cast(Any, vae).encode(pictures)
-    latents: Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+    plain = [getattr(output, name) for name in ("latents", "latent") if hasattr(output, name)]
+    latents: Tensor = plain[0] if plain else output.latent_dist.mode()
     return (latents.float() - _shift(config)) * cast(float, config.scaling_factor)
 
 

@@ -87,12 +87,17 @@ class PipelineModel(TextToImage):
         return {}
 
     @classmethod
+    def _dtypes(cls, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
+        """The components' dtypes when ``dtype`` is requested: one for all, or by component name with a ``default``."""
+        return dtype
+
+    @classmethod
     @quiet
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
         _check_kind(folder, cls)
         pipeline = cls.pipeline_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, **cls._load_settings(folder)
+            folder, dtype=cls._dtypes(dtype), use_safetensors=True, **cls._load_settings(folder)
         )
         card_file = folder / CARD_FILE
         model = cls(pipeline, card=json.loads(card_file.read_text()) if card_file.is_file() else None)

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+)
 
 from weights.diffusion.schedules import RectifiedFlow
 
@@ -31,8 +36,10 @@ def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
         ValueError: its noise is not that of a rectified flow, or depends on the image's size.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        return _read_multistep(config)
     if not isinstance(scheduler, KNOWN):
-        known = ", ".join(each.__name__ for each in KNOWN)
+        known = ", ".join(each.__name__ for each in (*KNOWN, DPMSolverMultistepScheduler))
         raise ValueError(f"the scheduler is a {name}, which tells no rectified flow's shift; want one of {known}")
     if config.get("use_dynamic_shifting"):
         raise ValueError(
@@ -40,13 +47,35 @@ def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
             "scheduler/scheduler_config.json set it to false, and shift to what it comes to at this model's usual size, "
             f"{_shift_at(config, tokens):.4g}"
         )
-    odd = {key: config[key] for key in ELSEWHERE if config.get(key)}
+    _refuse(config, ELSEWHERE)
+    return RectifiedFlow(float(config["shift"]), int(config["num_train_timesteps"]))
+
+
+def _read_multistep(config: Any) -> RectifiedFlow:
+    """The schedule of a DPM-Solver that is configured for flow prediction, as SANA's is; its shift is ``flow_shift``.
+
+    Raises:
+        ValueError: it is configured for other noise.
+    """
+    wanted = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    given = {key: config.get(key) for key in wanted}
+    if given != wanted:
+        raise ValueError(
+            f"the DPMSolverMultistepScheduler has {given}, which is not a rectified flow: set {wanted} in "
+            "scheduler/scheduler_config.json"
+        )
+    _refuse(config, (*ELSEWHERE, "use_lu_lambdas", "use_dynamic_shifting"))
+    return RectifiedFlow(float(config["flow_shift"]), int(config["num_train_timesteps"]))
+
+
+def _refuse(config: Any, settings: Sequence[str]) -> None:
+    """Raise a ValueError if any of these settings is on."""
+    odd = {key: config[key] for key in settings if config.get(key)}
     if odd:
         raise ValueError(
             f"the scheduler's {odd} make its noise another than shift alone says: leave them out of "
             "scheduler/scheduler_config.json"
         )
-    return RectifiedFlow(float(config["shift"]), int(config["num_train_timesteps"]))
 
 
 def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:

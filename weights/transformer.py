@@ -75,7 +75,10 @@ class TransformerDenoiser(NetworkDenoiser):
         return x_t.to(dtype), self._native(t), states, cond["text_embeds"].to(dtype)
 
     def _feature(self, output: Any, x_t: Tensor) -> Tensor:
-        tokens: Tensor = output[1]  # output[0] holds the prompt's
+        return self._map(output[1], x_t)  # output[0] holds the prompt's
+
+    def _map(self, tokens: Tensor, x_t: Tensor) -> Tensor:
+        """The image's tokens ``(B, N, C)``, one per patch of ``x_t`` in row-major order, as a map ``(B, C, h, w)``."""
         patch = int(self._config.patch_size)
         height, width = (side // patch for side in x_t.shape[-2:])
         return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
