@@ -121,14 +121,21 @@ class Matcher(nn.Module):
 
 
 def prompt_vectors(cond: Cond) -> Tensor:
-    """One vector per prompt, ``(B, D)`` float32: the mean of text states ``(B, L, D)``, or labels ``(B,)`` one-hot."""
+    """One vector per prompt, ``(B, D)`` float32: the mean of text states ``(B, L, D)``, or labels ``(B,)`` one-hot.
+
+    If the states come with an attention mask ``(B, L)``, bool, the mean is over the tokens where it is True.
+    """
+    mask = next((value for value in cond.values() if value.dtype == torch.bool), None)
 
     def vector(value: Tensor) -> Tensor:
         if not value.is_floating_point():
             return F.one_hot(value % LABELS, LABELS).float()
+        if value.ndim == 3 and mask is not None:
+            counts = mask.unsqueeze(-1).float()
+            return (value.float() * counts).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
         return value.float().mean(dim=1) if value.ndim == 3 else value.float()
 
-    return torch.cat([vector(value) for value in cond.values()], dim=1)
+    return torch.cat([vector(value) for value in cond.values() if value is not mask], dim=1)
 
 
 class Adversary:

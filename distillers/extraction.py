@@ -6,8 +6,8 @@ The change of each weight matrix (a convolution's is ``(out, in * k * k)``) is r
 given rank, made of its largest singular values (Eckart-Young theorem, https://doi.org/10.1007/BF02288367). Much of the
 change that training makes has no visible effect, so what is left out need not show in the images. This command does not
 measure that: use `fewstep evaluate`. Every layer with a weight matrix gets adapters, including the first and last
-convolutions, which LoRA jobs do not adapt: without them, a student lost half of its diversity. Norms and biases revert
-to the base's.
+convolutions, which LoRA jobs do not adapt: without them, a student lost half of its diversity. Norms, biases and
+depthwise convolutions, whose adapters peft cannot merge, revert to the base's.
 """
 
 import argparse
@@ -54,8 +54,12 @@ def low_rank(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def every_layer(network: nn.Module) -> list[str]:
-    """All layers with a weight matrix, which can have adapters; a LoRA job adapts fewer."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    """All layers with one weight matrix, which can have adapters; a LoRA job adapts fewer."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    ]
 
 
 @torch.no_grad()

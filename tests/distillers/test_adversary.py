@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import distillers.adversary as module
-from distillers.adversary import Adversary, LatentHead, UnitConv, mismatched_rows
+from distillers.adversary import Adversary, LatentHead, UnitConv, mismatched_rows, prompt_vectors
 from distillers.adversary_settings import AdversaryConfig
 from distillers.eyes import PictureEye, TeacherEye
 from distillers.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss
@@ -431,3 +431,9 @@ def test_with_real_and_fake_swapped_they_teach_the_opposite(monkeypatch: pytest.
     right = module.hinge_discriminator_loss
     monkeypatch.setattr(module, "hinge_discriminator_loss", lambda real, fake: right(fake, real))
     assert prompt_gap(0.5) < -0.5
+
+
+def test_padding_is_no_part_of_a_prompts_vector() -> None:
+    states, mask = torch.randn(2, 5, 3), torch.tensor([[True] * 2 + [False] * 3, [True] * 5])
+    vectors = prompt_vectors({"encoder_hidden_states": states, "encoder_attention_mask": mask})
+    torch.testing.assert_close(vectors, torch.stack([states[0, :2].mean(0), states[1].mean(0)]))

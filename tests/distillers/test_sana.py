@@ -1,0 +1,125 @@
+"""Every kind of method runs on SANA: short jobs, published, loaded again and drawn with."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distillers.extraction import extract
+from distillers.job import JobRun
+from tests.helpers import picture_folder, student_manifest, tiny_sana_pipeline
+from weights.contracts import EVENTS, StepSchedule
+from weights.drawing import draw
+from weights.families import TextToImage, load
+from weights.pipelines import LORA_FILE
+from weights.store import Store
+from weights.students import load_student
+
+TWO_STEPS = StepSchedule(timesteps=[1.0, 0.5])
+FAST = {"student_lr": 1e-2, "warmup": 0}
+BLOCKS = {"blocks": ["transformer_blocks.0", "transformer_blocks.2"]}
+MATCHED = {"features": "random", "matching_weight": 1.0, "prompted": False, "mismatched_share": 0}
+JOBS: dict[str, dict[str, Any]] = {
+    "consistency": {"config": {"lr": 1e-2}},
+    "dmd2": {"config": {"student_every": 1, "gan_weight": 0.1, "adversary": MATCHED, **FAST}},
+    "dmd2 with adapters": {
+        "method": "dmd2",
+        "lora": {"rank": 2, "shared_base": True},
+        "config": {"student_every": 1, "fake_score_lora": True, **FAST},
+    },
+    "ladd": {"config": BLOCKS},
+    "scm": {"config": {"lr": 1e-2, "tangent": "jvp"}, "train": {"gradient_checkpointing": True}},
+    "sid": {"config": {"student_every": 1, **FAST}},
+    "a scale that it is told": {"method": "consistency", "config": {"lr": 1e-2, "guidance_range": [1, 9]}},
+    "a smaller student": {"method": "consistency", "network": {"num_layers": 1}, "config": {"lr": 1e-2}},
+}
+"""Settings with which every network of a method is trained within two iterations."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("jobs")
+    tiny_sana_pipeline(made / "base")
+    picture_folder(made / "data")
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> TextToImage:
+    return load("sana", folder / "base")
+
+
+def job(folder: Path, name: str) -> JobRun:
+    wanted = {"method": name, **JOBS[name]}
+    student = name.replace(" ", "-")
+    train = {"iterations": 2, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1}
+    raw = {
+        "student": student,
+        "family": "sana",
+        "base": str(folder / "base"),
+        "data": {"source": str(folder / "data")},
+        **wanted,
+        "train": {**train, **wanted.get("train", {})},
+    }
+    return JobRun(raw, folder / student, Store(folder / "store"), cache=folder / "cache")
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_ends_in_a_student_that_draws_as_it_was_trained(folder: Path, base: TextToImage, name: str) -> None:
+    run = job(folder, name)
+    assert run.run(resume=False) == 0
+    lines = (run.folder / "events.jsonl").read_text().splitlines()
+    told = [event for line in lines if (event := EVENTS.validate_json(line)).kind == "progress"]
+    steps = [event for event in told if event.step > 0]  # preparation is told as well
+    assert [event.step for event in steps] == [1, 2]
+    assert all(torch.tensor(list(event.metrics.values())).isfinite().all() for event in steps)
+    assert run.trainer is not None
+    trained = run.trainer.method.student
+    stored = run.store.open(run.job.student)
+    cond, uncond = base.encode_prompts(["red apple"]), base.encode_prompts([""])
+    with run.trainer.averaged(), torch.no_grad():
+        scale = stored.manifest.guidance.default_scale
+        trained.network.eval()
+        ours = draw(trained, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
+    theirs = draw(load_student(stored, base), cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
+    torch.testing.assert_close(theirs, ours, atol=2e-2, rtol=0)  # stored in half precision
+    assert (theirs - draw(base, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents).abs().max() > 1e-5
+
+
+def test_masks_of_the_captions_are_cached_as_they_are(folder: Path, base: TextToImage) -> None:
+    if not (folder / "cache").exists():
+        assert job(folder, "consistency").run(resume=False) == 0
+    (path,) = (folder / "cache").rglob("encoder_attention_mask.npy")
+    states = np.load(path.with_name("encoder_hidden_states.npy"))
+    masks = np.load(path)
+    assert masks.dtype == np.bool_ and states.dtype == np.float16 and masks.shape == states.shape[:2]
+    assert masks.any() and not masks.all()
+
+
+def test_adapters_are_named_as_diffusers_names_them(folder: Path) -> None:
+    run = job(folder, "dmd2 with adapters")
+    if not (folder / "store" / run.job.student).exists():
+        assert run.run(resume=False) == 0
+    layers = load_file(run.store.open(run.job.student).path / LORA_FILE)
+    assert all(name.startswith("transformer.") for name in layers)
+    assert any(value.any() for name, value in layers.items() if "ff.conv_inverted.lora_B" in name)
+
+
+def test_a_students_change_is_extracted_from_every_layer(folder: Path, base: TextToImage, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, store = base.copy(), Store(tmp_path / "store")
+    with torch.no_grad():
+        for weight in student.network.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape))
+    student.save_network(tmp_path / "work", torch.float32)
+    store.publish(student_manifest(folder / "base", family=base.family), tmp_path / "work")
+    extract(store, "extracted", "student", rank=16)
+    cond = base.encode_prompts(["red apple"])
+    whole, adapted, plain = (
+        draw(each, cond, None, [1], TWO_STEPS).latents
+        for each in (student, load_student(store.open("extracted"), base), base)
+    )
+    assert (adapted - whole).abs().max() < 0.3 * (plain - whole).abs().max()
