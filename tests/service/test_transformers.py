@@ -1,4 +1,4 @@
-"""A transformer behind the server: what OpenVINO draws with it, also at other sizes, and a base that is not there."""
+"""Transformers behind the server: what OpenVINO draws with them, also at other sizes, and a base that is not there."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from service.engine.backends.cache import Cache
 from service.engine.backends.openvino_backend import OpenVinoBackend
 from service.engine.startup import check_models
 from service.settings import BadSettings, Settings
-from tests.helpers import tiny_sd3_pipeline
+from tests.helpers import tiny_sana_pipeline, tiny_sd3_pipeline
 from weights.contracts import Diversity, StepSchedule
 from weights.drawing import draw
 from weights.families import TextToImage, load
@@ -18,11 +18,12 @@ from weights.store import Store
 
 LEVEL = 2 / 255
 """One level of 8 bits, in pictures of [-1, 1]."""
+PIPELINES = {"stable_diffusion_3": tiny_sd3_pipeline, "sana": tiny_sana_pipeline}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> TextToImage:
-    return load("stable_diffusion_3", tiny_sd3_pipeline(tmp_path_factory.mktemp("base")))
+@pytest.fixture(scope="module", params=PIPELINES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TextToImage:
+    return load(request.param, PIPELINES[request.param](tmp_path_factory.mktemp("base"), num_layers=1))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def prepared(base: TextToImage, backend: OpenVinoBackend) -> TextToImage:
     return made
 
 
+@pytest.mark.parametrize("base", ["stable_diffusion_3"], indirect=True)
 @torch.inference_mode()
 def test_a_student_draws_the_same_pixels_after_its_bases_first_step(
     base: TextToImage, backend: OpenVinoBackend, prepared: TextToImage
@@ -58,7 +60,7 @@ def test_a_student_draws_the_same_pixels_after_its_bases_first_step(
 
 @torch.inference_mode()
 def test_positions_are_those_of_the_size_that_is_drawn(base: TextToImage, prepared: TextToImage) -> None:
-    """The network was converted at one size, and cuts its table of positions to each."""
+    """The network was converted at one size; SD3's cuts its table of positions to each."""
     cond = base.encode_prompts(["red apple"])
     for height, width in ((48, 16), (16, 32)):
         x_t = torch.randn(1, *base.latent_shape(height, width), generator=torch.Generator().manual_seed(0))
@@ -67,7 +69,7 @@ def test_positions_are_those_of_the_size_that_is_drawn(base: TextToImage, prepar
         assert (prepared.decode(x_t) - base.decode(x_t)).abs().max() / LEVEL <= 2
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3"])
+@pytest.mark.parametrize("family", ["stable_diffusion_xl", *PIPELINES])
 def test_a_base_that_is_not_there_stops_the_start(tmp_path: Path, family: str) -> None:
     settings = Settings(family=family, bases=[str(tmp_path / "gone")], store=tmp_path / "store")
     with pytest.raises(BadSettings, match=r"FEWSTEP_BASES: .*gone"):
