@@ -77,7 +77,7 @@ def read_spec(source: str) -> dict[str, Any]:
     recipes = {path.stem: path for folder in folders for path in sorted(Path(folder, "recipes").glob("*.toml"))}
     path = Path(source) if Path(source).is_file() else recipes.get(source)
     if path is None:
-        raise ValueError(f"{source!r} is no file and no recipe; there are: {', '.join(recipes)}")
+        raise ValueError(f"{source!r} is no file and no recipe; available: {', '.join(recipes)}")
     text = path.read_text(encoding="utf-8")
     try:
         spec: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

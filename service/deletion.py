@@ -46,6 +46,6 @@ def delete_student(name: str, store: Store, settings: Settings) -> None:
         store.delete(name)
     except (ValueError, NotFound) as error:
         known = ", ".join(store.names()) or "none"
-        raise NoSuchModel(f"no student is named {name[:80]!r}; there are: {known}") from error
+        raise NoSuchModel(f"no student is named {name[:80]!r}; available: {known}") from error
     except Forbidden as error:
         raise StillNeeded(str(error)) from error

@@ -179,7 +179,7 @@ def variants(models: Sequence[dict[str, Any]], fresh: str, minutes: float) -> li
     by_name = {model["id"]: model for model in models}
     base = by_name[fresh]["base"]
     if base not in by_name:
-        raise DemoFailed(f"the base {base!r} of the fresh student is not served; there are: {', '.join(by_name)}")
+        raise DemoFailed(f"the base {base!r} of the fresh student is not served; available: {', '.join(by_name)}")
     found = [Variant(label=f"{base} (teacher)", model=base)]
     students = {fresh: f"fresh student, {minutes:.1f} minutes"}
     bundled = [name for name in _bundled_names() if name in by_name and by_name[name]["base"] == base]

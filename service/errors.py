@@ -135,7 +135,7 @@ def _describe(error: Any) -> str:
     param = _param(error)
     match error["type"]:
         case "json_invalid":
-            return f"the body is no valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+            return f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
         case "missing" if param is None:
             return "the request has no body: send JSON"
         case "missing":
@@ -186,7 +186,7 @@ async def _on_engine(_request: Request, error: Exception) -> JSONResponse:
 
 def bug(request_id: str) -> JSONResponse:
     """The response to a bug. The traceback goes to the log, which uvicorn writes, and never to the client."""
-    message = f"the server failed on this request; its log says why, under {request_id}"
+    message = f"the server failed on this request; its log says why, under the id {request_id}"
     return respond(500, message, code="internal_error")
 
 

@@ -142,7 +142,7 @@ def revoke_key(path: Path, which: str) -> ApiKey:
         found = [key for key in keys if which in (key.id, key.name)]
         if not found:
             known = ", ".join(key.name for key in keys) or "none"
-            raise KeyFileError(f"no key of {path} has the id or name {which!r}; there are: {known}")
+            raise KeyFileError(f"no key of {path} has the id or name {which!r}; available: {known}")
         keys.remove(found[0])
     return found[0]
 

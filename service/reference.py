@@ -46,7 +46,7 @@ def _add_events(schema: dict[str, Any]) -> None:
 
 def _add_key(schema: dict[str, Any]) -> None:
     schema["components"]["securitySchemes"] = {
-        KEY: {"type": "http", "scheme": "bearer", "description": "A key of `fewstep keys create`, fs_..."}
+        KEY: {"type": "http", "scheme": "bearer", "description": "A key from `fewstep keys create`: fs_..."}
     }
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():

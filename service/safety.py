@@ -56,7 +56,7 @@ def load_checker(name: str) -> Checker:
     if name not in found.names:
         known = ", ".join(sorted(found.names)) or "none"
         raise BadSettings(
-            f"FEWSTEP_SAFETY_CHECKER: no installed package offers {name!r} as {GROUP}; there are: {known}"
+            f"FEWSTEP_SAFETY_CHECKER: no installed package offers {name!r} as {GROUP}; available: {known}"
         )
     try:
         function = found[name].load()

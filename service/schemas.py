@@ -22,7 +22,7 @@ def _check_seed(value: Any) -> Any:
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ValueError(
-                f"{str(seed)[:40]!r} is no seed: give an integer from 0 to {MAX_SEED}, or a list with one a picture"
+                f"{str(seed)[:40]!r} is not a valid seed: give an integer from 0 to {MAX_SEED}, or a list with one per image"
             )
     return value
 
@@ -47,10 +47,17 @@ class Body(BaseModel):
 class DiversityOptions(Body):
     """Overrides the student's calibration of the base's first step."""
 
-    base_steps: int | None = Field(None, ge=1, le=8, description="steps by the base before the student takes over")
-    base_guidance: float | None = Field(None, ge=0, le=50, description="guidance of those steps; 1.0 is off")
+    base_steps: int | None = Field(
+        None, ge=1, le=8, description="steps that the base takes before the student takes over"
+    )
+    base_guidance: float | None = Field(
+        None, ge=0, le=50, description="guidance scale of those steps; 1.0 turns it off"
+    )
     unprompted: float | None = Field(
-        None, ge=0, lt=1, description="how far, in t from 1 down, the first of them goes without the prompt; 0 is none"
+        None,
+        ge=0,
+        lt=1,
+        description="how far, in t from 1 down, the first of them goes without the prompt; 0 turns this off",
     )
 
 
@@ -58,7 +65,7 @@ class LoraOption(Body):
     """A LoRA student to merge into the model."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME, description="a LoRA student of the model's base")
-    scale: float = Field(1.0, ge=-4, le=4, allow_inf_nan=False, description="1.0 is as it was trained")
+    scale: float = Field(1.0, ge=-4, le=4, allow_inf_nan=False, description="strength; 1.0 is as trained")
 
 
 class ImageRequest(Body):
@@ -66,30 +73,32 @@ class ImageRequest(Body):
 
     prompt: str = Field(min_length=1, description="what to draw")
     model: str | None = Field(None, min_length=1, max_length=MAX_NAME, description="a name from /v1/models")
-    n: int = Field(1, ge=1, le=MAX_PICTURES, description="number of pictures")
-    size: str = Field("auto", description="'auto', or WIDTHxHEIGHT as the model allows, such as '64x64'")
-    response_format: Literal["b64_json", "url"] = Field("b64_json", description="pictures in the answer, or links")
-    output_format: OutputFormat = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp; 100 by default")
-    user: str | None = Field(None, max_length=512, description="accepted, and not used")
-    safety_identifier: str | None = Field(None, max_length=512, description="accepted, and not used")
-    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
-        "auto", description="accepted, and not used: `steps` is what changes it"
+    n: int = Field(1, ge=1, le=MAX_PICTURES, description="number of images")
+    size: str = Field("auto", description="'auto', or a WIDTHxHEIGHT that the model supports, such as '64x64'")
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="images in the response itself, or as links"
     )
-    style: Literal["vivid", "natural"] | None = Field(None, description="accepted, and not used")
-    background: Literal["auto", "opaque", "transparent"] = Field("auto", description="transparent is refused")
-    moderation: Literal["auto", "low"] = Field("auto", description="accepted, and not used")
-    stream: bool = Field(False, description="answer with server-sent events: each picture as soon as it is done")
+    output_format: OutputFormat = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of a jpeg or webp; 100 by default")
+    user: str | None = Field(None, max_length=512, description="accepted but ignored")
+    safety_identifier: str | None = Field(None, max_length=512, description="accepted but ignored")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
+        "auto", description="accepted but ignored: quality depends on `steps`"
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="accepted but ignored")
+    background: Literal["auto", "opaque", "transparent"] = Field("auto", description="'transparent' is refused")
+    moderation: Literal["auto", "low"] = Field("auto", description="accepted but ignored")
+    stream: bool = Field(False, description="respond with server-sent events, one for each image as soon as it is done")
     partial_images: int = Field(
-        0, ge=0, le=3, description="with stream: states of each picture to send before it, each a true step, decoded"
+        0, ge=0, le=3, description="with stream: how many intermediate steps of each image to send, decoded, before it"
     )
 
     seed: Annotated[int | list[int] | None, BeforeValidator(_check_seed)] = Field(
         None,
-        description="a list gives one per picture; a number is the first picture's, and the others count up from it; "
-        "random when left out",
+        description="a list has one seed per image; a number is the first image's, and the others count up from it; "
+        "random if left out",
     )
-    steps: int | None = Field(None, ge=1, le=100, description="1 to 4 for students; the model's default when left out")
+    steps: int | None = Field(None, ge=1, le=100, description="1 to 4 for students; the model's default if left out")
     diversity: Annotated[
         Annotated[bool, Tag("switch")] | Annotated[DiversityOptions, Tag("options")],
         Discriminator(
@@ -97,21 +106,25 @@ class ImageRequest(Body):
             custom_error_type="diversity",
             custom_error_message="Input should be true, false, or an object with base_steps, base_guidance and unprompted",
         ),
-    ] = Field(False, description="the base model draws the first step, as the student's manifest says or as given here")
-    guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False, description="1.0 is off")
+    ] = Field(
+        False, description="let the base model do the first step: as the student was calibrated, or as given here"
+    )
+    guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False, description="1.0 turns guidance off")
     loras: list[LoraOption] = Field(
         [], max_length=4, description="LoRA students of the model's base to merge into a copy of it"
     )
-    negative_prompt: str = Field("", description="what to keep away from; takes effect under guidance")
+    negative_prompt: str = Field("", description="what to avoid; has an effect only with guidance")
     deterministic: bool = Field(
-        False, description="draw each picture on its own, so that a seed gives the same bits in every request"
+        False, description="generate each image on its own, so that a seed gives the same bits in every request"
     )
 
     @field_validator("negative_prompt")  # pydantic checks this by itself for fields with a length limit
     @classmethod
     def _is_text(cls, text: str) -> str:
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError("it has half of a surrogate pair, which is no character: send whole ones")
+            raise ValueError(
+                "it contains half of a surrogate pair, which is not a character: send both halves, or neither"
+            )
         return text
 
     @field_validator("prompt")
@@ -125,14 +138,14 @@ class ImageRequest(Body):
     @classmethod
     def _is_a_size(cls, size: str) -> str:
         if size != "auto" and not SIZE.fullmatch(size):
-            raise ValueError(f"{size[:40]!r} is no size: give 'auto' or WIDTHxHEIGHT, such as '64x64'")
+            raise ValueError(f"{size[:40]!r} is not a valid size: give 'auto' or WIDTHxHEIGHT, such as '64x64'")
         return size
 
     @field_validator("background")
     @classmethod
     def _is_opaque(cls, background: str) -> str:
         if background == "transparent":
-            raise ValueError("'transparent' cannot be drawn: these models paint every pixel; use 'opaque' or 'auto'")
+            raise ValueError("'transparent' is not supported: these models fill every pixel; use 'opaque' or 'auto'")
         return background
 
     @field_validator("loras")
@@ -140,19 +153,19 @@ class ImageRequest(Body):
     def _are_different(cls, loras: list[LoraOption]) -> list[LoraOption]:
         names = [lora.name for lora in loras]
         if len(set(names)) < len(names):
-            raise ValueError(f"{names} names a LoRA twice: give each once, at the scale wanted")
+            raise ValueError(f"{names} names a LoRA twice: list each once, with the scale that you want")
         return loras
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         if isinstance(self.seed, list) and len(self.seed) != self.n:
-            raise ValueError(f"seed: {len(self.seed)} seed(s) for n = {self.n} picture(s); give {self.n}")
+            raise ValueError(f"seed: {len(self.seed)} seed(s) for n = {self.n} image(s); give {self.n}")
         if self.output_compression is not None and self.output_format == "png":
-            raise ValueError("output_compression: png has none; leave it out, or use jpeg or webp")
+            raise ValueError("output_compression: a png has none; leave it out, or use jpeg or webp")
         if self.partial_images and not self.stream:
-            raise ValueError("partial_images: an answer that is no stream has whole pictures only; set stream to true")
+            raise ValueError("partial_images: only a stream can send partial images; set stream to true")
         if self.stream and self.response_format == "url":
-            raise ValueError("response_format: a stream brings the pictures themselves; leave it out, or use b64_json")
+            raise ValueError("response_format: a stream contains the images themselves; leave it out, or use b64_json")
         return self
 
 
@@ -161,8 +174,10 @@ class Picture(BaseModel):
 
     b64_json: str | None = None
     url: str | None = None
-    seed: int = Field(description="draws this picture again, with all else the same")
-    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
+    seed: int = Field(description="generates this image again if everything else is the same")
+    flagged: Literal[True] | None = Field(
+        None, description="true if the safety checker flagged the image, which is then black"
+    )
 
 
 class DiversityUsed(BaseModel):
@@ -170,7 +185,7 @@ class DiversityUsed(BaseModel):
 
     base_steps: int
     base_guidance: float
-    skip: int = Field(description="index of the student's step that took over")
+    skip: int = Field(description="index, from 0, of the student's step that took over")
     unprompted: float = Field(description="how far, in t from 1 down, the base's first step went without the prompt")
 
 
@@ -180,13 +195,13 @@ class DrawingInfo(BaseModel):
     steps: int
     guidance_scale: float
     diversity: DiversityUsed | None = None
-    network_evaluations: int = Field(description="per picture, the base leg's included; a guided step counts two")
-    seconds: float = Field(description="of drawing, for the whole request, without its wait")
+    network_evaluations: int = Field(description="per image, including the base's steps; a guided step counts twice")
+    seconds: float = Field(description="generation time of the whole request, without its wait in the queue")
     loras: list[LoraOption] | None = Field(
-        None, description="what was merged into the model; left out where nothing was"
+        None, description="LoRA students that were merged into the model; left out if there were none"
     )
     student: str | None = Field(
-        None, description="which of a routed student's students drew; null where there is but one"
+        None, description="which of a router's students generated the image; left out if the model is not a router"
     )
 
 
@@ -211,17 +226,17 @@ class StreamedImage(BaseModel):
     output_format: OutputFormat
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    seed: int = Field(description="draws this picture again, with all else the same")
-    picture_index: int = Field(description="which of the request's pictures, from 0")
+    seed: int = Field(description="generates this image again if everything else is the same")
+    picture_index: int = Field(description="index, from 0, of the image in the request")
 
 
 class PartialImage(StreamedImage):
     """An intermediate state of an image: what the model predicts after one of its steps."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
-    partial_image_index: int = Field(description="which of this picture's states, from 0")
-    step: int = Field(description="from 1")
-    steps: int = Field(description="of the picture in all, the base's included")
+    partial_image_index: int = Field(description="index, from 0, of the partial image among those of its image")
+    step: int = Field(description="number of the step, from 1")
+    steps: int = Field(description="number of steps of the image, including the base's")
 
 
 class InputTokens(BaseModel):
@@ -245,7 +260,9 @@ class CompletedImage(StreamedImage):
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     usage: Usage = Usage()
-    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
+    flagged: Literal[True] | None = Field(
+        None, description="true if the safety checker flagged the image, which is then black"
+    )
     model: str
     drawing: DrawingInfo
 
@@ -253,18 +270,20 @@ class CompletedImage(StreamedImage):
 class TraceRequest(ImageRequest):
     """Body of ``POST /v1/images/trace``: a request for images to be shown step by step."""
 
-    n: int = Field(1, ge=1, le=MAX_TRACES, description="number of pictures")
-    stream: Literal[False] = Field(False, description="a trace is answered whole")
-    strip: bool = Field(False, description="also one labelled PNG: a row for each picture, a column for each step")
+    n: int = Field(1, ge=1, le=MAX_TRACES, description="number of images")
+    stream: Literal[False] = Field(False, description="a trace cannot be streamed")
+    strip: bool = Field(
+        False, description="also return one labelled PNG, with a row for each image and a column for each step"
+    )
 
 
 class TracedStep(BaseModel):
     """What the model predicts at one step: its x_0, decoded."""
 
-    step: int = Field(description="from 1")
-    leg: Literal["base", "student"] = Field(description="whose network")
-    t: float = Field(description="the time that the network was told, from 1 (noise) down")
-    guidance_scale: float = Field(description="of this step; 1.0 is off")
+    step: int = Field(description="number of the step, from 1")
+    leg: Literal["base", "student"] = Field(description="whose network made the prediction")
+    t: float = Field(description="the time that the network was conditioned on, from 1 (noise) down")
+    guidance_scale: float = Field(description="guidance scale of this step; 1.0 is off")
     b64_json: str | None = None
     url: str | None = None
 
@@ -273,7 +292,9 @@ class Trace(BaseModel):
     """The steps of one image; the last step's prediction is the image."""
 
     seed: int
-    flagged: Literal[True] | None = Field(None, description="the safety checker flagged it, and it is black")
+    flagged: Literal[True] | None = Field(
+        None, description="true if the safety checker flagged the image, which is then black"
+    )
     steps: list[TracedStep]
 
 
@@ -305,16 +326,18 @@ class Model(BaseModel):
     owned_by: str = "fewstep"
     kind: Literal["student", "base"]
     family: str
-    base: str | None = Field(description="the model that a student was made from")
-    method: str | None = Field(description="how a student was made")
-    steps: list[int] = Field(description="step counts it was made for; empty: any from 1 to max_steps")
+    base: str | None = Field(description="the model that a student was distilled from; null for a base")
+    method: str | None = Field(description="the method that made a student; null for a base")
+    steps: list[int] = Field(description="step counts that it was made for; if empty, any from 1 to max_steps")
     max_steps: int
     default_steps: int
     default_guidance: float
-    size: str | None = Field(description="null until the student's base is loaded")
-    diversity: DiversityUsed | None = Field(description="calibration of the base's first step")
-    students: list[str] = Field(description="the students that a routed one picks from by the prompt; else empty")
-    alias_of: str | None = Field(None, description="the model that this is another name of")
+    size: str | None = Field(description="WIDTHxHEIGHT; null until the student's base is loaded")
+    diversity: DiversityUsed | None = Field(description="the student's calibration of the base's first step")
+    students: list[str] = Field(
+        description="the students that a router picks from by the prompt; empty for other models"
+    )
+    alias_of: str | None = Field(None, description="the model that this is an alias of; null if it is not an alias")
     licence: str
     metrics: dict[str, Any]
 

@@ -25,7 +25,7 @@ def check_name(name: str) -> str:
     """
     if not NAME_PATTERN.fullmatch(name) or ".." in name:
         raise ValueError(
-            f"{name!r} is no valid name: use 1 to 64 lower-case letters, digits, '.', '_' or '-', "
+            f"{name!r} is not a valid name: use 1 to 64 lower-case letters, digits, '.', '_' or '-', "
             "starting and ending with a letter or digit, without '..'"
         )
     return name
@@ -47,11 +47,11 @@ RECOMBINED = "recombined"
 class DataSpec(Contract):
     """The data that the job trains on."""
 
-    source: str = Field("emoji", description="'emoji' (bundled), or a folder with metadata.jsonl and pictures")
+    source: str = Field("emoji", description="'emoji' (bundled), or a folder with metadata.jsonl and its images")
     prompts: str | None = Field(
         None,
-        description="text file with one prompt a line, instead of the source's captions; with source 'emoji' also "
-        f"'{RECOMBINED}': captions of emoji that do not exist, beside those of pictures",
+        description="text file with one prompt per line, instead of the source's captions; with source 'emoji' also "
+        f"'{RECOMBINED}': captions of emoji that do not exist, besides those of the images",
     )
 
     @property
@@ -64,12 +64,12 @@ class LoraSpec(Contract):
     """Low-rank adapters, trained instead of the full weights."""
 
     rank: int = Field(64, ge=1, le=1024)
-    alpha: float | None = Field(None, gt=0, description="scale; the rank when left out")
+    alpha: float | None = Field(None, gt=0, description="scale of the adapters; the rank if left out")
     dropout: float = Field(0.0, ge=0, lt=1)
     shared_base: bool = Field(
         False,
-        description="hold the base's weights once in memory, for the teacher and for every network that trains adapters; "
-        "in bfloat16 where training runs in it",
+        description="keep one copy of the base's weights in memory, shared by the teacher and every network that trains "
+        "adapters; in bfloat16 if training computes in it",
     )
 
 
@@ -77,24 +77,24 @@ class TrainSpec(Contract):
     """The trainer's settings, common to all methods."""
 
     iterations: int = Field(1000, ge=1, description="iterations of the method's full cycle (critic and student steps)")
-    max_minutes: float | None = Field(None, gt=0, description="stop (and publish) after this much training time")
-    batch_size: int = Field(32, ge=1, description="pictures per forward pass and device")
+    max_minutes: float | None = Field(None, gt=0, description="stop and publish after this much training time")
+    batch_size: int = Field(32, ge=1, description="images per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where the processor computes in it, else float32"
+        "auto", description="auto: bfloat16 if the device computes in it natively, else float32"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads; all cores when left out")
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if left out")
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: far less memory, a third more work"
+        False, description="recompute activations in the backward pass: far less memory, a third more work"
     )
     capture: bool = Field(
         False,
-        description="run each iteration as a CUDA graph: for small networks on one GPU, by score distillation or ADD",
+        description="run each iteration as a CUDA graph: for small networks on one GPU, with score distillation or ADD",
     )
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="0 turns the average off")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the weights' moving average; 0 turns it off")
     cooldown: float = Field(
-        0.0, ge=0, le=1, description="share of the iterations, the last ones, over which learning rates fall towards 0"
+        0.0, ge=0, le=1, description="final share of the iterations, over which the learning rates fall towards 0"
     )
     gradient_clip: float = Field(10.0, gt=0, description="largest gradient norm")
     log_every: int = Field(10, ge=1)
@@ -106,20 +106,18 @@ class TrainSpec(Contract):
 class PartitionSpec(Contract):
     """Several students from one job, each trained on a part of the prompts (Multi-Student Distillation)."""
 
-    students: int = Field(
-        ge=2, le=64, description="K; student k is published as NAME-k, and NAME picks one by the prompt"
-    )
+    students: int = Field(ge=2, le=64, description="student k is published as NAME-k, and NAME is a router over them")
     by: Literal["kmeans", "groups"] = Field(
         "kmeans",
-        description="kmeans: equally many prompts each, near in the text encoder's space; groups: the data's own, "
-        "neighbours together ('group' of each line of metadata.jsonl; the emoji's categories)",
+        description="kmeans: equally many prompts each, close together in the text encoder's space; groups: runs of the "
+        "data's own consecutive groups ('group' in each line of metadata.jsonl; the emoji's categories)",
     )
     order: Literal["sequential", "parallel"] = Field(
-        "sequential", description="one after the other in one process, or all at once, each in a process of its own"
+        "sequential", description="one after another in one process, or all at once, each in a process of its own"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the k-means' first centroids")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the initial k-means centroids")
     part: int | None = Field(
-        None, ge=0, description="train this part alone, under the job's own student name; all parts when left out"
+        None, ge=0, description="train only this part, under the job's own student name; all parts if left out"
     )
 
     @model_validator(mode="after")
@@ -133,13 +131,13 @@ class GuideSpec(Contract):
     """Autoguidance of the teacher, away from a worse version of itself (`weights.diffusion.guidance.AutoGuided`)."""
 
     student: Name = Field(
-        description="published student of the same base that denoises as the teacher does, only worse: a smaller one, "
-        "made by the method score_matching"
+        description="published student of the same base that denoises as the teacher does, only worse: for example a "
+        "smaller one, made by the method score_matching"
     )
     scale: float = Field(
         1.4,
         ge=1,
-        description="w in worse + w (teacher - worse); 1.0 is off; under a guidance scale s, w - 1 counts s times",
+        description="w in worse + w (teacher - worse); 1.0 turns it off; under a guidance scale s, w - 1 counts s times",
     )
 
 
@@ -152,23 +150,21 @@ class DistillJob(Contract):
     family: str = Field("stable_diffusion", description="name of a family in weights/families")
     network: dict[str, Any] | None = Field(
         None,
-        description="the student's own network, where it is not the base's: the settings of its configuration that differ, "
-        "such as {block_out_channels = [32, 64, 128]}; it starts from random weights (see the method score_matching)",
+        description="the student's network, if it is not the base's: the settings of its configuration that differ, such "
+        "as {block_out_channels = [32, 64, 128]}; it starts from random weights (see the method score_matching)",
     )
     start: Name | None = Field(
         None,
-        description="published student whose weights training goes on from (a later stage); the base's if left out",
+        description="published student whose weights training continues from; the base's weights if left out",
     )
-    guide: GuideSpec | None = Field(
-        None, description="autoguidance of the teacher, with any method; none when left out"
-    )
+    guide: GuideSpec | None = Field(None, description="autoguidance of the teacher, with any method; none if left out")
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
-    lora: LoraSpec | None = Field(None, description="train adapters of this shape; full fine-tuning when left out")
+    lora: LoraSpec | None = Field(None, description="train low-rank adapters; full fine-tuning if left out")
     partition: PartitionSpec | None = Field(
-        None, description="several students, a part of the prompts each; one if left out"
+        None, description="train several students, each on a part of the prompts; one student if left out"
     )
-    config: dict[str, Any] = Field(default_factory=dict, description="the method's own Config")
+    config: dict[str, Any] = Field(default_factory=dict, description="the method's own settings")
     licence: str = Field("unspecified", description="licence of the student's weights")
 
     @property
@@ -205,17 +201,17 @@ class StepSchedule(Contract):
     SDXL's one-step DMD2, which takes pure noise at conditioning timestep 399 of 1000.
     """
 
-    timesteps: list[UnitTime] = Field(min_length=1, max_length=64, description="falling, t = 1 is noise")
-    conditioning: list[UnitTime] | None = Field(None, description="as long as timesteps; the same times when left out")
+    timesteps: list[UnitTime] = Field(min_length=1, max_length=64, description="falling; t = 1 is noise")
+    conditioning: list[UnitTime] | None = Field(None, description="as many as timesteps; the same times if left out")
     sampler: Literal["consistency", "ddim"] = Field(
-        "consistency", description="consistency: predict x0, add fresh noise for the next level; ddim: with eta"
+        "consistency", description="consistency: predict x0, then add fresh noise for the next step; ddim: uses eta"
     )
     eta: float = Field(0.0, ge=0, le=1, description="ddim only: 0 is deterministic, 1 is ancestral")
 
     @model_validator(mode="after")
     def _times_fall(self) -> Self:
         if any(b >= a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
-            raise ValueError(f"timesteps must fall from noise to picture, got {self.timesteps}")
+            raise ValueError(f"timesteps must fall, from noise (1) towards the image (0), got {self.timesteps}")
         if self.conditioning is not None and len(self.conditioning) != len(self.timesteps):
             raise ValueError(f"{len(self.conditioning)} conditioning times for {len(self.timesteps)} timesteps")
         return self
@@ -230,48 +226,46 @@ class BaseReference(Contract):
     """The base a student was made from. It supplies the components that training did not change."""
 
     id: str = Field(description="bundled name, folder, or hub id")
-    sha256: str = Field(
-        pattern=SHA256_PATTERN, description="digest over the base's weight files, see store.digest_base"
-    )
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest of the base's weight files; see store.digest_base")
 
 
 class FileRecord(Contract):
     """Size and hash of one file of a student, as published."""
 
     sha256: str = Field(pattern=SHA256_PATTERN)
-    size: int = Field(ge=0, description="bytes")
+    size: int = Field(ge=0, description="in bytes")
 
 
 class GuidanceConvention(Contract):
     """Classifier-free guidance (``uncond + w (cond - uncond)``; 1.0 is off) in training and in sampling."""
 
-    trained_scale: float = Field(1.0, ge=0, description="teacher guidance that training baked into the student")
-    default_scale: float = Field(1.0, ge=0, description="what to draw with when a request does not say")
+    trained_scale: float = Field(1.0, ge=0, description="teacher's guidance scale that was distilled into the student")
+    default_scale: float = Field(1.0, ge=0, description="guidance scale for requests that do not set one")
     embedded: tuple[float, float] | None = Field(
-        None, description="(low, high): scales that the network is told instead, at no cost; null where it is told none"
+        None, description="(low, high) of the scales that the network is conditioned on, at no cost; null if it is not"
     )
 
 
 class Diversity(Contract):
     """Calibration of the base's first steps, which replace the student's (see 'Distilling Diversity and Control')."""
 
-    base_steps: int = Field(1, ge=1, le=8, description="network evaluations by the base before the student takes over")
-    base_guidance: float = Field(1.0, ge=0, description="guidance of the base leg; anything but 1.0 doubles its cost")
-    skip: int = Field(1, ge=1, description="index of the student's step that takes the latent over")
+    base_steps: int = Field(1, ge=1, le=8, description="steps that the base takes before the student takes over")
+    base_guidance: float = Field(1.0, ge=0, description="guidance of the base's steps; any but 1.0 doubles their cost")
+    skip: int = Field(1, ge=1, description="index, from 0, of the student's step that takes over")
     unprompted: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="how far, in t, the base leg's first step goes without the prompt, for one evaluation: from pure noise, "
-        "1, to 1 - unprompted; the other steps share the rest. 0 is none, above it takes 2 base_steps or more",
+        description="how far, in t, the base's first step goes without the prompt: from 1, pure noise, to 1 - unprompted, "
+        "in one evaluation; its other steps share the rest. 0 turns this off; otherwise base_steps must be at least 2",
     )
 
     @model_validator(mode="after")
     def _unprompted_is_a_step_of_several(self) -> Self:
         if self.unprompted > 0 and self.base_steps == 1:
             raise ValueError(
-                f"unprompted: {self.unprompted:g} with a leg of one step: make it 0, or base_steps 2 or more (a single step "
-                "without the prompt is base_guidance 0)"
+                f"unprompted: {self.unprompted:g} needs base_steps of at least 2: raise base_steps, or set unprompted to 0 "
+                "(for a single step without the prompt, set base_guidance to 0)"
             )
         return self
 
@@ -279,10 +273,10 @@ class Diversity(Contract):
 class Router(Contract):
     """How a multi-student picks a student: the centroid nearest to the prompt's embedding (`weights.router.route`)."""
 
-    centroids: list[list[FiniteFloat]] = Field(min_length=1, description="one a student, of length 1")
-    students: list[Name] = Field(min_length=1, description="published students of the same base, a centroid each")
+    centroids: list[list[FiniteFloat]] = Field(min_length=1, description="one unit vector per student")
+    students: list[Name] = Field(min_length=1, description="published students of the same base, one per centroid")
     offsets: list[FiniteFloat] | None = Field(
-        None, description="added to the prompt's cosine with each centroid; none when left out"
+        None, description="added to the prompt's cosine similarity with each centroid; none if left out"
     )
 
     @model_validator(mode="after")
@@ -291,10 +285,10 @@ class Router(Contract):
         if len(self.centroids) != count or len({len(centroid) for centroid in self.centroids}) != 1:
             lengths = [len(centroid) for centroid in self.centroids]
             raise ValueError(
-                f"centroids of {lengths} numbers for {count} students: want one of the same length for each"
+                f"centroids of {lengths} numbers for {count} students: give one per student, all of the same length"
             )
         if self.offsets is not None and len(self.offsets) != count:
-            raise ValueError(f"{len(self.offsets)} offsets for {count} students: want one for each")
+            raise ValueError(f"{len(self.offsets)} offsets for {count} students: give one for each")
         if len(set(self.students)) != count:
             raise ValueError(f"students {self.students} must differ")
         return self
@@ -303,23 +297,24 @@ class Router(Contract):
 class AveragedStudent(Contract):
     """One of the students that a weight average was made from."""
 
-    name: Name = Field(description="what it was published as; 'base' is the base's own weights")
+    name: Name = Field(description="name that it was published under; 'base' means the base's own weights")
     share: float = Field(
         gt=-1,
         lt=2,
-        description="of the mean; the base's is below 0, and the others' sum above 1, where it goes on past them",
+        description="weight in the mean; where it extrapolates past the students, the base's is negative and the others' "
+        "add up to more than 1",
     )
-    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
-    job: DistillJob | None = Field(None, description="that made it")
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest of its weight files; see store.digest_folder")
+    job: DistillJob | None = Field(None, description="the job that made it")
 
 
 class ExtractedLora(Contract):
     """The fully fine-tuned student that a LoRA student's adapters approximate."""
 
-    name: Name = Field(description="what it was published as")
-    sha256: str = Field(pattern=SHA256_PATTERN, description="digest over its weight files, see store.digest_folder")
-    rank: int = Field(ge=1, description="of the adapters")
-    kept: float = Field(ge=0, le=1, description="share of the squared change from the base that the adapters hold")
+    name: Name = Field(description="name that it was published under")
+    sha256: str = Field(pattern=SHA256_PATTERN, description="digest of its weight files; see store.digest_folder")
+    rank: int = Field(ge=1, description="rank of the adapters")
+    kept: float = Field(ge=0, le=1, description="share of the squared difference from the base that the adapters keep")
 
 
 class StudentManifest(Contract):
@@ -337,13 +332,13 @@ class StudentManifest(Contract):
     guidance: GuidanceConvention = GuidanceConvention()
     diversity: Diversity | None = None
     router: Router | None = Field(
-        None, description="draw each prompt with one of several other students; there are no weights of its own then"
+        None, description="picks one of several other students by the prompt; a router has no weights of its own"
     )
     job: DistillJob | None = None
     averaged: list[AveragedStudent] = Field(
-        default_factory=list, description="students whose weights these are the mean of; none for a job's own"
+        default_factory=list, description="students whose mean these weights are; empty if a job trained them"
     )
-    extracted: ExtractedLora | None = Field(None, description="whose change from the base these adapters hold")
+    extracted: ExtractedLora | None = Field(None, description="the student that these adapters approximate")
     metrics: dict[str, Any] = Field(default_factory=dict)
     licence: str = "unspecified"
     code_version: str
@@ -353,7 +348,7 @@ class StudentManifest(Contract):
     def _schedules_have_their_length(self) -> Self:
         for steps, schedule in self.schedules.items():
             if len(schedule.timesteps) != steps:
-                raise ValueError(f"schedule {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
+                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps; give {steps}")
         return self
 
 

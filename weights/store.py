@@ -313,7 +313,7 @@ class Store:
                         f"{place / name} is a symlink out of the store, to {folder}: copy the folder instead"
                     )
                 return folder
-        raise NotFound(f"no student is named {name!r}; there are: {', '.join(self.names()) or 'none'}")
+        raise NotFound(f"no student is named {name!r}; available: {', '.join(self.names()) or 'none'}")
 
 
 def _valid(name: str) -> bool:

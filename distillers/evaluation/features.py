@@ -170,7 +170,7 @@ def extractor(name: str, device: str = "cpu") -> Extractor:
         Unavailable: it needs a package or weights that are not available.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"{name!r} is no feature extractor; there are: {', '.join(EXTRACTORS)}")
+        raise ValueError(f"{name!r} is no feature extractor; available: {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](device)
 
 

@@ -147,7 +147,7 @@ class Catalog:
 
     def _unknown(self, name: str) -> UnknownModel:
         known = ", ".join([*self._listed, *self._store.names(), *self._aliases])
-        return UnknownModel(f"no model is named {shown(name)}; there are: {known}")
+        return UnknownModel(f"no model is named {shown(name)}; available: {known}")
 
     def _member(self, folder: StudentFolder, prompt: str, open_student: Open, base_of: BaseOf) -> StudentFolder | None:
         """The member of a routed student that handles this prompt; None if its base is not in memory."""

@@ -18,7 +18,7 @@ def check_names(settings: Settings, store: Store) -> None:
     listed = ", ".join(known)
     for alias, name in settings.aliases.items():
         if name not in known:
-            raise BadSettings(f"FEWSTEP_ALIASES: {alias!r} stands for {name!r}, which is no model; there are: {listed}")
+            raise BadSettings(f"FEWSTEP_ALIASES: {alias!r} stands for {name!r}, which is no model; available: {listed}")
         if alias in known:
             raise BadSettings(
                 f"FEWSTEP_ALIASES: {alias!r} is a model's own name, which an alias would hide; take another"
@@ -27,7 +27,7 @@ def check_names(settings: Settings, store: Store) -> None:
     for variable, names in (("DEFAULT_MODEL", default), ("PINNED", settings.pinned)):
         for name in names:
             if name not in known and name not in settings.aliases:
-                raise BadSettings(f"FEWSTEP_{variable}: no model is named {name!r}; there are: {listed}")
+                raise BadSettings(f"FEWSTEP_{variable}: no model is named {name!r}; available: {listed}")
 
 
 def base_info(name: str, base: TextToImage) -> ModelInfo:

@@ -23,7 +23,7 @@ def check_models(settings: Settings, store: Store) -> None:
     """
     if settings.family not in families():
         known_families = ", ".join(families())
-        raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; there are: {known_families}")
+        raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; available: {known_families}")
     if issubclass(families()[settings.family], PipelineModel):
         for name in settings.bases:
             try:

@@ -102,7 +102,7 @@ class TableJobs:
             for field, name in (("start", spec.start), ("guide.student", guide)):
                 if name is not None and name not in students:
                     known, param = ", ".join(students) or "none yet", prefix + field
-                    raise InvalidSpec(f"{param}: no student {name!r} is published; there are: {known}", param)
+                    raise InvalidSpec(f"{param}: no student {name!r} is published; available: {known}", param)
             seen.update(spec.publishes)
 
     async def list(self, limit: int, after: str | None = None) -> tuple[list[Job], bool]:

@@ -14,8 +14,8 @@ from service.schemas import DiversityUsed, DrawingInfo, ErrorBody, ImageRequest,
 from service.settings import Settings
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "the request is wrong; `param` names the field"},
-    "default": {"model": ErrorBody, "description": "any other error"},
+    400: {"model": ErrorBody, "description": "The request is invalid; `param` names the field."},
+    "default": {"model": ErrorBody, "description": "Any other error."},
 }
 
 QUICK = 2**14

@@ -78,7 +78,7 @@ async def cancel(request_id: str, request: Request) -> None:
     The cancelled request is answered with status 499.
     """
     if not running_of(request).cancel(client_of(request), request_id):
-        message = f"nothing is being drawn for a request {shorten(request_id)} of yours: it has ended, or never was"
+        message = f"you have no request {shorten(request_id)} in progress: it has ended, or never existed"
         raise ApiError(404, message, code="not_found")
 
 
@@ -88,14 +88,14 @@ async def get_picture(picture_id: str, request: Request) -> Response:
     """An image that was requested with `response_format` `url`, until it expires."""
     picture = pictures_of(request).get(picture_id)
     if picture is None:
-        raise ApiError(404, "there is no such picture, or no more: urls work for a limited time", code="not_found")
+        raise ApiError(404, "there is no such image, or no longer: URLs work for a limited time", code="not_found")
     headers = {"Cache-Control": "private, max-age=3600", "X-Content-Type-Options": "nosniff"}
     return Response(picture.content, media_type=picture.media_type, headers=headers)
 
 
 def _check_length(name: str, text: str, settings: Settings) -> None:
     if len(text) > settings.max_prompt_chars:
-        message = f"{name}: {len(text)} characters are too long; at most {settings.max_prompt_chars} are read"
+        message = f"{name}: {len(text)} characters are too many; at most {settings.max_prompt_chars} are allowed"
         raise ApiError(400, message, param=name, code="string_above_max_length")
 
 

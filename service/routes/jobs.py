@@ -50,7 +50,7 @@ class ErrorObject(_Wire):
 
     message: str
     code: str
-    stderr: str = Field(description="The last lines that the job's process wrote to standard error.")
+    stderr: str = Field(description="The last lines of the job's standard error.")
 
 
 class ProgressObject(_Wire):
@@ -71,10 +71,10 @@ class JobObject(_Wire):
     started_at: int | None
     finished_at: int | None
     status: Status
-    student: str = Field(description="The model to draw with once the job has succeeded.")
+    student: str = Field(description="Name of the model that exists once the job has succeeded.")
     method: str
     spec: DistillJob
-    attempt: int = Field(description="How often the job was started, resumes included.")
+    attempt: int = Field(description="How often the job was started, including resumes.")
     cancel_requested: bool
     error: ErrorObject | None
     result: dict[str, Any] | None
@@ -184,7 +184,7 @@ def _event_number(after: str | None, name: str) -> int:
         return 0
     digits = after.removeprefix(EVENT_PREFIX)
     if not after.startswith(EVENT_PREFIX) or not digits.isascii() or not digits.isdigit() or len(digits) > 15:
-        message = f"{name} must be an event's id, as in 'evt-12', got {shorten(after)}"
+        message = f"{name} must be an event's id, such as 'evt-12', got {shorten(after)}"
         raise ApiError(400, message, param=name, code="invalid_value")
     return int(digits)
 
@@ -225,7 +225,7 @@ async def _parse(request: Request) -> Any:
         body = json.loads(content)
         json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is no valid JSON: {error}", code="invalid_json") from error
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     return body
 
 
@@ -235,7 +235,7 @@ _BODY = {
         "content": {
             "application/json": {
                 "schema": {
-                    "description": 'One job, or a batch {"jobs": [...]} of which all are accepted or none.',
+                    "description": 'One job, or a batch {"jobs": [...]}, of which either all are accepted or none.',
                     "anyOf": [
                         {"$ref": "#/components/schemas/DistillJob"},  # in the schema because responses contain jobs
                         {
@@ -269,7 +269,7 @@ async def create(request: Request) -> JobObject | JobList:
     specs = body["jobs"]
     unknown = sorted(body.keys() - {"jobs"})
     if unknown:
-        message = f"{unknown[0]!r} cannot stand beside 'jobs': every job of a batch has its own fields"
+        message = f"{unknown[0]!r} cannot be given beside 'jobs': set it in each job of the batch"
         raise ApiError(400, message, param=unknown[0][:80], code="unknown_parameter")
     if not isinstance(specs, list) or not 1 <= len(specs) <= MAX_BATCH:
         got = f"{len(specs)} of them" if isinstance(specs, list) else type(specs).__name__
@@ -307,10 +307,10 @@ async def resume(request: Request, job_id: str) -> JobObject:
 
 
 _STREAMED = {
-    "description": "A page of events; or with `stream=true` server-sent events: each of the job's under its kind, with an "
-    "`EventObject` for data and an id to go on behind (Last-Event-ID); `job` with the ended `JobObject`; then `[DONE]`. A "
-    "stream that ends without that was ended by a server that stops, or whose job table cannot be used: ask for the rest "
-    "once there is one again.",
+    "description": "A page of events. With `stream=true`, server-sent events instead: each of the job's events has its "
+    "`type` as its name, an `EventObject` as data, and an id to continue from (`Last-Event-ID`). At the end come `job`, "
+    "with the finished `JobObject`, and `[DONE]`. If the stream ends without them, the server is stopping, or cannot use "
+    "its job table: ask for the rest when it is available again.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -332,7 +332,7 @@ async def events(
     await _answer(_jobs(request).get(job_id))
     draining = draining_of(request)
     if draining.is_set():
-        raise NotReady("the server is stopping; another one, or this one in a while, can tell of the job")
+        raise NotReady("the server is stopping; ask again for the job's events in a while")
     # The protocol can only promise an AsyncIterator; that of `TableJobs` can be closed.
     followed = Awaited(cast(AsyncGenerator[JobEvent | Job | None, None], _jobs(request).follow(job_id, start)))
     sources = AsyncExitStack()
@@ -362,6 +362,6 @@ async def _server_sent(items: Awaited[JobEvent | Job | None], draining: asyncio.
                 event = event_object(item)
                 yield f"id: {event.id}\n".encode() + server_sent(event.type, event.model_dump_json())
     except JobsUnavailable as error:  # a client that asks for the rest gets the error
-        log.error("a stream of events ends: %s", error)
+        log.error("a stream of job events ended early: %s", error)
     finally:
         stopped.cancel()

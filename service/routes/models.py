@@ -30,7 +30,7 @@ async def get_model(model_id: str, request: Request) -> Model:
         if info.id == model_id:
             return _model(info)
     known = ", ".join(info.id for info in infos)
-    message = f"no model is named {shorten(model_id)}; there are: {known}"
+    message = f"no model is named {shorten(model_id)}; available: {known}"
     raise ApiError(404, message, param="model", code="model_not_found")
 
 

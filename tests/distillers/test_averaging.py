@@ -201,7 +201,7 @@ def test_other_files_are_refused(store: Store, publish: Publish, tmp_path: Path)
         (["mean", "a", "b:0"], "b: counts 0 times; want a number above 0"),
         (["mean", "a", "b:nan"], "b: counts nan times"),
         (["mean", "a", "no"], "no student is named 'no'"),
-        (["No Name", "a", "b"], "'No Name' is no valid name"),
+        (["No Name", "a", "b"], "'No Name' is not a valid name"),
         (["a", "a", "b"], "exists already"),
     ],
 )

@@ -164,7 +164,7 @@ def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["cat-lora", "no"], "no student is named 'no'"),
         (["cat", "cat"], "exists already"),
-        (["No Name", "cat"], "'No Name' is no valid name"),
+        (["No Name", "cat"], "'No Name' is not a valid name"),
         (["cat-lora", "cat", "--rank", "0"], "rank 0: input should be greater than or equal to 1"),
     ],
 )

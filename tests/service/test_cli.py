@@ -252,7 +252,7 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli_jobs, "find_spec", lambda name: Found if name == "distillers" else None)
     assert cli_jobs.read_spec("short")["student"] == "short"
-    with pytest.raises(ValueError, match="'long' is no file and no recipe; there are: short"):
+    with pytest.raises(ValueError, match="'long' is no file and no recipe; available: short"):
         cli_jobs.read_spec("long")
 
 

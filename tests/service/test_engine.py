@@ -230,7 +230,7 @@ def test_a_student_told_its_guidance_needs_one_evaluation_and_keeps_to_its_range
 def test_names_that_no_model_has(harness: Harness, name: str) -> None:
     with pytest.raises(UnknownModel) as caught:
         harness.draw(model=name)
-    assert "there are: " in str(caught.value)
+    assert "available: " in str(caught.value)
     assert "tiny" in str(caught.value)
 
 

@@ -61,7 +61,7 @@ def test_a_body_that_grows_too_large(client: TestClient, engine: FakeEngine) -> 
 @pytest.mark.parametrize(
     ("content", "code", "says"),
     [
-        (b"{", "invalid_json", "the body is no valid JSON"),
+        (b"{", "invalid_json", "the body is not valid JSON"),
         (b"\xff\xfe\x00", None, ""),
         (b"", "missing_required_parameter", "the request has no body: send JSON"),
         (b"[]", "invalid_value", "must be a JSON object"),

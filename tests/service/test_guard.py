@@ -74,7 +74,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             "nobody",
-            "offers 'nobody' as fewstep.safety; there are: aside, fails, gone, hangs, leaves, text, two",
+            "offers 'nobody' as fewstep.safety; available: aside, fails, gone, hangs, leaves, text, two",
         ),
         ("gone", "'gone' cannot be loaded: No module named 'no'"),
         ("text", "is no function of an image and a prompt"),

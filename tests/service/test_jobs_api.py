@@ -101,7 +101,7 @@ def test_a_job_from_its_spec_to_a_drawn_picture(client: TestClient) -> None:
     ("change", "param", "code", "words"),
     [
         ({"student": None}, "student", "invalid_value", "None"),
-        ({"student": "../up"}, "student", "invalid_value", "'../up' is no valid name"),
+        ({"student": "../up"}, "student", "invalid_value", "'../up' is not a valid name"),
         ({"method": 3}, "method", "invalid_value", "got 3"),
         ({"stuff": 1}, "stuff", "unknown_parameter", "stuff"),
         ({"train": {"batch_size": 0}}, "train.batch_size", "invalid_value", "got 0"),

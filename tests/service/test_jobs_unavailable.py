@@ -108,7 +108,7 @@ def test_a_stream_of_events_ends_without_its_table(
         monkeypatch.setattr(table, "get", twice)
         streamed = client.get(f"{JOBS}/{job['id']}/events", params={"stream": True})
         assert (streamed.status_code, "[DONE]" in streamed.text) == (200, False)
-    assert "a stream of events ends: the job table is away" in caplog.text
+    assert "a stream of job events ended early: the job table is away" in caplog.text
 
 
 def test_the_log_says_once_what_is_tried_again(

@@ -191,7 +191,7 @@ def test_what_cannot_be_written(file: Path, tmp_path: Path) -> None:
         create_key(file, "a b", ["jobs"])
     with pytest.raises(KeyFileError, match="scopes"):
         create_key(file, "bob", [])
-    with pytest.raises(KeyFileError, match=r"no key of .* has the id or name 'bob'; there are: ann"):
+    with pytest.raises(KeyFileError, match=r"no key of .* has the id or name 'bob'; available: ann"):
         revoke_key(file, "bob")
     assert file.read_bytes() == before
     (tmp_path / "a-file").touch()

@@ -30,4 +30,4 @@ def test_an_unknown_model(client: TestClient) -> None:
     assert response.status_code == 404
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("model_not_found", "model")
-    assert error["message"] == "no model is named 'nobody'; there are: org/base, student"
+    assert error["message"] == "no model is named 'nobody'; available: org/base, student"

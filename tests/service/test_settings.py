@@ -68,7 +68,7 @@ def test_half_precision_needs_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"family": "stable"}, "no family is named 'stable'; there are: .*stable_diffusion"),
+        ({"family": "stable"}, "no family is named 'stable'; available: .*stable_diffusion"),
         ({"bases": ["/no/such/folder"]}, "FEWSTEP_BASES: base '/no/such/folder' is not bundled"),
         ({"device": "cuda:63"}, "FEWSTEP_DEVICE: cuda:63 was asked for"),
     ],
@@ -81,7 +81,7 @@ def test_the_engine_refuses_what_is_not_there(fields: dict[str, object], says: s
 
 def test_the_engine_refuses_an_unknown_default(tiny_base: object) -> None:
     settings = Settings(bases=[tiny_base.id], default_model="nobody")  # type: ignore[attr-defined]
-    with pytest.raises(BadSettings, match="no model is named 'nobody'; there are: "):
+    with pytest.raises(BadSettings, match="no model is named 'nobody'; available: "):
         StepEngine.from_settings(settings)
 
 

@@ -254,7 +254,7 @@ def test_a_loaded_model_is_always_the_same_and_moves_no_random_state() -> None:
 
 
 def test_what_a_mixture_cannot_do_is_said(ring: GaussianMixture, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no mixture is named 'moons'; there are: line, ring"):
+    with pytest.raises(ValueError, match="no mixture is named 'moons'; available: line, ring"):
         load("gaussian_mixture", "moons")
     with pytest.raises(ValueError, match="size 2x1"):
         ring.latent_shape(1, 2)

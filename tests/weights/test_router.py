@@ -56,8 +56,8 @@ def test_unit_means() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"centroids": [[1.0]]}, "want one of the same length for each"),
-        ({"centroids": [[1.0], [1.0, 0.0]]}, "want one of the same length for each"),
+        ({"centroids": [[1.0]]}, "give one per student, all of the same length"),
+        ({"centroids": [[1.0], [1.0, 0.0]]}, "give one per student, all of the same length"),
         ({"offsets": [0.0]}, "1 offsets for 2 students"),
         ({"students": ["a", "a"]}, "must differ"),
         ({"centroids": [[float("nan")], [1.0]]}, "finite"),

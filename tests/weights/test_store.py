@@ -106,7 +106,7 @@ def test_an_empty_store(tmp_path: Path) -> None:
     store = Store(tmp_path / "none" / "yet", bundled=tmp_path / "nor this")
     assert store.names() == []
     assert store.list() == []
-    with pytest.raises(NotFound, match="no student is named 'fast-cat'; there are: none"):
+    with pytest.raises(NotFound, match="no student is named 'fast-cat'; available: none"):
         store.open("fast-cat")
     assert not store.root.exists()
 
@@ -197,9 +197,9 @@ BAD_NAMES = ["../outside", "a/b", "/etc", "..", ".", "", ".versions", "a..b", "C
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_cannot_leave_the_folder(published: Store, name: str) -> None:
     for act in (published.open, published.manifest, published.delete):
-        with pytest.raises(Forbidden, match="no valid name"):
+        with pytest.raises(Forbidden, match="not a valid name"):
             act(name)
-    with pytest.raises(ValueError, match="no valid name"):
+    with pytest.raises(ValueError, match="not a valid name"):
         manifest(name)
     assert value(published) == 1
 

@@ -112,7 +112,7 @@ def test_the_bases_first_step_can_go_without_the_prompt(
 
 
 def test_a_leg_of_one_step_has_no_room_for_one_without_the_prompt() -> None:
-    with pytest.raises(ValidationError, match=r"unprompted: 0\.5 with a leg of one step: make it 0, or base_steps 2"):
+    with pytest.raises(ValidationError, match=r"unprompted: 0\.5 needs base_steps of at least 2"):
         Diversity(base_steps=1, unprompted=0.5)
 
 

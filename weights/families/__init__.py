@@ -44,5 +44,5 @@ def load(
     """
     known = families()
     if family not in known:
-        raise ValueError(f"no family is named {family!r}; there are: {', '.join(sorted(known))}")
+        raise ValueError(f"no family is named {family!r}; available: {', '.join(sorted(known))}")
     return known[family].load(source, device, dtype)

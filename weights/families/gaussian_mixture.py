@@ -247,7 +247,7 @@ class GaussianMixture(TextToImage):
             ValueError: no preset has that name.
         """
         if str(source) not in PRESETS:
-            raise ValueError(f"no mixture is named {str(source)!r}; there are: {', '.join(sorted(PRESETS))}")
+            raise ValueError(f"no mixture is named {str(source)!r}; available: {', '.join(sorted(PRESETS))}")
         model = cls(PRESETS[str(source)]()).to(device, dtype)
         model.network.eval().requires_grad_(False)
         return model
