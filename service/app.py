@@ -85,7 +85,7 @@ def create_app(
     app = FastAPI(
         title="Fewstep",
         version=code_version(),
-        description="Text to image in one to four steps: students of diffusion models, and the models themselves.",
+        description="Text to image in one to four steps, by students of diffusion models, and by the models themselves.",
         lifespan=lifespan,
         redirect_slashes=False,
     )

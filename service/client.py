@@ -110,9 +110,9 @@ class Client:
                     if kind == "job":
                         return
         except httpx.HTTPError as error:
-            raise ServerError(f"{self._server} went away: {error or type(error).__name__}") from error
+            raise ServerError(f"the connection to {self._server} was lost: {error or type(error).__name__}") from error
         raise ServerError(
-            f"{self._server} ended the stream before job {job_id} ended, as it does when it stops: ask again"
+            f"{self._server} ended the stream before job {job_id} ended, which it does when it stops: try again"
         )
 
 
@@ -143,5 +143,5 @@ def _decoded(answer: httpx.Response) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         start = answer.text[:200]
         raise ServerError(
-            f"{answer.url} answered {answer.status_code} with something else than JSON: {start}"
+            f"{answer.url} answered {answer.status_code} with something other than JSON: {start}"
         ) from error

@@ -27,9 +27,9 @@ def delete_student(name: str, store: Store, settings: Settings) -> None:
         StoreError: the store cannot be read or written.
     """
     if name in settings.bases:
-        raise StillNeeded(f"{name!r} is a base, and no student of the store: take it out of FEWSTEP_BASES instead")
+        raise StillNeeded(f"{name!r} is a base model, not a student: remove it from FEWSTEP_BASES instead")
     if name in settings.aliases:
-        message = f"{name!r} is another name of {settings.aliases[name]!r}: take it out of FEWSTEP_ALIASES instead"
+        message = f"{name!r} is an alias of {settings.aliases[name]!r}: remove it from FEWSTEP_ALIASES instead"
         raise StillNeeded(message)
     variables = (
         ("DEFAULT_MODEL", [settings.default_model]),
@@ -39,7 +39,7 @@ def delete_student(name: str, store: Store, settings: Settings) -> None:
     for variable, names in variables:
         if name in names:
             raise StillNeeded(
-                f"FEWSTEP_{variable} names {name!r}, and no server would start without it: change that first"
+                f"FEWSTEP_{variable} names {name!r}, so no server would start without it: change the setting first"
             )
     try:
         check_name(name)

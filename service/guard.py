@@ -128,7 +128,7 @@ class GuardedEngine:
     @contextmanager
     def _admitted(self, request: DrawRequest) -> Iterator[None]:
         if self._drains:
-            raise NotReady("the server is stopping; another one, or this one in a while, can draw")
+            raise NotReady("the server is stopping; try again in a while")
         self._rates.take_pictures(request.client, len(request.seeds))
         try:
             yield
@@ -154,10 +154,10 @@ class GuardedEngine:
             try:
                 flagged = await self._aside.within(deadline - clock(), checker.flags, image, request.prompt)
             except TimeoutError:
-                message = f"the safety checker {checker.name!r} has not answered within the request's {limit:g} s"
+                message = f"the safety checker {checker.name!r} did not respond within the request's {limit:g} s"
                 raise TimedOut(message) from None
             if flagged and self._flagged == "refused":
-                raise Flagged(f"the safety checker {checker.name!r} refuses a picture of this prompt", "prompt")
+                raise Flagged(f"the safety checker {checker.name!r} flagged an image of this prompt", "prompt")
             return flagged
 
         return hides

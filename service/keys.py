@@ -39,15 +39,17 @@ class ApiKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(pattern=r"^[0-9a-f]{12}$", description="public: stands in the key, in logs and in metrics")
+    id: str = Field(
+        pattern=r"^[0-9a-f]{12}$", description="public: it is part of the key, and appears in logs and metrics"
+    )
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._@-]+$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the whole key")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="digest of the whole key")
     last4: str = Field(pattern=r"^[0-9a-f]{4}$", description="the key's last characters, to tell keys apart by eye")
     scopes: tuple[Scope, ...] = Field(min_length=1)
     created_at: AwareDatetime
     expires_at: AwareDatetime | None = None
-    requests_per_minute: int | None = Field(None, ge=1, le=1_000_000, description="the server's setting when left out")
-    pictures_per_minute: int | None = Field(None, ge=1, le=1_000_000, description="the server's setting when left out")
+    requests_per_minute: int | None = Field(None, ge=1, le=1_000_000, description="the server's setting if left out")
+    pictures_per_minute: int | None = Field(None, ge=1, le=1_000_000, description="the server's setting if left out")
 
     def is_expired(self, now: datetime) -> bool:
         """Whether this key has expired."""
@@ -67,7 +69,7 @@ class _Content(BaseModel):
         for values in ([key.id for key in self.keys], [key.name for key in self.keys]):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
-                raise ValueError(f"{twice[0]!r} is there twice")
+                raise ValueError(f"{twice[0]!r} appears twice")
         return self
 
 
@@ -83,12 +85,12 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
                 raise KeyFileError(f"{path} can be written by other users, who could add keys: chmod 600 {path}")
             return _Content.model_validate_json(file.read()).keys
     except OSError as error:
-        hint = "; `fewstep keys create` makes it" if isinstance(error, FileNotFoundError) else ""
+        hint = "; `fewstep keys create` creates it" if isinstance(error, FileNotFoundError) else ""
         raise KeyFileError(f"{path} cannot be read: {error.strerror}{hint}") from error
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise KeyFileError(f"{path} is no keys file: {where}: {first['msg']}") from None
+        raise KeyFileError(f"{path} is not a valid keys file: {where}: {first['msg']}") from None
 
 
 def create_key(
@@ -127,7 +129,7 @@ def create_key(
         raise KeyFileError(f"{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from None
     with _changing(path) as keys:
         if any(name == other.name for other in keys):
-            raise KeyFileError(f"a key is named {name!r} already in {path}: choose another name, or revoke that one")
+            raise KeyFileError(f"{path} already has a key named {name!r}: choose another name, or revoke that key")
         keys.append(record)
     return key, record
 
@@ -142,7 +144,7 @@ def revoke_key(path: Path, which: str) -> ApiKey:
         found = [key for key in keys if which in (key.id, key.name)]
         if not found:
             known = ", ".join(key.name for key in keys) or "none"
-            raise KeyFileError(f"no key of {path} has the id or name {which!r}; available: {known}")
+            raise KeyFileError(f"no key in {path} has the id or name {which!r}; available: {known}")
         keys.remove(found[0])
     return found[0]
 
@@ -238,7 +240,7 @@ class KeyRing:
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.error("%s cannot be looked at (%s); the keys that were there before stay in use", self._path, error)
+            log.error("%s cannot be checked (%s); the previous keys stay in use", self._path, error)
             return self._stamp
         return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
@@ -251,4 +253,4 @@ class KeyRing:
             self._keys = {key.id: key for key in read_keys(self._path)} if stamp is not None else {}
             log.info("%d API keys in %s", len(self._keys), self._path)
         except KeyFileError as error:
-            log.error("%s; the keys that were there before stay in use", error)
+            log.error("%s; the previous keys stay in use", error)

@@ -50,9 +50,9 @@ class BodyLimit:
         await self.app(scope, limited, send)
 
     def _too_slow(self) -> ApiError:
-        message = f"the body was not there after {self.seconds:g} s"
+        message = f"the request's body did not arrive within {self.seconds:g} s"
         return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
 
     def _too_large(self) -> ApiError:
-        message = f"the body is larger than {self.largest} bytes"
+        message = f"the request's body is larger than {self.largest} bytes"
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

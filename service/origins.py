@@ -41,8 +41,8 @@ class Origins:
             for origin in _values(scope, b"origin"):
                 if not self._may(origin, hosts):
                     message = (
-                        f"a web page of {shorten(origin)} may not change anything here: use the API from elsewhere than a "
-                        "page, list the origin in FEWSTEP_CORS_ORIGINS, or set FEWSTEP_PUBLIC_URL if it is this server's own"
+                        f"web pages of {shorten(origin)} may not change anything on this server: list the origin in "
+                        "FEWSTEP_CORS_ORIGINS, or set FEWSTEP_PUBLIC_URL if it is the server's own"
                     )
                     await respond(HTTPStatus.FORBIDDEN, message, code="origin_not_allowed")(scope, receive, send)
                     return
@@ -76,10 +76,10 @@ class Hosts:
             for host in _values(scope, b"host"):
                 if not self._may(name_of(host)):
                     message = (
-                        f"this server has no keys, and is not meant to be reached as {shorten(host)}, a name that somebody "
-                        "could have made to lead here: use an address such as 127.0.0.1, localhost, or a name in "
-                        "FEWSTEP_ALLOWED_HOSTS, FEWSTEP_PUBLIC_URL or FEWSTEP_HOST; list this one in FEWSTEP_ALLOWED_HOSTS "
-                        "if it is the server's own, or give it keys (FEWSTEP_KEYS_FILE)"
+                        f"this server has no keys, so it does not answer to {shorten(host)}, a name that anybody could have "
+                        "made to resolve to it: use an IP address, localhost, or a name in FEWSTEP_ALLOWED_HOSTS, "
+                        "FEWSTEP_PUBLIC_URL or FEWSTEP_HOST; list this one in FEWSTEP_ALLOWED_HOSTS if it is the server's "
+                        "own, or give the server keys (FEWSTEP_KEYS_FILE)"
                     )
                     answer = respond(HTTPStatus.MISDIRECTED_REQUEST, message, code="host_not_allowed")
                     await answer(scope, receive, send)

@@ -60,7 +60,7 @@ async def wait_for(
         if stopped.done():
             raise cancelled_error()
         if gone.done():
-            raise ApiError(CLIENT_CLOSED_REQUEST, "the client has gone", code="client_closed_request")
+            raise ApiError(CLIENT_CLOSED_REQUEST, "the client disconnected", code="client_closed_request")
     finally:
         stopped.cancel()
         gone.cancel()

@@ -42,7 +42,7 @@ class Checker:
         except (Exception, SystemExit) as error:  # noqa: BLE001
             # Only its class, since the message may contain the prompt, which must not be logged.
             log.error("the safety checker %r failed with %s", self.name, type(error).__name__)
-            message = f"the safety checker {self.name!r} failed, so that the pictures cannot be shown"
+            message = f"the safety checker {self.name!r} failed, so the images cannot be returned"
             raise EngineError(message) from None
 
 
@@ -63,5 +63,5 @@ def load_checker(name: str) -> Checker:
     except Exception as error:  # foreign packages can raise anything on import
         raise BadSettings(f"FEWSTEP_SAFETY_CHECKER: {name!r} cannot be loaded: {error}") from error
     if not callable(function):
-        raise BadSettings(f"FEWSTEP_SAFETY_CHECKER: {found[name].value} is no function of an image and a prompt")
+        raise BadSettings(f"FEWSTEP_SAFETY_CHECKER: {found[name].value} is not a function of an image and a prompt")
     return Checker(name=name, function=function)

@@ -102,7 +102,9 @@ class DrainingServer(uvicorn.Server):
     def _begin_to_drain(self, number: int) -> None:
         _leave_to_the_system()
         name = signal.Signals(number).name
-        log.info("%s: draining for at most %g s; once more ends the server at once", name, self._settings.drain_seconds)
+        log.info(
+            "%s: draining for at most %g s; a second signal ends the server at once", name, self._settings.drain_seconds
+        )
         self._draining.set()
         self._drain = asyncio.create_task(self._drained())
 
@@ -111,7 +113,7 @@ class DrainingServer(uvicorn.Server):
         try:
             await asyncio.gather(self._engine.drain(seconds), asyncio.sleep(notice))
             left = self._engine.load().pictures
-            log.info("drained, with %d pictures left that are given up", left)
+            log.info("drained; abandoning %d unfinished images", left)
             await self._engine.stop()  # ends the requests that are left, which would otherwise keep the process alive
         except Exception:
             log.exception("the engine could not be drained")
@@ -136,8 +138,8 @@ def check_address(settings: Settings) -> None:
     if settings.keys_file is not None or settings.allow_open or _is_loopback(settings.host):
         return
     raise BadSettings(
-        f"FEWSTEP_HOST: {settings.host} can be reached from other machines, and without keys anybody there could draw and "
-        "run jobs: set FEWSTEP_KEYS_FILE (and make a key: fewstep keys create), or FEWSTEP_ALLOW_OPEN=true where "
+        f"FEWSTEP_HOST: {settings.host} can be reached from other machines, and without keys anybody there could generate "
+        "images and run jobs: set FEWSTEP_KEYS_FILE (`fewstep keys create` makes a key), or FEWSTEP_ALLOW_OPEN=true if "
         "something else keeps others out, or listen on 127.0.0.1"
     )
 

@@ -251,7 +251,9 @@ class Settings(BaseSettings):
     def _are_origins(cls, origins: list[str]) -> list[str]:
         for origin in origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin: write '*', or scheme and host, as in https://a.example")
+                raise ValueError(
+                    f"{origin!r} is not an origin: write '*', or scheme and host, such as https://a.example"
+                )
         return origins
 
     @field_validator("allowed_hosts")
@@ -260,7 +262,7 @@ class Settings(BaseSettings):
         for name in names:
             if name != "*" and not HOST_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} is no host name: write '*', or a name without scheme or port, as in a.example"
+                    f"{name!r} is not a host name: write '*', or a name without scheme or port, such as a.example"
                 )
         return names
 
@@ -268,7 +270,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_no_file(cls, path: Path) -> Path:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file; name a folder (it is made when it does not exist)")
+            raise ValueError(f"{path} is a file: name a folder (it is created if it does not exist)")
         return path
 
     @field_validator("aliases")
@@ -276,7 +278,7 @@ class Settings(BaseSettings):
     def _names_can_be_sent(cls, aliases: dict[str, str]) -> dict[str, str]:
         for alias in aliases:
             if not 1 <= len(alias) <= MAX_NAME:
-                raise ValueError(f"{alias[:40]!r}... has {len(alias)} characters; want 1 to {MAX_NAME}")
+                raise ValueError(f"{alias[:40]!r}... has {len(alias)} characters: give 1 to {MAX_NAME}")
         return aliases
 
     @model_validator(mode="after")

@@ -72,7 +72,7 @@ class Loader:
         if self._thread.ident is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
-                log.warning("a model is still being loaded, and is given up")
+                log.warning("stopping while a model is still being loaded")
                 wait_at_the_end(self._thread)
 
     def _work(self) -> None:

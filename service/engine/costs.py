@@ -124,7 +124,7 @@ class CostProfile:
         """
         smallest = self.fit(unit)
         if ready < unit:
-            raise ValueError(f"{ready} row(s) are ready, fewer than the {unit} of one picture")
+            raise ValueError(f"{ready} row(s) are ready, fewer than the {unit} of one image")
         choices = []
         for batch in self.batches:
             seconds = self.seconds(batch)

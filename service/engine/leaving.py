@@ -63,7 +63,7 @@ def _work_off(work: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
         try:
             each()
         except Exception:
-            log.exception("what was done on the thread %r failed", threading.current_thread().name)
+            log.exception("work on the thread %r failed", threading.current_thread().name)
         del each  # otherwise the idle thread would keep the task's owner in memory
 
 

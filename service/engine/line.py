@@ -149,7 +149,7 @@ class Line:
             counted = sum(min(each, self._bound) for each in held.values())
             missing = min(missing, counted + seconds - 2 * self._bound)
         if missing > 0:
-            raise _overloaded(f"about {total:.1f} s of work are waiting already", missing)
+            raise _overloaded(f"about {total:.1f} s of work are already in the queue", missing)
 
     def _check_deadline(self, held: dict[str, float], client: str, seconds: float, deadline: float | None) -> None:
         """Refuse a request that would be late.
@@ -159,7 +159,7 @@ class Line:
         own = held.get(client, 0.0) + seconds
         end = own + sum(min(each, own) for other, each in held.items() if other != client)
         if deadline is not None and end > deadline:
-            about = f"the request would be done in about {end:.1f} s, and has {deadline:g} s"
+            about = f"the request would be done in about {end:.1f} s, but has only {deadline:g} s"
             raise _overloaded(about, min(end - deadline, sum(held.values())))
 
     def _admit(self, client: str, seconds: float) -> Place:

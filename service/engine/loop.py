@@ -34,7 +34,7 @@ Work = Prompt | Picture
 
 PROGRAMS: dict[Call, PartName] = {"text": "text_encoder", "network": "network", "decoder": "decoder"}
 """The part that makes each call, to look up what a backend has replaced it with."""
-FAILED = "the engine failed at this request; the server's log says why"
+FAILED = "the engine failed on this request; the server's log says why"
 
 
 class DrawingLoop:
@@ -179,7 +179,7 @@ class DrawingLoop:
                     request.ticket.end(failed)
                 return
             log.warning(
-                "a call for %d failed (%s: %s); it is tried again in halves", len(works), type(error).__name__, error
+                "a call for %d item(s) failed (%s: %s); retrying in halves", len(works), type(error).__name__, error
             )
         else:
             yield works, answers

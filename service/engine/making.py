@@ -76,7 +76,7 @@ class Maker:
         if wanted.adapters:
             if not has_parameters_of(raw, base.raw_base):
                 message = (
-                    f"loras: {wanted.key.name!r} has a network of its own shape, which no adapters of its base fit"
+                    f"loras: {wanted.key.name!r} has a network of its own shape, which its base's LoRAs do not fit"
                 )
                 raise BadRequest(message, "loras")
             scales = [scale for _, scale in wanted.key.loras]

@@ -184,7 +184,7 @@ class Shelf(Generic[V]):
 
     def _drop(self, victims: Iterable[Key]) -> None:
         for key in victims:
-            log.info("%r leaves memory", self._entries.pop(key).label)
+            log.info("dropping %r from memory", self._entries.pop(key).label)
             del self._versions[key]
 
 

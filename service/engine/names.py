@@ -18,10 +18,12 @@ def check_names(settings: Settings, store: Store) -> None:
     listed = ", ".join(known)
     for alias, name in settings.aliases.items():
         if name not in known:
-            raise BadSettings(f"FEWSTEP_ALIASES: {alias!r} stands for {name!r}, which is no model; available: {listed}")
+            raise BadSettings(
+                f"FEWSTEP_ALIASES: {alias!r} stands for {name!r}, which is not a model; available: {listed}"
+            )
         if alias in known:
             raise BadSettings(
-                f"FEWSTEP_ALIASES: {alias!r} is a model's own name, which an alias would hide; take another"
+                f"FEWSTEP_ALIASES: {alias!r} is the name of a model, which the alias would hide; choose another"
             )
     default = [] if settings.default_model is None else [settings.default_model]
     for variable, names in (("DEFAULT_MODEL", default), ("PINNED", settings.pinned)):

@@ -42,13 +42,13 @@ def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
     """
     if request.diversity is not None:
         raise BadRequest(
-            f"diversity lets a student's base draw its first step, and {info.id!r} is a base itself: "
-            "leave it out, or name a student",
+            f"diversity: {info.id!r} is a base model, and only students have a base to do their first step; leave diversity "
+            "out, or name a student",
             "diversity",
         )
     steps = request.steps if request.steps is not None else info.default_steps
     if not 1 <= steps <= info.max_steps:
-        raise BadRequest(f"{info.id!r} draws in 1 to {info.max_steps} steps, not in {steps}", "steps")
+        raise BadRequest(f"{info.id!r} supports 1 to {info.max_steps} steps, not {steps}", "steps")
     scale = request.guidance_scale if request.guidance_scale is not None else info.default_guidance
     return Plan(
         model=info.id,
@@ -70,12 +70,12 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
     schedule = manifest.schedules.get(steps)
     if schedule is None:
         allowed = ", ".join(map(str, sorted(manifest.schedules)))
-        raise BadRequest(f"{manifest.name!r} was made to draw in {allowed} step(s), not in {steps}", "steps")
+        raise BadRequest(f"{manifest.name!r} was made for {allowed} step(s), not {steps}", "steps")
     scale = request.guidance_scale if request.guidance_scale is not None else manifest.guidance.default_scale
     embedded = manifest.guidance.embedded
     if embedded is not None and not embedded[0] <= scale <= embedded[1]:
         raise BadRequest(
-            f"{manifest.name!r} was made for guidance scales from {embedded[0]:g} to {embedded[1]:g}, not for {scale:g}",
+            f"{manifest.name!r} was made for guidance scales from {embedded[0]:g} to {embedded[1]:g}, not {scale:g}",
             "guidance_scale",
         )
     cost = evaluations_per_call(scale) if embedded is None else 1
@@ -117,7 +117,8 @@ def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | N
         unprompted = 0.0
     if unprompted and base_steps == 1:
         raise BadRequest(
-            f"diversity: unprompted {unprompted:g} needs 2 base_steps; one step without the prompt is base_guidance 0",
+            f"diversity: unprompted {unprompted:g} needs base_steps of at least 2; for a single step without the prompt, "
+            "set base_guidance to 0",
             "diversity",
         )
     return Diversity(
@@ -137,7 +138,7 @@ def check_size(request: DrawRequest, model: str, size: int | None) -> None:
     if size is None or request.size is None or request.size == (size, size):
         return
     width, height = request.size
-    raise BadRequest(f"{model!r} draws pictures of {size}x{size}, not of {width}x{height}", "size")
+    raise BadRequest(f"{model!r} generates images of {size}x{size}, not {width}x{height}", "size")
 
 
 def check_time(seconds: float, limit: float) -> None:
@@ -154,7 +155,7 @@ def check_time(seconds: float, limit: float) -> None:
     """
     if seconds > HOPELESS * limit:
         message = (
-            f"the request alone would take about {seconds:.1f} s, and has {limit:g} s (FEWSTEP_REQUEST_TIMEOUT, or less "
-            "where it says so itself): ask for fewer steps or fewer pictures"
+            f"the request alone would take about {seconds:.1f} s, but has only {limit:g} s (FEWSTEP_REQUEST_TIMEOUT, or "
+            "the request's own limit if that is lower): ask for fewer steps or fewer images"
         )
         raise BadRequest(message, "steps")

@@ -152,4 +152,4 @@ class Recent:
             try:
                 self.look_again()
             except Exception:
-                log.exception("the students in use could not be looked at; they are looked at again")
+                log.exception("the students in use could not be checked; trying again")

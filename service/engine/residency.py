@@ -99,7 +99,7 @@ class Residency:
             except TooLarge:
                 raise
             except (EngineError, StoreError):
-                log.exception("pinned model %r cannot be loaded; the others can be asked for", name)
+                log.exception("pinned model %r cannot be loaded; other models are still available", name)
 
     def pin(self, name: str) -> None:
         """Keep this student in memory from now on, once it is loaded."""

@@ -45,9 +45,9 @@ def device_of(settings: Settings) -> torch.device:
     device = torch.device(wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()
-        raise BadSettings(f"FEWSTEP_DEVICE: {wanted} was asked for, but torch sees {count} CUDA GPU(s)")
+        raise BadSettings(f"FEWSTEP_DEVICE: {wanted} was requested, but torch finds {count} CUDA GPU(s)")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BadSettings("FEWSTEP_DEVICE: mps was asked for, but torch sees no Apple GPU")
+        raise BadSettings("FEWSTEP_DEVICE: mps was requested, but torch finds no Apple GPU")
     return device
 
 

@@ -52,7 +52,7 @@ LOOKS = 4
 """Most requests at a time that look up a model which is not in use."""
 LISTS, LIST_SECONDS = 2, 10.0
 """Most lists of all models that are made at a time, and seconds that each may take; 1 ms per student is usual."""
-STOPPING = "the server is still loading its models, or stopping"
+STOPPING = "the server is still loading its models, or is stopping"
 
 
 class StepEngine:
@@ -167,7 +167,7 @@ class StepEngine:
             return await self._lists.within(limit, self._residency.infos)
         except TimeoutError:
             message = (
-                f"the store of models has not answered within {limit:g} s; try again, or see what holds up its disk"
+                f"the model store did not respond within {limit:g} s; try again, or check what is holding up its disk"
             )
             raise TimedOut(message) from None
 
@@ -237,7 +237,7 @@ class StepEngine:
         try:
             planned = await self._aside.within(limit, self._planner.plan, request)
         except TimeoutError:
-            raise TimedOut(f"the store of models has not answered within the request's {limit:g} s") from None
+            raise TimedOut(f"the model store did not respond within the request's {limit:g} s") from None
         self._check_ready()  # a drain may have begun in the meantime
         return planned
 

@@ -96,7 +96,7 @@ class EngineThread:
             self._line.close()
             return
         self.warm = True
-        log.info("ready to draw on %s", self._device)
+        log.info("ready to generate images on %s", self._device)
         self._loader.start()
         try:
             while self._take_in():
@@ -106,7 +106,7 @@ class EngineThread:
                     self._loop.failed = False
                     self._check_device()
         except Exception as error:
-            log.exception("the engine is broken; only a new process can draw again")
+            log.exception("the engine is broken; restart the server")
             self._give_up(f"{type(error).__name__}: {error}")
         self._loop.clear()
 
@@ -118,7 +118,7 @@ class EngineThread:
         """Admit no more requests, and end all that wait or still come, until the engine is stopped."""
         self.failure = why
         self._line.close()
-        broken = EngineError("the engine is broken, and has to be started again")
+        broken = EngineError("the engine is broken; the server must be restarted")
         self._loop.end(broken)
         while (come := self._inbox.get()) is not None:
             for ticket in come.tickets if isinstance(come, Wait) else [come]:
@@ -157,7 +157,7 @@ class EngineThread:
         except EngineError:
             if name in self._settings.bases:
                 raise
-            log.exception("the default model %r cannot draw; the others can be asked for", name)
+            log.exception("the default model %r cannot generate images; other models are still available", name)
         for each in self._settings.bases:
             base = self._residency.get(each, PROMPT).base
             warm(base, [student.model for student in students if student.base is base], self._costs)

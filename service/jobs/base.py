@@ -172,7 +172,7 @@ class JobSettings:
                 f"give at least 3 times poll_seconds={self.poll_seconds}"
             )
         if not self.command:
-            raise ValueError("command is empty; give the program that runs one job, such as `python -m distillers`")
+            raise ValueError("command is empty: give the program that runs one job, such as `python -m distillers`")
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:
@@ -222,5 +222,7 @@ def device_environment(device: str) -> dict[str, str]:
             return {"CUDA_VISIBLE_DEVICES": number}
         if int(number) < len(visible):
             return {"CUDA_VISIBLE_DEVICES": visible[int(number)]}
-        raise ValueError(f"no device {device!r} for jobs: CUDA_VISIBLE_DEVICES lists {len(visible)}, numbered from 0")
-    raise ValueError(f"no device {device!r} for jobs: use 'auto' alone, 'cpu' or 'cuda:N', as in 'cuda:0'")
+        raise ValueError(
+            f"there is no device {device!r} for jobs: CUDA_VISIBLE_DEVICES lists {len(visible)}, numbered from 0"
+        )
+    raise ValueError(f"{device!r} is not a device for jobs: use 'auto' alone, 'cpu', or 'cuda:N' such as 'cuda:0'")

@@ -165,9 +165,11 @@ class TableJobs:
             if name not in taken or store.made_by(each) is not None:
                 continue
             if name not in students:
-                raise JobConflict(f"{name!r} is another model's name or alias by now; submit the job under another one")
+                raise JobConflict(
+                    f"{name!r} is now the name or alias of another model; submit the job under another name"
+                )
             raise JobConflict(
-                f"the store has a student {name!r} by now; delete it to resume job {job_id!r}: "
+                f"the store now has another student named {name!r}; delete it to resume job {job_id!r}: "
                 f"`fewstep delete {name}`, or DELETE /v1/models/{name}"
             )
 

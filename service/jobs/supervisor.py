@@ -76,7 +76,7 @@ class Supervisor:
     def _complain(self, error: JobsUnavailable) -> None:
         if str(error) != self._complaint:
             self._complaint = str(error)
-            log.error("%s. Trying again until it can be.", error)
+            log.error("%s. Trying again until it can be used.", error)
 
     async def _work(self, device: str) -> None:
         """Claim and run jobs on one device until told to stop; an unusable database is waited out."""
@@ -91,7 +91,7 @@ class Supervisor:
             except JobsUnavailable as error:
                 self._complain(error)
             except Exception:  # whatever it is, this device must go on; the job's lease expires
-                log.exception("The job table cannot be used, or a job not be followed; trying again.")
+                log.exception("The job table cannot be used, or a job cannot be followed; trying again.")
             await self._pause()
 
     async def _watch(self) -> None:
@@ -102,7 +102,7 @@ class Supervisor:
             except JobsUnavailable as error:
                 self._complain(error)
             except Exception:  # as above
-                log.exception("Lost jobs cannot be looked for; trying again.")
+                log.exception("Looking for lost jobs failed; trying again.")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), self._settings.poll_seconds)
 
@@ -120,7 +120,7 @@ class Supervisor:
         job = await asyncio.to_thread(self._table.take_over, lost, self._owner, lease)
         if job is None:  # another supervisor was faster, or the owner is alive after all
             return
-        log.warning("Job %s lost its supervisor %s.", job.id, lost.owner)
+        log.warning("Job %s is orphaned: its supervisor %s stopped renewing its lease.", job.id, lost.owner)
         await self._executor.end_orphans(job.id, grace)
         account = await asyncio.to_thread(self._ended_well, job)
         if account is not None:  # the job outlived its supervisor
@@ -199,7 +199,9 @@ class Supervisor:
                     log.error("The lease on job %s could not be renewed: %s", job.id, error)
                     current = job if time.monotonic() - renewed < self._settings.lease_seconds * 2 / 3 else None
                 if current is None:
-                    log.warning("Attempt %d of job %s is no longer ours: ending it.", job.attempt, job.id)
+                    log.warning(
+                        "Attempt %d of job %s no longer belongs to this worker: ending it.", job.attempt, job.id
+                    )
                     await attempt.stop(0)
                     return job, None
                 job = current
@@ -261,7 +263,7 @@ def _error(status: int, told: str | None, stderr: str) -> JobError:
     if told is not None:
         return JobError(message=told, code="job_failed", stderr=stderr)
     if status < 0:
-        message = f"The job's process was killed by signal {-status}; resume it to go on from its last checkpoint."
+        message = f"The job's process was killed by signal {-status}; resume it to continue from its last checkpoint."
         return JobError(message=message, code="job_killed", stderr=stderr)
     last = stderr.splitlines()[-1] if stderr else "it wrote nothing to standard error"
     return JobError(message=f"The job's process ended with status {status}: {last}", code="job_failed", stderr=stderr)
@@ -269,7 +271,7 @@ def _error(status: int, told: str | None, stderr: str) -> JobError:
 
 async def work_forever(supervisor: Supervisor, stop: asyncio.Event) -> None:
     """Run the supervisor until ``stop`` is set: everything that a worker process does."""
-    log.info("Worker %d looks for jobs.", os.getpid())
+    log.info("Worker %d is waiting for jobs.", os.getpid())
     supervisor.start()
     await stop.wait()
     await supervisor.stop()

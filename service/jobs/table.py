@@ -25,8 +25,8 @@ WRITABLE = "let this process's user write the file and its folder, or name anoth
 FIXES = {
     "SQLITE_READONLY": WRITABLE,
     "SQLITE_CANTOPEN": WRITABLE,
-    "SQLITE_FULL": "free space on its disk",
-    "SQLITE_BUSY": "see which process holds it",
+    "SQLITE_FULL": "free some space on its disk",
+    "SQLITE_BUSY": "check which process is holding it",
 }
 """What to do about a SQLite file, by the prefix of the error's name."""
 ID_PATTERN = re.compile(r"distill-[0-9a-f]{24}")
@@ -108,7 +108,7 @@ class JobTable:
         self._name = parsed.render_as_string(hide_password=True)
         if parsed.get_backend_name() == "sqlite":
             if not parsed.database or parsed.database == ":memory:":
-                raise ValueError(f"{url!r} is a database in memory; name a file, as in sqlite:///work/jobs.db")
+                raise ValueError(f"{url!r} is an in-memory database: name a file, such as sqlite:///work/jobs.db")
             self._name = parsed.database
             try:
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -282,11 +282,9 @@ class JobTable:
             cause = error.orig if isinstance(error, DBAPIError) else error
             why = str(cause).partition("\n")[0]
             name = getattr(cause, "sqlite_errorname", None)
-            fix = "see that the database can be reached and written (FEWSTEP_DATABASE_URL)"
+            fix = "check that the database can be reached and written (FEWSTEP_DATABASE_URL)"
             if name is not None:
-                fix = next(
-                    (do for start, do in FIXES.items() if name.startswith(start)), "see what is wrong with its disk"
-                )
+                fix = next((do for start, do in FIXES.items() if name.startswith(start)), "check its disk")
             raise JobsUnavailable(self._unusable(why, fix)) from error
 
     def _unusable(self, why: str | None, fix: str) -> str:
@@ -298,4 +296,4 @@ class JobTable:
 
 
 def _taken(student: str) -> str:
-    return f"another job that has not ended makes a student named {student!r}; cancel it or choose another name"
+    return f"another job that has not ended makes a student named {student!r}: cancel that job, or choose another name"

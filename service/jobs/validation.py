@@ -68,11 +68,11 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
             start_new_session=True,
         )
     except OSError as error:
-        raise CheckFailed(f"the spec could not be checked: {command[0]} does not start: {error}") from error
+        raise CheckFailed(f"the spec could not be checked: {command[0]} cannot be started: {error}") from error
     try:
         out, err = await asyncio.wait_for(process.communicate(job.model_dump_json().encode()), patience)
     except TimeoutError as error:
-        raise CheckFailed(f"the spec could not be checked: no answer in {patience:.0f} s") from error
+        raise CheckFailed(f"the spec could not be checked: no answer within {patience:.0f} s") from error
     finally:
         if process.returncode is None:
             process.kill()

@@ -176,7 +176,7 @@ def test_a_disk_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").touch()
     assert torch.equal(use(tmp_path / "file" / "cache", part), use(filled, part))
-    assert "FEWSTEP_CACHE: nothing will outlast this process" in caplog.text
+    assert "FEWSTEP_CACHE: converted models cannot be kept for the next start" in caplog.text
 
 
 def test_a_full_disk_costs_the_next_start_only_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

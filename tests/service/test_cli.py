@@ -106,7 +106,7 @@ def test_bad_settings_stop_every_command(command: str) -> None:
         ({"bases": '["none"]'}, "none"),
         ({"host": "0.0.0.0"}, "FEWSTEP_ALLOW_OPEN=true"),
         ({"host": "some.example"}, "FEWSTEP_ALLOW_OPEN=true"),
-        ({"keys_file": "/none/keys.json"}, "`fewstep keys create` makes it"),
+        ({"keys_file": "/none/keys.json"}, "`fewstep keys create` creates it"),
         ({"safety_checker": "nobody"}, "no installed package offers 'nobody' as fewstep.safety"),
     ],
 )
@@ -237,7 +237,7 @@ def test_no_server(tmp_path: Path) -> None:
         assert f"no answer from {url}" in fewstep("jobs", "list", "--server", url, status=1).output
         with Client(url) as client:
             assert not client.is_ready()
-            with pytest.raises(ServerError, match="went away"):
+            with pytest.raises(ServerError, match="was lost"):
                 list(client.follow("distill-x"))
     assert "no answer" in fewstep("models", "--server", "not a url", status=1).output
 

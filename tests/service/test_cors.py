@@ -118,7 +118,7 @@ def test_a_listed_page_may(settings: Settings, engine: FakeEngine) -> None:
 
 @pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://*", "null", "https://a b"])
 def test_what_is_no_origin(origin: str) -> None:
-    with pytest.raises(BadSettings, match="is no origin"):
+    with pytest.raises(BadSettings, match="is not an origin"):
         read_settings(cors_origins=[origin])
 
 

@@ -94,7 +94,7 @@ def test_admitted_is_finished_and_new_is_refused(tmp_path: Path) -> None:
         assert (drawn.status_code, drawn.json()["data"][0]["seed"]) == (200, 7)
         assert server.process.wait(60) == 0
     messages = [line["message"] for line in server.log()]
-    assert "drained, with 0 pictures left that are given up" in messages
+    assert "drained; abandoning 0 unfinished images" in messages
     assert "Application shutdown complete." in messages
     assert not [line for line in server.log() if line["level"] == "error"]
 
@@ -149,7 +149,7 @@ def test_whoever_follows_a_job_is_told_that_the_server_stops(tmp_path: Path) -> 
         followed = client.follow(client.request("POST", JOBS, spec)["id"])
         assert next(followed)[0] == "started"
         server.signal()
-        with pytest.raises(ServerError, match="as it does when it stops"):
+        with pytest.raises(ServerError, match="which it does when it stops"):
             list(followed)
         assert server.process.wait(60) == 0
 
@@ -178,7 +178,7 @@ def test_what_takes_too_long_is_given_up(tmp_path: Path) -> None:
         assert server.process.wait(60) == 0
         given_up = endless.result(60)
         assert (given_up.status_code, given_up.json()["error"]["code"]) == (503, "not_ready")
-    assert "drained, with 1 pictures left that are given up" in [line["message"] for line in server.log()]
+    assert "drained; abandoning 1 unfinished images" in [line["message"] for line in server.log()]
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

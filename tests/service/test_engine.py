@@ -65,7 +65,7 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
             assert (drawn.model, drawn.student, own.model, own.student) == ("msd", student, student, None)
             assert drawn.image.tobytes() == own.image.tobytes()
         assert set(engine._residency.bytes_by_model()) == {base_id, "msd-0", "msd-1"}, "it keeps nothing of its own"
-        with pytest.raises(BadRequest, match="'msd' was made to draw in"):
+        with pytest.raises(BadRequest, match="'msd' was made for"):
             await engine.generate(request(model="msd", steps=3))
         # One of them is published anew: its new weights draw, but no other kind of student.
         before = await engine.generate(request(model="msd"))
@@ -192,18 +192,18 @@ def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: 
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"steps": 3}, "steps", "'tiny' was made to draw in 1, 2, 4 step.*not in 3"),
+        ({"steps": 3}, "steps", "'tiny' was made for 1, 2, 4 step.*not 3"),
         ({"steps": 1, "diversity": DiversityWish()}, "diversity", "draw with at least 2 steps"),
-        ({"size": (64, 32)}, "size", "draws pictures of 32x32, not of 64x32"),
-        ({"diversity": DiversityWish(unprompted=0.5)}, "diversity", "unprompted 0.5 needs 2 base_steps"),
+        ({"size": (64, 32)}, "size", "generates images of 32x32, not 64x32"),
+        ({"diversity": DiversityWish(unprompted=0.5)}, "diversity", "unprompted 0.5 needs base_steps of at least 2"),
         (
             {"steps": 4, "diversity": DiversityWish(base_steps=2, unprompted=0.3)},
             "diversity",
             "student takes over at 0.75 already: want unprompted below 0.25",
         ),
-        ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base itself"),
-        ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not in 101"),
-        ({"model": "BASE", "size": (16, 16)}, "size", "not of 16x16"),
+        ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base model"),
+        ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not 101"),
+        ({"model": "BASE", "size": (16, 16)}, "size", "not 16x16"),
     ],
 )
 def test_what_is_refused(harness: Harness, fields: dict[str, Any], param: str, says: str) -> None:

@@ -77,7 +77,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
             "offers 'nobody' as fewstep.safety; available: aside, fails, gone, hangs, leaves, text, two",
         ),
         ("gone", "'gone' cannot be loaded: No module named 'no'"),
-        ("text", "is no function of an image and a prompt"),
+        ("text", "is not a function of an image and a prompt"),
     ],
 )
 @pytest.mark.usefixtures("offered")
@@ -134,7 +134,7 @@ def test_a_checker_that_hangs_holds_no_request_beyond_its_time(
             for _ in range(CHECKS + 1):
                 answer = client.post(DRAW, json=body)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-                assert "'hangs' has not answered within the request's 0.1 s" in answer.json()["error"]["message"]
+                assert "'hangs' did not respond within the request's 0.1 s" in answer.json()["error"]["message"]
             assert client.get("/v1/models").status_code == 200
     finally:
         go_on.set()
@@ -146,7 +146,7 @@ def test_a_request_that_has_less_time_gives_its_checks_no_more(engine: FakeEngin
     try:
         guarded = GuardedEngine(engine, Rates(lambda _: Limits()), Checker(name="c", function=hangs), seconds=300)
         for work in (guarded.generate, partial(collect, guarded)):
-            with pytest.raises(TimedOut, match=r"'c' has not answered within the request's 0\.1 s"):
+            with pytest.raises(TimedOut, match=r"'c' did not respond within the request's 0\.1 s"):
                 asyncio.run(asyncio.wait_for(work(replace(REQUEST, seconds=0.1)), 60))
     finally:
         go_on.set()

@@ -95,5 +95,5 @@ def test_keys_keep_such_a_page_out_by_themselves(settings: Settings, engine: Fak
 
 @pytest.mark.parametrize("name", ["https://a.example", "a.example:8000", "*.example", "", "a b", "a.example/"])
 def test_what_is_no_host_name(name: str) -> None:
-    with pytest.raises(BadSettings, match=r"FEWSTEP_ALLOWED_HOSTS: .* is no host name"):
+    with pytest.raises(BadSettings, match=r"FEWSTEP_ALLOWED_HOSTS: .* is not a host name"):
         read_settings(allowed_hosts=[name])

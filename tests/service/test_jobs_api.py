@@ -151,7 +151,7 @@ def test_a_job_resumes_unless_another_took_its_name(idle: TestClient, settings: 
     resume = f"{JOBS}/{job['id']}/resume"
     idle.post(f"{JOBS}/{job['id']}/cancel")
     publish(settings, tmp_path / "work", "student")
-    assert "by now" in refused(idle.post(resume), 409, None, "job_conflict")
+    assert "the store now has another student" in refused(idle.post(resume), 409, None, "job_conflict")
     publish(settings, tmp_path / "work", "student", DistillJob.model_validate(job["spec"]))
     assert idle.post(resume).json()["status"] == "queued", "it published before it was killed"
 
@@ -163,7 +163,7 @@ def test_a_job_of_several_students_resumes_unless_another_took_a_name(
     resume = f"{JOBS}/{job['id']}/resume"
     idle.post(f"{JOBS}/{job['id']}/cancel")
     publish(settings, tmp_path / "work", "student-1")
-    assert "'student-1' by now" in refused(idle.post(resume), 409, None, "job_conflict")
+    assert "another student named 'student-1'" in refused(idle.post(resume), 409, None, "job_conflict")
     publish(settings, tmp_path / "work", "student-1", DistillJob.model_validate(job["spec"]).parts[1])
     assert idle.post(resume).json()["status"] == "queued", "its own part's"
 
@@ -360,7 +360,7 @@ def test_a_job_is_not_resumed_under_what_became_an_alias(settings: Settings) -> 
         client.post(f"{JOBS}/{job_id}/cancel")
     with TestClient(make_app(idle.model_copy(update={"aliases": {"other": "emoji-average"}}))) as client:
         message = refused(client.post(f"{JOBS}/{job_id}/resume"), 409, None, "job_conflict")
-        assert "another model's name or alias" in message
+        assert "the name or alias of another model" in message
 
 
 def test_a_body_that_is_called_something_else(idle: TestClient) -> None:

@@ -24,7 +24,7 @@ LARGE = "x" * 20_000
 READ_ONLY, FULL = "PRAGMA query_only=ON", "PRAGMA max_page_count=1"
 KINDS = [
     (READ_ONLY, "attempt to write a readonly database", "FEWSTEP_JOBS_DIR"),
-    (FULL, "database or disk is full", "free space on its disk"),
+    (FULL, "database or disk is full", "free some space on its disk"),
 ]
 
 

@@ -119,7 +119,7 @@ def test_a_broken_file_keeps_the_keys_and_a_lost_one_has_none(file: Path, caplog
     file.write_text(whole[:-5])
     with caplog.at_level(logging.ERROR):
         assert ring.authenticate(key) == record
-    assert "is no keys file" in caplog.text
+    assert "is not a valid keys file" in caplog.text
     assert record.sha256 not in caplog.text
     file.write_text(whole)
     assert ring.authenticate(key) == record
@@ -135,7 +135,7 @@ def test_a_broken_file_keeps_the_keys_and_a_lost_one_has_none(file: Path, caplog
         (lambda content: content["keys"][0].update(sha256="abc"), "keys.0.sha256"),
         (lambda content: content["keys"][0].update(secret="x"), "keys.0.secret"),
         (lambda content: content.update(version=2), "version"),
-        (lambda content: content["keys"].append(content["keys"][0]), "is there twice"),
+        (lambda content: content["keys"].append(content["keys"][0]), "appears twice"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused(file: Path, change: Callable[[Any], None], says: str) -> None:
@@ -191,7 +191,7 @@ def test_what_cannot_be_written(file: Path, tmp_path: Path) -> None:
         create_key(file, "a b", ["jobs"])
     with pytest.raises(KeyFileError, match="scopes"):
         create_key(file, "bob", [])
-    with pytest.raises(KeyFileError, match=r"no key of .* has the id or name 'bob'; available: ann"):
+    with pytest.raises(KeyFileError, match=r"no key in .* has the id or name 'bob'; available: ann"):
         revoke_key(file, "bob")
     assert file.read_bytes() == before
     (tmp_path / "a-file").touch()
@@ -365,7 +365,7 @@ def test_keys_from_the_terminal(file: Path) -> None:
     assert "has the id or name 'ann'" in run("revoke", "ann", status=1, file=file)
     assert "--scope all: there are generate, jobs, admin" in run("create", "x", "--scope", "all", status=2, file=file)
     assert "FEWSTEP_KEYS_FILE is not set" in run("list", status=2)
-    assert "`fewstep keys create` makes it" in run("list", status=1, file=file.with_name("none.json"))
+    assert "`fewstep keys create` creates it" in run("list", status=1, file=file.with_name("none.json"))
 
 
 def test_commands_send_the_key(settings: Settings, engine: FakeEngine, file: Path) -> None:

@@ -62,7 +62,7 @@ def test_what_cannot_be_in_time_by_itself_is_refused_with_what_to_change() -> No
     for seconds in (1.0, 15.0, 30.0):
         check_time(seconds, 15.0)
     with pytest.raises(
-        BadRequest, match=r"about 32\.0 s, and has 15 s \(FEWSTEP_REQUEST_TIMEOUT.*fewer steps"
+        BadRequest, match=r"about 32\.0 s, but has only 15 s \(FEWSTEP_REQUEST_TIMEOUT.*fewer steps"
     ) as caught:
         check_time(32.0, 15.0)
     assert caught.value.param == "steps"
@@ -74,7 +74,7 @@ def test_the_engine_refuses_what_has_no_chance(tiny_base: TinyBase, tmp_path: Pa
 
     async def scenario(engine: StepEngine) -> None:
         assert len(await engine.generate(request(seconds=60.0))) == 1  # and from here on the model is known
-        with pytest.raises(BadRequest, match=r"would take about .* s, and has 0\.001 s"):
+        with pytest.raises(BadRequest, match=r"would take about .* s, but has only 0\.001 s"):
             await engine.generate(request(seeds=tuple(range(50)), seconds=0.001))
         assert engine.load().pictures == 0
 
@@ -111,7 +111,7 @@ def test_a_request_that_would_time_out_anyway_is_refused() -> None:
     other = Line(100.0)
     full(other, "a")
     assert refused(other, "a", 1.0, deadline=3.5).retry_after == 8
-    assert "would be done in about 11.0 s, and has 3.5 s" in str(refused(other, "a", 1.0, deadline=3.5))
+    assert "would be done in about 11.0 s, but has only 3.5 s" in str(refused(other, "a", 1.0, deadline=3.5))
 
 
 def test_one_picture_is_not_behind_anothers_hundred() -> None:

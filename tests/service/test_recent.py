@@ -239,7 +239,7 @@ def test_looks_that_hang_take_no_thread_from_anybody_else(hanging: tuple[Harness
             assert await asyncio.to_thread(lambda: "free") == "free"
             assert len(await engine.generate(request(model="tiny"))) == 1
             assert sum(name in names for name in store.asked) <= LOOKS
-            with pytest.raises(TimedOut, match=r"store of models has not answered within the request's 0\.05 s"):
+            with pytest.raises(TimedOut, match=r"model store did not respond within the request's 0\.05 s"):
                 await engine.generate(request(model="other", seconds=0.05))
         finally:
             store.answers.set()
@@ -265,7 +265,7 @@ def test_models_are_listed_or_the_store_is_said_to_hang(
                     answer = httpx.get(f"{url}/v1/models{path}", timeout=30)
                     error = answer.json()["error"]
                     assert (answer.status_code, error["type"], error["code"]) == (504, "server_error", "timeout")
-                    assert "store of models has not answered within 0.05 s" in error["message"]
+                    assert "model store did not respond within 0.05 s" in error["message"]
         finally:
             store.answers.set()
         assert [model["id"] for model in httpx.get(f"{url}/v1/models", timeout=30).json()["data"]] == known

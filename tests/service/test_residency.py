@@ -408,8 +408,8 @@ def test_an_alias_is_another_name(place: Place) -> None:
     ("fields", "says"),
     [
         ({"aliases": {"x": "nobody"}}, "FEWSTEP_ALIASES: 'x' stands for 'nobody'"),
-        ({"aliases": {"a": "base"}}, "'a' is a model's own name"),
-        ({"aliases": {"x": "a", "y": "x"}}, "'y' stands for 'x', which is no model"),
+        ({"aliases": {"a": "base"}}, "'a' is the name of a model"),
+        ({"aliases": {"x": "a", "y": "x"}}, "'y' stands for 'x', which is not a model"),
         ({"pinned": ["nobody"]}, "FEWSTEP_PINNED: no model is named 'nobody'"),
         ({"default_model": "nobody"}, "FEWSTEP_DEFAULT_MODEL: no model is named 'nobody'"),
     ],

@@ -340,7 +340,7 @@ def test_a_full_line_is_refused(tiny_base: TinyBase, tmp_path: Path) -> None:
         harness.watch.shut()
         busy = asyncio.create_task(engine.generate(request(client="a")))
         await harness.watch.held()
-        with pytest.raises(Overloaded, match="of work are waiting already") as caught:
+        with pytest.raises(Overloaded, match="of work are already in the queue") as caught:
             await engine.generate(request(client="a"))
         assert caught.value.retry_after >= 1
         harness.watch.open()

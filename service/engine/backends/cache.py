@@ -45,7 +45,7 @@ class Cache:
         except OSError as error:
             self.folder = Path(tempfile.mkdtemp(prefix="fewstep-"))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-            log.warning("FEWSTEP_CACHE: nothing will outlast this process: %s", error)
+            log.warning("FEWSTEP_CACHE: converted models cannot be kept for the next start: %s", error)
         for left in self.folder.glob(f"{ASIDE}*"):
             with contextlib.suppress(OSError):  # another process may be deleting it too
                 if left.stat().st_mtime < time.time() - ABANDONED:
@@ -58,11 +58,11 @@ class Cache:
             digests = json.loads((folder / DIGESTS).read_text())
             for name, digest in digests.items():
                 if _sha256(folder / name) != digest:
-                    raise ValueError(f"{name} is not what was written")
+                    raise ValueError(f"{name} has changed since it was written")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError) as error:
-            log.warning("%s is broken and will be made again: %s", folder, error)
+            log.warning("%s is damaged and will be made again: %s", folder, error)
             return None
         with contextlib.suppress(OSError):  # a read-only disk, or the folder has just been removed
             os.utime(folder)  # mark as used now
@@ -116,7 +116,7 @@ class Cache:
             total = sum(size for _, size, _ in used)
             for _, size, path in used:
                 if total > self.limit and path != kept:
-                    log.info("%s goes: converted models take more than %d bytes", path, self.limit)
+                    log.info("deleting %s: converted models take more than %d bytes", path, self.limit)
                     self._remove(path)
                     total -= size
 
@@ -128,7 +128,7 @@ class Cache:
             return None
         digest, body = content[:32], content[32:]
         if hashlib.sha256(body).digest() != digest:
-            log.warning("%s is broken and will be made again", path)
+            log.warning("%s is damaged and will be made again", path)
             return None
         return body
 

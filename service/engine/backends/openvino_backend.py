@@ -60,6 +60,6 @@ class OpenVinoBackend:
             program(*part.example(1))
         except Exception:
             torch.set_num_threads(self._threads)  # torch has work to do now
-            log.exception("OpenVINO cannot run the model's %s; torch does", name)
+            log.exception("OpenVINO cannot run the model's %s; using torch", name)
             return None
         return program

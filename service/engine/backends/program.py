@@ -78,7 +78,7 @@ class Program(Growing):
             self._requests_of(*self._usual[batch])
         except Exception:
             self._failed.add(batch)
-            log.exception("OpenVINO cannot compile a batch of %d; smaller ones are drawn in", batch)
+            log.exception("OpenVINO cannot compile a batch of %d; using smaller batches", batch)
         self._coming = False
 
     def _batch(self, inputs: tuple[Tensor, ...]) -> Tensor:
