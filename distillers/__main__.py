@@ -52,7 +52,7 @@ def _stdin_json() -> Any:
     try:
         return json.load(sys.stdin)
     except ValueError as error:
-        raise BadSpec([{"param": "job", "message": f"standard input is no JSON: {error}"}]) from error
+        raise BadSpec([{"param": "job", "message": f"standard input is not JSON: {error}"}]) from error
 
 
 def run(arguments: list[str]) -> int:
@@ -61,13 +61,15 @@ def run(arguments: list[str]) -> int:
         prog="python -m distillers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("job", help="TOML or JSON file, or a recipe's name")
-    parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT when left out)")
-    parser.add_argument("--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store")
-    parser.add_argument("--cache", type=Path, help="folder of all encoded data, to share between jobs")
-    parser.add_argument("--shared", type=Path, help="folder of what a partition's parts share (--folder when left out)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT if left out)")
+    parser.add_argument(
+        "--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store's folder"
+    )
+    parser.add_argument("--cache", type=Path, help="folder for encoded data, shared between jobs")
+    parser.add_argument("--shared", type=Path, help="folder for what a partition's parts share (--folder if left out)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--replace", action="store_true", help="replace a published student of that name")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the spec")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the job")
     options = parser.parse_args(arguments)
 
     from distillers.spec import BadSpec, read_spec

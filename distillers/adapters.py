@@ -34,7 +34,9 @@ def add_adapters(model: TextToImage, lora: LoraSpec, targets: Sequence[str] | No
     from peft import LoraConfig, inject_adapter_in_model
 
     if not model.lora_targets:
-        raise ValueError(f"family {model.family!r} takes no LoRA adapters: leave 'lora' out to train every weight")
+        raise ValueError(
+            f"family {model.family!r} does not support LoRA adapters: leave 'lora' out to train every weight"
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,

@@ -75,14 +75,14 @@ def parts_of(store: Store, wanted: Mapping[str, float], base_share: float = 0.0)
         StoreError: a student is missing, or its files are not those that were published.
     """
     if not -1 < base_share < 1:
-        raise CannotAverage(f"--base {base_share:g}: want a share in (-1, 1)")
+        raise CannotAverage(f"--base {base_share:g}: give a share above -1 and below 1")
     if len(wanted) < (1 if base_share else 2):
         raise CannotAverage(
             f"an average takes at least two students, or one and a share of its base, got {', '.join(wanted) or 'none'}"
         )
     for name, weight in wanted.items():
         if not 0 < weight < float("inf"):
-            raise CannotAverage(f"{name}: counts {weight:g} times; want a number above 0")
+            raise CannotAverage(f"{name}: its weight is {weight:g}; give a number above 0")
     total = sum(wanted.values()) / (1 - base_share)
     parts = [Part(folder=store.open(name), share=weight / total) for name, weight in wanted.items()]
     for part in parts:
@@ -93,27 +93,25 @@ def parts_of(store: Store, wanted: Mapping[str, float], base_share: float = 0.0)
 def _check(one: StudentManifest, first: StudentManifest) -> None:
     if one.router is not None:
         raise CannotAverage(
-            f"student {one.name!r} has no weights of its own, it routes: name the students it routes to"
+            f"student {one.name!r} is a router, without weights of its own: name the students that it routes to"
         )
     if one.adapter != "full":
         raise CannotAverage(
-            f"student {one.name!r} is a LoRA: the mean of adapters is not the adapter of the mean; average full students"
+            f"student {one.name!r} is a LoRA, and the mean of adapters is not the adapter of the mean: name full students"
         )
     for field in ALIKE:
         ours, theirs = getattr(one, field), getattr(first, field)
         if ours != theirs:
             raise CannotAverage(f"{one.name!r} and {first.name!r} differ in {field}: {ours} and {theirs}")
     if (one.guidance.default_scale, one.guidance.embedded) != (first.guidance.default_scale, first.guidance.embedded):
-        raise CannotAverage(
-            f"{one.name!r} and {first.name!r} draw with other guidance: {one.guidance}, {first.guidance}"
-        )
+        raise CannotAverage(f"{one.name!r} and {first.name!r} differ in guidance: {one.guidance} and {first.guidance}")
     files, others = _loaded(one), _loaded(first)
     if files.keys() != others.keys():
         odd = ", ".join(sorted(files.keys() ^ others.keys()))
         raise CannotAverage(f"{one.name!r} and {first.name!r} do not have the same files: {odd}")
     for path, record in files.items():
         if not path.endswith(WEIGHTS) and record.sha256 != others[path].sha256:
-            raise CannotAverage(f"{one.name!r} and {first.name!r} have networks of another kind: {path} differs")
+            raise CannotAverage(f"{one.name!r} and {first.name!r} have different kinds of networks: {path} differs")
 
 
 def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:
@@ -134,8 +132,8 @@ def _sources(parts: Sequence[Part], base_share: float, base_at: str | None) -> l
         folder = resolve_base(base.id if base_at is None else base_at)
         if digest_base(folder) != base.sha256:
             raise CannotAverage(
-                f"base {str(folder)!r} is another version than the one {found[0].name!r} was made from: leave out --base, "
-                "or name that version with --base-at"
+                f"base {str(folder)!r} is not the version that {found[0].name!r} was made from: leave out --base, or name "
+                "that version with --base-at"
             )
         found.append(Source(name=BASE, path=folder, share=base_share))
     return found
@@ -152,14 +150,14 @@ def average_file(sources: Sequence[Source], path: str) -> dict[str, Tensor]:
     """
     for source in sources:
         if not (source.path / path).is_file():
-            raise CannotAverage(f"{source.name!r} has no file {path}, as the first student has")
+            raise CannotAverage(f"{source.name!r} has no file {path}, which the first student has")
     shares = [source.share for source in sources]
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(source.path / path, framework="pt")) for source in sources]
         names = sorted(files[0].keys())
         for source, file in zip(sources, files, strict=True):
             if sorted(file.keys()) != names:
-                raise CannotAverage(f"{source.name!r}: {path} has other tensors than the first student's")
+                raise CannotAverage(f"{source.name!r}: the tensors in {path} differ from the first student's")
         return {name: _mean([file.get_tensor(name) for file in files], shares, f"{path}: {name}") for name in names}
 
 
@@ -251,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         wanted = dict(map(_weighted, options.students))
         if len(wanted) < len(options.students):
-            raise CannotAverage("a student is named twice: give each once, as NAME:COUNT")
+            raise CannotAverage("a student is named twice: name each once, as NAME:COUNT")
         store = Store(options.store, STUDENTS)
         manifest = average(store, options.name, wanted, options.replace, options.base, options.base_at)
         shares = ", ".join(f"{each.share:.3g} {each.name}" for each in manifest.averaged)
@@ -267,7 +265,7 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return name, float(weight) if weight else 1.0
     except ValueError:
-        raise CannotAverage(f"{text!r}: want NAME or NAME:COUNT, such as cat-dmd2:2") from None
+        raise CannotAverage(f"{text!r}: give NAME or NAME:COUNT, such as cat-dmd2:2") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,23 +274,23 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("name", metavar="NAME", help="of the new student")
+    made.add_argument("name", metavar="NAME", help="name of the new student")
     made.add_argument(
         "students",
         nargs="+",
         metavar="STUDENT[:COUNT]",
-        help="at least two (one with --base), and how much each counts (1)",
+        help="students to average, at least two (one with --base), and the weight of each (1)",
     )
     made.add_argument(
         "--base",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the base's own weights, in (-1, 1) (0); below 0 goes on past the students, away from it",
+        help="share of the base's own weights, in (-1, 1) (0); a negative one extrapolates past the students, away from it",
     )
-    made.add_argument("--base-at", metavar="BASE", help="where the base lies now, if it has moved")
+    made.add_argument("--base-at", metavar="BASE", help="where the base is now, if it has moved")
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
-    made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
+    made.add_argument("--replace", action="store_true", help="replace a student of that name")
     return made
 
 

@@ -95,7 +95,7 @@ class DinoV2Small(Backbone):
             self.network: Any = AutoModel.from_pretrained(self.source, use_safetensors=True)
         except (OSError, ValueError) as error:  # base classes of the hub's errors
             raise Unavailable(
-                f"features: dinov2-small needs {self.source} from the hub ({error}): fetch it where there is a network, or "
+                f"features: dinov2-small needs {self.source} from the hub ({error}): download it on a machine with a network, or "
                 "use efficientnet-lite2"
             ) from error
         patch = self.network.config.patch_size
@@ -140,9 +140,9 @@ def backbone(name: BackboneName, size: int | None, channels: int, device: torch.
         ValueError: the name is unknown, or the network does not accept this size or number of channels.
     """
     if name not in get_args(BackboneName):
-        raise ValueError(f"features: {name!r} is none of {', '.join(get_args(BackboneName))}")
+        raise ValueError(f"features: {name!r} is not one of {', '.join(get_args(BackboneName))}")
     if name != "random" and channels != 3:
-        raise ValueError(f"features: {name} looks at pictures of 3 channels, and these have {channels}: use random")
+        raise ValueError(f"features: {name} takes images of 3 channels, and these have {channels}: use random")
     made: Backbone
     if name == "random":
         made = RandomFeatures(size, channels)

@@ -85,7 +85,7 @@ class Builder:
         enable = getattr(model.network, "enable_gradient_checkpointing", None)
         if enable is None:
             raise ValueError(
-                f"train.gradient_checkpointing: networks of family {model.family!r} have none; leave it out"
+                f"train.gradient_checkpointing: the family {model.family!r} does not support it; leave it out"
             )
         enable(checkpointed)
 
@@ -123,7 +123,7 @@ class Builder:
         theirs = torch.tensor(router.centroids, dtype=self.centroids.dtype)
         if theirs.shape != self.centroids.shape or not torch.allclose(theirs, self.centroids, atol=1e-4):
             raise ValueError(
-                f"start: {folder.manifest.name!r} has {len(theirs)} students for other parts than this job's "
+                f"start: the {len(theirs)} students of {folder.manifest.name!r} are for other parts than this job's "
                 f"{spec.students}: use the data and the partition that it was made with, or start from one student"
             )
         return self.store.open(router.students[spec.part])
@@ -137,8 +137,8 @@ class Builder:
         model = load_student(folder, self.base)
         if model.denoiser.embeds_guidance:
             raise ValueError(
-                f"guide: {spec.student!r} is told its guidance scale; name a student that denoises as the teacher does, "
-                "made by score_matching"
+                f"guide: {spec.student!r} is conditioned on a guidance scale: name a student that denoises as the teacher "
+                "does, made by score_matching"
             )
         model.network.requires_grad_(False).eval()
         return Guide(model=model, scale=spec.scale)

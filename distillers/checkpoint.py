@@ -28,7 +28,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
         try:
             save_file(plain, temporary, metadata={_HEADER: json.dumps(state)})
         except SafetensorError as error:  # raised for a full disk, too
-            raise OSError(f"{path} cannot be written ({error}); an older one is as it was") from error
+            raise OSError(f"{path} cannot be written ({error}); older checkpoints are intact") from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -145,7 +145,7 @@ def balanced_kmeans(points: Tensor, parts: int, generator: torch.Generator) -> C
         ValueError: there are fewer points than parts.
     """
     if len(points) < parts:
-        raise ValueError(f"{len(points)} points cannot be {parts} parts: ask for at most as many as there are points")
+        raise ValueError(f"{len(points)} points cannot be split into {parts} parts: use at most {len(points)}")
     points = points.double()
     centroids = _first_centroids(points, parts, generator)
     labels, prices = balanced_labels(points @ centroids.T)
@@ -188,7 +188,7 @@ def consecutive(sizes: list[int], parts: int) -> list[int]:
     """
     count = len(sizes)
     if count < parts:
-        raise ValueError(f"{count} groups cannot be {parts} parts: ask for at most as many as there are groups")
+        raise ValueError(f"{count} groups cannot be split into {parts} parts: use at most {count}")
     total = [sum(sizes[:end]) for end in range(count + 1)]
     # best[end]: (sum of squares, start of the last run) for the first `end` groups in the current number of runs.
     best = [(total[end] ** 2, 0) for end in range(count + 1)]

@@ -104,7 +104,7 @@ def _folder(folder: Path, size: int) -> Corpus:
     for row in train:
         row.check(folder)
     if not train:
-        raise BadData(f"{folder / 'metadata.jsonl'} names no pictures to train on")
+        raise BadData(f"{folder / 'metadata.jsonl'} names no images to train on")
     captions, rows = _numbered([row.texts for row in train])
     stats = [row.path.stat() for row in train]
     files = "".join(f"{r.path.name}:{s.st_size}:{s.st_mtime_ns}\n" for r, s in zip(train, stats, strict=True))
@@ -150,5 +150,5 @@ def _prompt_lines(path: Path) -> list[str]:
         raise BadData(f"prompts file {str(path)!r} cannot be read ({error})") from error
     lines = [line for line in lines if line]
     if not lines:
-        raise BadData(f"prompts file {str(path)!r} is empty: want one prompt a line")
+        raise BadData(f"prompts file {str(path)!r} is empty: give one prompt per line")
     return lines

@@ -60,7 +60,7 @@ class Feed:
             BadData: images are needed, and the corpus has none.
         """
         if with_pictures and corpus.pictures is None:
-            raise BadData("this method compares with real pictures, but the data has prompts alone")
+            raise BadData("this method compares with real images, but the data has only prompts")
         self.corpus = corpus
         self.base = base
         self.device = device
@@ -255,7 +255,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _half(tensor: Tensor) -> Tensor:
     half = tensor.half()
     if not bool(torch.isfinite(half).all()):
-        raise BadData(f"encoded data with values up to {tensor.abs().max():.3g} does not fit half precision")
+        raise BadData(f"encoded data has values up to {tensor.abs().max():.3g}, which half precision cannot store")
     return half
 
 

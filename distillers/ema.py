@@ -52,7 +52,9 @@ class Average:
             ValueError: it belongs to another module.
         """
         if values.keys() != self.values.keys():
-            raise ValueError(f"the saved average has other weights: {sorted(values.keys() ^ self.values.keys())[:5]}")
+            raise ValueError(
+                f"the saved average has different weights: {sorted(values.keys() ^ self.values.keys())[:5]}"
+            )
         for name, value in values.items():
             self.values[name].copy_(value)
         self.updates = updates

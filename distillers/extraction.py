@@ -117,9 +117,11 @@ def extract(
     folder = store.open(student)
     manifest = folder.manifest
     if manifest.router is not None:
-        raise CannotExtract(f"student {student!r} has no weights of its own, it routes: name a student it routes to")
+        raise CannotExtract(
+            f"student {student!r} is a router, without weights of its own: name a student that it routes to"
+        )
     if manifest.adapter == "lora":
-        raise CannotExtract(f"student {student!r} is a LoRA already: name one of full weights")
+        raise CannotExtract(f"student {student!r} is already a LoRA: name a student of full weights")
     try:
         lora = LoraSpec(rank=rank)
     except ValidationError as error:
@@ -130,7 +132,7 @@ def extract(
     target = load_student(folder, whole).network
     if architecture(target) != architecture(whole.network):
         raise CannotExtract(
-            f"student {student!r} has a network of another shape than its base's: adapters cannot reach it"
+            f"student {student!r} has a network of another shape than its base's: adapters cannot turn one into the other"
         )
     adapted = whole.copy()
     add_adapters(adapted, lora, every_layer(adapted.network))
@@ -175,12 +177,12 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("name", metavar="NAME", help="of the new student")
-    made.add_argument("student", metavar="STUDENT", help="of full weights")
-    made.add_argument("--rank", type=int, default=RANK, help="of every adapter (%(default)s)")
-    made.add_argument("--base", help="where its base lies now, if it has moved")
+    made.add_argument("name", metavar="NAME", help="name of the new student")
+    made.add_argument("student", metavar="STUDENT", help="a student of full weights")
+    made.add_argument("--rank", type=int, default=RANK, help="rank of every adapter (%(default)s)")
+    made.add_argument("--base", help="where its base is now, if it has moved")
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
-    made.add_argument("--replace", action="store_true", help="take the place of a student of that name")
+    made.add_argument("--replace", action="store_true", help="replace a student of that name")
     return made
 
 

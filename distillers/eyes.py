@@ -80,5 +80,5 @@ def _chosen(asked: list[str] | None, available: list[str]) -> list[str]:
     """The requested blocks in execution order; all if None."""
     unknown = set(asked or ()) - set(available)
     if unknown:
-        raise ValueError(f"blocks: {sorted(unknown)} are none of this teacher's, which are {available}")
+        raise ValueError(f"blocks: this teacher has no {sorted(unknown)}; available: {available}")
     return [block for block in available if asked is None or block in asked]

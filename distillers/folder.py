@@ -42,7 +42,7 @@ class Row:
         """
         # Compared by name, without resolving links: data sets often consist of links to files elsewhere.
         if not Path(os.path.abspath(self.path)).is_relative_to(os.path.abspath(folder)) or not self.path.is_file():
-            raise BadData(f"{self.place}: no picture {self.file_name!r} inside {folder}")
+            raise BadData(f"{self.place}: there is no image {self.file_name!r} inside {folder}")
 
 
 def read_folder(folder: Path) -> list[Row]:
@@ -73,7 +73,7 @@ def _row(folder: Path, line: str, place: str) -> Row:
         record = json.loads(line)
         name, text = str(record["file_name"]), record["text"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadData(f"{place}: want {WANTED}, got {line[:80]!r}") from error
+        raise BadData(f"{place}: give {WANTED}, got {line[:80]!r}") from error
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
         raise BadData(f"{place}: text {text!r} must be a caption or a list of them")
@@ -97,7 +97,7 @@ def load_picture(path: Path, size: int) -> Tensor:
         with Image.open(path) as image:
             picture = _on_white(_upright(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadData(f"{path} is no readable picture ({error})") from error
+        raise BadData(f"{path} is not a readable image ({error})") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)

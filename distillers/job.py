@@ -158,7 +158,9 @@ class JobRun:
         """Rejects names that are taken in the store. Bundled students are no obstacle: the new student hides them."""
         taken = (self.store.root / name).exists()
         if taken and not self.replace:
-            raise BadSpec([{"param": "student", "message": f"{name!r} is published already; use another or --replace"}])
+            raise BadSpec(
+                [{"param": "student", "message": f"{name!r} is already published: use another name, or --replace"}]
+            )
 
     @property
     def iterations(self) -> int:
@@ -283,7 +285,12 @@ class JobRun:
             return
         if not resume:
             raise BadSpec(
-                [{"param": "--folder", "message": f"{self.folder} holds a job's checkpoints; use --resume or another"}]
+                [
+                    {
+                        "param": "--folder",
+                        "message": f"{self.folder} holds a job's checkpoints: use --resume, or another folder",
+                    }
+                ]
             )
         trainer.load(latest)
 

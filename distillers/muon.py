@@ -64,7 +64,7 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every weight that has a gradient, and clears the gradients of matrices."""
         if closure is not None:
-            raise ValueError("Muon takes no closure: compute the gradients before the step")
+            raise ValueError("Muon does not support a closure: compute the gradients before the step")
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:

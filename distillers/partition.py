@@ -108,7 +108,7 @@ def _by_groups(corpus: Corpus, parts: int) -> tuple[Tensor, dict[str, int]]:
     missing = [number for number, group in enumerate(groups) if group is None]
     if missing:
         raise BadData(
-            f"partition.by: 'groups' needs a group for every picture, and {len(missing)} of {len(groups)} have none (the "
+            f"partition.by: 'groups' needs a group for every image, but {len(missing)} of {len(groups)} have none (the "
             f"first is number {missing[0]}): add \"group\" to its line of metadata.jsonl, or use 'kmeans'"
         )
     names = list(dict.fromkeys(groups))
@@ -210,7 +210,7 @@ def part_of(corpus: Corpus, partition: Partition, part: int, with_pictures: bool
     weights = corpus.weights * torch.tensor(share, dtype=torch.float64)
     if not bool(weights.sum() > 0):
         raise BadData(
-            f"part {part}: no picture has a caption that is routed to it; use fewer students, or more like prompts"
+            f"part {part}: no image has a caption that is routed to it: use fewer students, or prompts more like captions"
         )
     return replace(corpus, odds=odds, weights=weights / weights.sum(), sheet=sheet)
 
@@ -242,7 +242,7 @@ def stored_partition(
     tensors, state = load_checkpoint(path)
     if state.get("key") != key:
         raise BadData(
-            f"{path} was made for other prompts, another base or other settings of the partition: restore them, or start "
-            "in an empty folder"
+            f"{path} was made for other prompts, another base or other partition settings: restore them, or start in an "
+            "empty folder"
         )
     return Partition(**tensors, metrics=state["metrics"])

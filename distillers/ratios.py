@@ -17,23 +17,28 @@ class RatioConfig(MethodConfig):
     """Settings of the divergence, as a mixin for methods of the score distillation family."""
 
     gan_weight: float = Field(
-        1e-3, gt=0, description="student's adversarial weight; its discriminator gives the ratios"
+        1e-3, gt=0, description="weight of the student's adversarial loss; its discriminator provides the ratios"
     )
     share_times: bool = Field(
-        True, description="show the discriminator the score losses' own noised pictures: ratios are theirs, so always"
+        True, description="always true: the ratios are those of the score losses' own noised images"
     )
     divergence: Divergence = Field(
-        "jensen_shannon", description="whose weight h(r) the gradient gets; a name, or (a, b) of h(r) = r^a (1 + r)^b"
+        "jensen_shannon",
+        description="f-divergence whose h(r) weights the gradient: a name, or (a, b) of h(r) = r^a (1 + r)^b",
     )
-    ratio_range: Interval = Field((0.1, 20.0), description="what r is held within")
-    ratio_bins: int = Field(10, ge=1, description="intervals of t that have an average of r each")
-    ratio_decay: float = Field(0.99, ge=0, lt=1, description="of those averages")
-    normalize_weights: bool = Field(True, description="divide h by its batch mean: the step's size stays as without it")
+    ratio_range: Interval = Field((0.1, 20.0), description="range to which r is clamped")
+    ratio_bins: int = Field(10, ge=1, description="intervals of t, each with its own moving average of r")
+    ratio_decay: float = Field(0.99, ge=0, lt=1, description="decay of those averages")
+    normalize_weights: bool = Field(
+        True, description="divide h by its mean over the batch, so that the step stays as large as without it"
+    )
 
     @model_validator(mode="after")
     def _has_ratios(self) -> Self:
         if not self.share_times:
-            raise ValueError("share_times: ratios are of the score losses' own noised pictures, so it must be true")
+            raise ValueError(
+                "share_times: must be true, since the ratios are those of the score losses' own noised images"
+            )
         low, high = self.ratio_range
         if not 0 < low < high:
             raise ValueError(f"ratio_range: {self.ratio_range} must be (low, high) with 0 < low < high")

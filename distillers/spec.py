@@ -56,7 +56,9 @@ def read_spec(source: str, overrides: list[str] | None = None) -> dict[str, Any]
     path = Path(source)
     if not path.is_file():
         if source not in recipes():
-            raise BadSpec([_error("job", f"{source!r} is no file and no recipe ({', '.join(recipes())})")])
+            raise BadSpec(
+                [_error("job", f"{source!r} is neither a file nor a recipe; available: {', '.join(recipes())}")]
+            )
         path = recipes()[source]
     try:
         text = path.read_text()

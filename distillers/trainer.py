@@ -368,7 +368,7 @@ class Trainer:
         tensors, state = load_checkpoint(path)
         if state["fingerprint"] != self.fingerprint:
             raise BadCheckpoint(
-                f"{path} was written with other settings, or another version of the base or the guide, so that going on "
+                f"{path} was written with other settings, or with another version of the base or the guide, so continuing "
                 "from it would mix two jobs: restore them, or start in an empty folder"
             )
         for name, network in self.networks.items():

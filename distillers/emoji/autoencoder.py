@@ -158,9 +158,11 @@ def save(model: AutoencoderTiny, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for the trained autoencoder")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint; resumed if it has one")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder of the checkpoint, which is resumed if there is one"
+    )
     parser.add_argument("--start", type=Path, help="an autoencoder to start from")
-    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder as it is")
+    parser.add_argument("--decoder-only", action="store_true", help="train only the decoder")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)

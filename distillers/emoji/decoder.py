@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the checkpoint, and of the teacher's caches"
     )
-    parser.add_argument("--minutes", type=float, default=30, help="training time in all, earlier runs included")
+    parser.add_argument("--minutes", type=float, default=30, help="total training time, including earlier runs")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=24, help="half real, half finished latents")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -157,7 +157,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.fetch:
         fetch(options.source)
-    print(f"{prepare(options.source, options.target)} pictures in {options.target}")
+    print(f"{prepare(options.source, options.target)} images in {options.target}")
 
 
 if __name__ == "__main__":

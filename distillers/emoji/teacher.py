@@ -180,7 +180,7 @@ def check(loss: float, step: int) -> float:
         ArithmeticError: it is not.
     """
     if not math.isfinite(loss):
-        raise ArithmeticError(f"step {step}: the loss is {loss}; start again from the checkpoint with a lower --lr")
+        raise ArithmeticError(f"step {step}: the loss is {loss}; restart from the checkpoint with a lower --lr")
     return loss
 
 
@@ -214,14 +214,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="pipeline folder to write; its vae/ must be there already")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the checkpoint and caches; resumed if there"
+        "--work",
+        type=Path,
+        required=True,
+        help="folder of the checkpoint, which is resumed if there is one, and of the caches",
     )
-    parser.add_argument("--minutes", type=float, default=240, help="training time in all, earlier runs included")
+    parser.add_argument("--minutes", type=float, default=240, help="total training time, including earlier runs")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--eager", action="store_true", help="on a GPU: compile and capture nothing")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, do not compile or capture anything")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -30,8 +30,8 @@ from distillers.evaluation.terminal import add_options, check_batch, make_consol
 from weights.store import StoreError
 
 FOREIGN = (
-    "captions and real pictures are the bundled emoji's, so these figures say how well it draws emoji: name a folder of its "
-    "own with --data"
+    "captions and real images are the bundled emoji's, so these figures say how well it draws emoji: name a folder of its "
+    "own data with --data"
 )
 
 
@@ -70,17 +70,24 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument(
-        "names", nargs="*", metavar="NAMES", help="students (all of the store and the bundled ones if none)"
+        "names",
+        nargs="*",
+        metavar="NAMES",
+        help="students to measure (by default all of the store and the bundled ones)",
     )
     add_options(made)
-    made.add_argument("--out", type=Path, required=True, help="folder for the report, also what a restart resumes from")
-    made.add_argument("--quick", action="store_true", help="a small sample, for a look: no bar can be held against it")
+    made.add_argument(
+        "--out", type=Path, required=True, help="folder for the report, from which a restart also resumes"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="measure only a small sample, too noisy to judge any target by"
+    )
     made.add_argument(
         "--extractors",
         nargs="+",
         choices=list(EXTRACTORS),
         default=[EfficientNetLite0.name],
-        help="features to measure distances in (%(default)s); bars are always in efficientnet-lite0's",
+        help="features to measure distances in (%(default)s); targets always use efficientnet-lite0's",
     )
     return made
 
@@ -114,10 +121,10 @@ def evaluate(base: Model, students: list[Model], options: argparse.Namespace, co
 
 def tables(results: report.Results) -> list[Table]:
     """The tables for the terminal: the main figures, and the targets."""
-    note = f" (QUICK: {len(results.protocol.drawings)} pictures, no bar counts)" if results.quick else ""
-    figures = Table("pictures", title="Held-out prompts" + note)
+    note = f" (QUICK: {len(results.protocol.drawings)} images, too noisy for targets)" if results.quick else ""
+    figures = Table("images", title="Held-out prompts" + note)
     found = "R-precision" + ("" if results.protocol.choices == CHOICES else f" (1 of {results.protocol.choices})")
-    for name in ("kernel distance", "Frechet", "precision", "recall", found, "evaluations", "ms", "ms alone"):
+    for name in ("kernel distance", "Fréchet", "precision", "recall", found, "evaluations", "ms", "ms, single"):
         figures.add_column(name, justify="right")
     yardsticks = (("real (floor)", results.real.floor), ("real, held out", results.real.held_out))
     for title, distances in yardsticks:
@@ -133,13 +140,13 @@ def tables(results: report.Results) -> list[Table]:
             f"{quality.milliseconds:.1f}",
             f"{quality.latency:.1f}",
         )
-    diversity = Table("pictures", title="Diversity, coarse prompts")
+    diversity = Table("images", title="Diversity, coarse prompts")
     for name in ("distance", "Vendi", "evaluations"):
         diversity.add_column(name, justify="right")
     for spread in results.spreads:
         distance = f"{spread.distance.value:.2f} ± {spread.distance.high - spread.distance.value:.2f}"
         diversity.add_row(Text(spread.subject.title), distance, f"{spread.vendi.value:.3f}", str(spread.evaluations))
-    held = Table("model", "bar", "measured", "95%", "bound", "", "by", title="Bars" + note)
+    held = Table("model", "target", "measured", "95%", "bound", "", "margin", title="Targets" + note)
     for bar in results.bars:
         held.add_row(
             Text(bar.model),

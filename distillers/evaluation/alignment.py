@@ -42,7 +42,9 @@ def fit(features: Tensor, texts: Tensor, penalties: tuple[float, ...] = PENALTIE
         penalties: added to the diagonal of ``X^T X``, where X are standardised features.
     """
     if len(features) != len(texts) or len(features) < 3:
-        raise ValueError(f"want one text for each of at least 3 pictures, got {len(features)} and {len(texts)}")
+        raise ValueError(
+            f"give one text for each of at least 3 images, got {len(features)} images and {len(texts)} texts"
+        )
     features, texts = features.double(), texts.double()
     feature_mean, feature_scale = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - feature_mean) / feature_scale
@@ -74,7 +76,7 @@ def r_precision(predicted: Tensor, texts: Tensor, own: Tensor, choices: int) -> 
     """
     others = len(texts) - 1
     if others < choices - 1:
-        raise ValueError(f"cannot choose among {choices} captions where there are {len(texts)}")
+        raise ValueError(f"cannot choose among {choices} captions: there are only {len(texts)}")
     cosine = normalize(predicted.double(), dim=1) @ normalize(texts.double(), dim=1).T
     worse = (cosine > cosine.gather(1, own[:, None])).sum(1).double()
     drawn = choices - 1

@@ -170,7 +170,7 @@ def step_counts(student: Model) -> list[int]:
     counts = [steps for steps in student.steps if can_hand_over(student, steps, Diversity(skip=SKIP))]
     if not counts:
         has = ", ".join(map(str, sorted(schedules)))
-        raise ValueError(f"student {student.name!r} draws in {has} step(s): it has none to hand over to its base")
+        raise ValueError(f"student {student.name!r} supports {has} step(s): none of them can be left to its base")
     return counts
 
 
@@ -190,11 +190,11 @@ def main(arguments: list[str] | None = None) -> int:
             check_writable(store, options)
         base, students = load_models([options.name], options.store, options.base, options.device)
         if not students:
-            raise ValueError(f"{options.name!r} is a base; name a student")
+            raise ValueError(f"{options.name!r} is a base: name a student")
         result = measure(base, students[0], limits, options, errors)
         console.print(table(result, students[0]))
         if result.chosen is None:
-            console.print("no calibration within these limits makes the pictures more different: nothing is chosen")
+            console.print("no calibration within these limits makes the images more diverse: nothing is chosen")
             return 1
         console.print(f"chosen: {described(result.chosen)}")
         if options.write:
@@ -215,11 +215,11 @@ def check_writable(store: Store, options: argparse.Namespace) -> None:
         StoreError: there is no such student, or it cannot be modified; see `Store.check_amendable`.
     """
     if options.quick:
-        raise ValueError("--quick is a look at a small sample: leave it out to --write")
+        raise ValueError("--quick measures only a small sample: leave it out to use --write")
     try:
         store.check_amendable(options.name)
     except Forbidden as error:
-        raise Forbidden(f"{error}; without --write the choice is shown, and requests can name it") from error
+        raise Forbidden(f"{error}; without --write the choice is printed, and requests can name it") from error
 
 
 def measure(base: Model, student: Model, limits: Limits, options: argparse.Namespace, console: Console) -> Calibration:
@@ -240,20 +240,28 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("name", metavar="NAME", help="a student of the store, or a bundled one")
-    made.add_argument("--write", action="store_true", help="put the choice into the student's manifest")
-    made.add_argument("--quick", action="store_true", help="a small sample, for a look; it cannot be written")
+    made.add_argument("--write", action="store_true", help="write the choice into the student's manifest")
+    made.add_argument("--quick", action="store_true", help="measure only a small sample; its result cannot be written")
     made.add_argument(
-        "--extra-evaluations", type=int, default=1, metavar="N", help="most that it may cost a picture (%(default)s)"
+        "--extra-evaluations",
+        type=int,
+        default=1,
+        metavar="N",
+        help="most extra network evaluations per image (%(default)s)",
     )
     made.add_argument(
-        "--tolerance", type=float, default=0.05, metavar="SHARE", help="of R-precision that may be lost (%(default)s)"
+        "--tolerance",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of R-precision that may be lost (%(default)s)",
     )
     made.add_argument(
         "--distance-tolerance",
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="by which the kernel distance to real pictures may grow (%(default)s)",
+        help="share by which the kernel distance to real images may grow (%(default)s)",
     )
     add_options(made)
     return made

@@ -27,8 +27,8 @@ def plot(path: Path, real: Real, qualities: Sequence[Quality], spreads: Sequence
     _by_steps(kernel, qualities, lambda q: q.distances[extractor].kernel_distance, floor.kernel_distance.value)
     _by_steps(frechet, qualities, lambda q: _exact(q.distances[extractor].frechet_distance), floor.frechet_distance)
     _by_steps(alignment, qualities, lambda q: q.r_precision, real.r_precision.value)
-    kernel.set_title("kernel distance to real pictures")
-    frechet.set_title("Frechet distance to real pictures")
+    kernel.set_title("kernel distance to real images")
+    frechet.set_title("Fréchet distance to real images")
     alignment.set_title("R-precision")
     _points(diversity, spreads)
     kernel.legend(fontsize=8)
@@ -52,7 +52,7 @@ def _by_steps(axes: Any, qualities: Sequence[Quality], value: Callable[[Quality]
             capsize=3,
             label=_plain(model),
         )
-    axes.axhline(real, linestyle="--", color="grey", linewidth=1, label="real pictures")
+    axes.axhline(real, linestyle="--", color="grey", linewidth=1, label="real images")
     ticks = sorted({q.subject.steps for q in qualities})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -47,7 +47,7 @@ class Extractor(ABC):
             on_batch: called after each batch with its number of images.
         """
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-            raise ValueError(f"want uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
         mean, std = (torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
         done = []
         for batch in pictures.split(BATCH):
@@ -170,7 +170,7 @@ def extractor(name: str, device: str = "cpu") -> Extractor:
         Unavailable: it needs a package or weights that are not available.
     """
     if name not in EXTRACTORS:
-        raise ValueError(f"{name!r} is no feature extractor; available: {', '.join(EXTRACTORS)}")
+        raise ValueError(f"{name!r} is not a feature extractor; available: {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name](device)
 
 
@@ -192,6 +192,6 @@ class fetching:  # noqa: N801 (a context manager, read as a verb)
         # Hubs raise their own classes for a missing repository or network; all derive from these two.
         if isinstance(error, OSError | ValueError):
             raise Unavailable(
-                f"{self.name} could not fetch {self.source}: {error}. Fetch it where there is a network, or leave "
-                f"{self.name} out of --extractors"
+                f"{self.name} could not download {self.source}: {error}. Download it on a machine with a network, or "
+                f"leave {self.name} out of --extractors"
             ) from error

@@ -55,7 +55,7 @@ def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
     """
     if len(numerator.leave_one_out) != len(denominator.leave_one_out):
         raise ValueError(
-            f"a ratio needs the same groups above and below, "
+            f"a ratio needs the same groups in numerator and denominator, "
             f"got {len(numerator.leave_one_out)} and {len(denominator.leave_one_out)}"
         )
     pairs = zip(numerator.leave_one_out, denominator.leave_one_out, strict=True)
@@ -167,7 +167,7 @@ def pairwise_diversity(sets: Tensor) -> Estimate:
         sets: ``(P, S, D)``, S >= 2 images for each of P prompts.
     """
     if sets.ndim != 3 or sets.shape[1] < 2:
-        raise ValueError(f"want features (prompts, at least 2 seeds, dimensions), got {tuple(sets.shape)}")
+        raise ValueError(f"features must be (prompts, at least 2 seeds, dimensions), got {tuple(sets.shape)}")
     seeds = sets.shape[1]
     distances = torch.cdist(sets.double(), sets.double()).sum(dim=(1, 2)) / (seeds * (seeds - 1))
     return mean(distances, groups=len(distances))
@@ -228,7 +228,7 @@ def _divide(a: float, b: float) -> float:
 def _checked(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
     for rows in (x, y):
         if rows.ndim != 2 or len(rows) < least:
-            raise ValueError(f"want features (at least {least} pictures, dimensions), got {tuple(rows.shape)}")
+            raise ValueError(f"features must be (at least {least} images, dimensions), got {tuple(rows.shape)}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared: use one extractor")
     return x.double(), y.double()

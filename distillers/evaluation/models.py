@@ -65,11 +65,11 @@ def is_base(name: str) -> bool:
 def choose_base(named: Sequence[str], students: Sequence[StudentFolder]) -> str:
     """The one base that was named; if none, the students' own; if there are no students, the bundled one."""
     if len(set(named)) > 1:
-        raise ValueError(f"one base an evaluation, got {', '.join(sorted(set(named)))}: run it once for each")
+        raise ValueError(f"an evaluation has one base, got {', '.join(sorted(set(named)))}: run one for each")
     own = {folder.manifest.name: folder.manifest.base.id for folder in students}
     if named:
         return named[0]
     if len(set(own.values())) > 1:
         listed = ", ".join(f"{name} from {source}" for name, source in own.items())
-        raise ValueError(f"these students come from different bases ({listed}): evaluate each base's students alone")
+        raise ValueError(f"these students have different bases ({listed}): evaluate each base's students separately")
     return next(iter(own.values()), DEFAULT_BASE)

@@ -122,8 +122,8 @@ def build(records: list[Record]) -> Protocol:
     drawn = CAPTIONS * len(SEEDS)
     if len(held_out) < CAPTIONS or len(train) < 2 * drawn:
         raise ValueError(
-            f"the protocol takes {CAPTIONS} held-out and {2 * drawn} training pictures without skin tone, "
-            f"there are {len(held_out)} and {len(train)}"
+            f"the protocol needs {CAPTIONS} held-out and {2 * drawn} training images without skin tone, but there are "
+            f"{len(held_out)} and {len(train)}"
         )
     sheet = sheet_records(held_out)
     others = [record for record in held_out if record not in sheet][: CAPTIONS - len(sheet)]

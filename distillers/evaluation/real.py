@@ -90,9 +90,9 @@ class FolderPictures(RealPictures):
         train = [row.file_name for row in ordered if not row.held_out]
         if len(held_out) < FEWEST_CAPTIONS or len(train) < FEWEST_PICTURES:
             raise BadData(
-                f"evaluation asks for captions of pictures that training has not seen, at least {FEWEST_CAPTIONS}, and "
-                f"holds what is drawn against at least {FEWEST_PICTURES} others; metadata.jsonl has {len(held_out)} such "
-                f'captions ("split": "{HELD_OUT}") and {len(train)} other pictures: mark about a tenth, and train again'
+                f"evaluation needs at least {FEWEST_CAPTIONS} captions of images held out from training, and at least "
+                f"{FEWEST_PICTURES} other images to compare with; metadata.jsonl has {len(held_out)} such "
+                f'captions ("split": "{HELD_OUT}") and {len(train)} other images: mark about a tenth as held out, and train again'
             )
         half = min(len(train) // 2, CAPTIONS * len(SEEDS))
         drawn = tuple(prompt.caption for prompt in held_out)

@@ -15,7 +15,7 @@ _INK, _PAPER, _QUIET = (26, 28, 32), (255, 255, 255), (226, 229, 233)
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """Converts images ``(N, 3, H, W)`` uint8 to PIL."""
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"want uint8 pictures (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
+        raise ValueError(f"images must be uint8 (N, 3, H, W), got {pictures.dtype} {tuple(pictures.shape)}")
     return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pictures.cpu()]
 
 
@@ -43,7 +43,7 @@ def sheet(
     """
     images = to_images(pictures) if isinstance(pictures, Tensor) else list(pictures)
     if len(images) != len(labels):
-        raise ValueError(f"{len(labels)} labels for {len(images)} pictures: give one each, empty where there is none")
+        raise ValueError(f"{len(labels)} labels for {len(images)} images: give one for each, which may be empty")
     if columns < 1:
         raise ValueError(f"a sheet needs at least 1 column, got {columns}")
     font, title_font = ImageFont.load_default(12), ImageFont.load_default(18)
@@ -82,7 +82,7 @@ def table(
     """
     if len(rows) != len(row_labels) or any(len(row) != len(column_labels) for row in rows):
         raise ValueError(
-            f"want {len(row_labels)} rows of {len(column_labels)} pictures, got {[len(row) for row in rows]}"
+            f"give {len(row_labels)} rows of {len(column_labels)} images, got {[len(row) for row in rows]}"
         )
     font, title_font = ImageFont.load_default(12), ImageFont.load_default(18)
     left, top = 150, (34 if title else 0) + 52

@@ -15,20 +15,20 @@ from distillers.evaluation.measure import Track
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the common options."""
-    parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own when left out")
-    parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students when left out")
+    parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own if left out")
+    parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students if left out")
     parser.add_argument(
-        "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
+        "--cache", type=Path, default=default_root(), help="folder for what is cached of bases (%(default)s)"
     )
     parser.add_argument(
         "--data",
         type=Path,
-        help="folder of pictures and captions as training reads it (the bundled emoji when left out): captions with "
-        '"split": "held_out" are asked for, and the other pictures are the real set',
+        help="folder of images and captions, in the format of training data (the bundled emoji if left out): captions with "
+        '"split": "held_out" are the prompts, and the other images are the real ones',
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice when left out")
-    parser.add_argument("--batch", type=int, default=64, help="pictures drawn at a time (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
+    parser.add_argument("--batch", type=int, default=64, help="images generated at a time (%(default)s)")
 
 
 def check_batch(batch: int) -> None:
@@ -38,7 +38,7 @@ def check_batch(batch: int) -> None:
         ValueError: it is below 1.
     """
     if batch < 1:
-        raise ValueError(f"--batch {batch}: want at least 1 picture at a time")
+        raise ValueError(f"--batch {batch}: give at least 1")
 
 
 def make_console() -> Console:

@@ -67,7 +67,9 @@ def watched(
             process.wait()
             raise
     if not report.is_file():
-        raise ChildProcessError(f"what watched {command[:4]} was killed (status {process.returncode}); see {log}")
+        raise ChildProcessError(
+            f"the process that watched {command[:4]} was killed (status {process.returncode}); see {log}"
+        )
     return Watched(**json.loads(report.read_text()))
 
 

@@ -55,7 +55,7 @@ def powers(divergence: Divergence) -> tuple[float, float]:
         return divergence
     if divergence not in DIVERGENCES:
         raise ValueError(
-            f"{divergence!r} is no divergence: use one of {', '.join(get_args(DivergenceName))}, or (a, b)"
+            f"{divergence!r} is not a divergence: use one of {', '.join(get_args(DivergenceName))}, or (a, b)"
         )
     return DIVERGENCES[divergence]
 

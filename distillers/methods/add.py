@@ -45,30 +45,30 @@ class ADDConfig(JudgedConfig, RolledOutConfig):
     """Settings of ADD. The defaults are the paper's where it states them."""
 
     features: BackboneName | None = Field(
-        "dinov2-small", description="a network of pictures to judge decoded pictures by, without noise"
+        "dinov2-small", description="pretrained image network that judges decoded images, without noise"
     )
-    prompted: bool = Field(False, description="tell the critic what was asked for; only without 'features'")
+    prompted: bool = Field(False, description="condition the discriminator on the prompt; only without 'features'")
     mismatched_share: float = Field(
-        0.0, ge=0, lt=1, description="share of the fakes that are real pictures under another's prompt; 0 is off"
+        0.0, ge=0, lt=1, description="share of the fakes that are real images with another's prompt; 0 turns it off"
     )
-    adversarial_weight: float = Field(1.0, gt=0, description="of the discriminator's verdict")
+    adversarial_weight: float = Field(1.0, gt=0, description="weight of the adversarial loss")
     distillation_weight: float = Field(
-        2.5, ge=0, description="of the squared distance to the teacher's estimate, a mean over latents; 0 is off"
+        2.5, ge=0, description="weight of the mean squared distance to the teacher's estimate; 0 turns it off"
     )
     anchor_weight: float = Field(
-        0.0, ge=0, description="of the squared distance to what the student answered before training; 0 is off"
+        0.0, ge=0, description="weight of the squared distance to the starting student's predictions; 0 turns it off"
     )
     distillation_times: tuple[float, float] = Field(
-        (0.001, 1.0), description="times at which the teacher looks at the student's pictures, uniform between"
+        (0.001, 1.0), description="range of the times to which the student's images are noised for the teacher, uniform"
     )
     backward_simulation: bool = Field(
-        False, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+        False, description="train step k on the student's own steps 0..k-1; if false, on noised real images"
     )
-    student_every: int = Field(1, ge=1, description="heads' steps per student's step")
-    student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
-    student_betas: Betas = Field((0.0, 0.99), description="AdamW's betas of the student")
+    student_every: int = Field(1, ge=1, description="updates of the heads per update of the student")
+    student_lr: float = Field(1e-5, gt=0, description="the student's learning rate")
+    student_betas: Betas = Field((0.0, 0.99), description="AdamW's betas for the student")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of student and heads")
-    warmup: int = Field(100, ge=0, description="updates over which each network's learning rate rises")
+    warmup: int = Field(100, ge=0, description="updates over which each network's learning rate rises to its value")
 
     @model_validator(mode="after")
     def _looks_at_noised_pictures(self) -> Self:
@@ -95,7 +95,7 @@ class ADD(Judged, RolledOut):
 
     @classmethod
     def needs_pictures(cls, config: ADDConfig) -> str | None:
-        return "the discriminator compares with real pictures"
+        return "the discriminator compares with real images"
 
     @classmethod
     def needs_eager(cls, config: ADDConfig) -> str | None:

@@ -222,7 +222,7 @@ class Method(ABC):
         It can if the losses neither synchronise with the GPU nor copy data to it, and draw from ``step.local`` on its
         own device.
         """
-        return f"{cls.name}'s losses ask the GPU for numbers"
+        return f"{cls.name}'s losses read numbers back from the GPU"
 
     @property
     @abstractmethod

@@ -44,18 +44,20 @@ from weights.families.base import TextToImage
 class ConsistencyConfig(SelfTaughtConfig):
     """Settings of consistency distillation. Defaults are LCM's for SD1.5, except that the guidance scale is fixed."""
 
-    solver_steps: int = Field(50, ge=1, le=1000, description="DDIM times that the teacher's trajectory is cut into")
+    solver_steps: int = Field(50, ge=1, le=1000, description="DDIM steps that divide the teacher's trajectory")
     skip: int = Field(
-        1, ge=1, description="of these times, how far the two states lie apart; 1 is 20 of 1000 timesteps"
+        1, ge=1, description="how many of these steps lie between the two states; of 50, 1 is 20 of 1000 timesteps"
     )
-    guidance_scale: float = Field(7.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    guidance_scale: float = Field(
+        7.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off"
+    )
     guidance_range: tuple[float, float] | None = Field(
         None,
-        description="(low, high) of scales, uniform, that the student is told and learns in one network, as in LCM's paper "
-        "(6, 16 in this convention); guidance_scale is then what it draws with when a request does not say",
+        description="(low, high) of the uniformly drawn guidance scales that the student is conditioned on, as in LCM's "
+        "paper (6, 16 in this convention); guidance_scale is then the default for requests",
     )
-    huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 is the mean square")
-    lr: float = Field(1e-6, gt=0, description="student's learning rate")
+    huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 gives the mean square")
+    lr: float = Field(1e-6, gt=0, description="the student's learning rate")
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -88,12 +90,12 @@ class Consistency(SelfTaught):
 
     @classmethod
     def needs_pictures(cls, config: ConsistencyConfig) -> str | None:
-        return "consistency distillation follows the teacher from noised real pictures"
+        return "consistency distillation follows the teacher from noised real images"
 
     @classmethod
     def needs_whole_network(cls, config: ConsistencyConfig) -> str | None:
         if config.guidance_range is not None:
-            return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters do not carry"
+            return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters cannot contain"
         return None
 
     def guidance(self) -> GuidanceConvention:

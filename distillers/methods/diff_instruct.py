@@ -27,7 +27,7 @@ class DiffInstructConfig(TurnAboutConfig):
     """Settings of Diff-Instruct, with the paper's defaults."""
 
     dm_levels: Interval | None = Field(
-        (-0.507, 1.2), description="(mean, std) of a normal ln(sigma / alpha); dm_times, uniform, when null"
+        (-0.507, 1.2), description="(mean, std) of a normal ln(sigma / alpha); if null, times are uniform in dm_times"
     )
 
 

@@ -34,21 +34,21 @@ from weights.families.base import TextToImage
 class DisBackConfig(MethodConfig):
     """Settings of DisBack: of the path, and of the method that distils along it."""
 
-    method: str = Field("dmd2", description="the score distillation to lead back: dmd2, sid, f_distill, ...")
+    method: str = Field("dmd2", description="the score distillation to run along the path: dmd2, sid, f_distill, ...")
     settings: dict[str, Any] = Field(default_factory=dict, description="that method's own settings")
     degradation_iterations: int = Field(
-        1000, ge=1, description="iterations in which the fake score learns the student's"
+        1000, ge=1, description="iterations in which the fake score alone is trained on the student's images"
     )
-    path_points: int = Field(5, ge=1, description="points recorded on the way, the last one the degraded end")
-    backtrack_every: int = Field(500, ge=1, description="iterations after which the target moves one point up")
+    path_points: int = Field(5, ge=1, description="points recorded on the way; the last is the degraded end")
+    backtrack_every: int = Field(500, ge=1, description="iterations after which the target moves back by one point")
 
     @model_validator(mode="after")
     def _method_is_of_the_family(self) -> Self:
         inner = self.inner()
         if getattr(inner, "regression_iterations", 0):
             raise ValueError(
-                "settings: regression_iterations must be 0, since the path belongs to the student that regression made: "
-                "regress in a job of its own, and let this one start from its student"
+                "settings: regression_iterations must be 0, since the path depends on the student that the regression "
+                "makes: run the regression in a job of its own, and let this one start from its student"
             )
         if self.path_points > self.degradation_iterations:
             raise ValueError(
@@ -78,7 +78,9 @@ class DisBackConfig(MethodConfig):
 
         family = {name: each for name, each in methods().items() if issubclass(each, ScoreDistillation)}
         if self.method not in family:
-            raise ValueError(f"method: {self.method!r} distils no scores: use one of {', '.join(sorted(family))}")
+            raise ValueError(
+                f"method: {self.method!r} is not a score distillation: use one of {', '.join(sorted(family))}"
+            )
         try:
             return cast(ScoreDistillationConfig, family[self.method].Config.model_validate(self.settings))
         except ValidationError as error:

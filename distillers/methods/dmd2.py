@@ -38,10 +38,10 @@ class DMD2Config(ScoreDistillationConfig):
     regression_iterations: int = Field(
         0, ge=0, description="iterations of regression on teacher pairs before DMD (SDXL one step: 2000 to 3000)"
     )
-    regression_pairs: int = Field(10_000, ge=1, description="pairs of noise and teacher's picture to make for it")
-    regression_steps: int = Field(50, ge=1, le=1000, description="teacher's DDIM steps per pair")
-    regression_lr: float = Field(1e-5, gt=0, description="student's learning rate while regressing")
-    regression_huber: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0 is the mean square")
+    regression_pairs: int = Field(10_000, ge=1, description="pairs of noise and teacher's image to generate for it")
+    regression_steps: int = Field(50, ge=1, le=1000, description="the teacher's DDIM steps per pair")
+    regression_lr: float = Field(1e-5, gt=0, description="the student's learning rate during the regression")
+    regression_huber: float = Field(0.0, ge=0, description="pseudo-Huber constant; 0 gives the mean square")
 
     @property
     def least_iterations(self) -> int:
@@ -54,7 +54,7 @@ class DMD2Config(ScoreDistillationConfig):
     @model_validator(mode="after")
     def _regression_has_its_schedule(self) -> Self:
         if self.regression_iterations and 1 not in self.schedules:
-            raise ValueError("regression_iterations: the regression trains the one-step schedule; add 1 to schedules")
+            raise ValueError("regression_iterations: the regression trains the one-step schedule: add 1 to schedules")
         return self
 
 
@@ -72,7 +72,7 @@ class DMD2(ScoreDistillation):
     @classmethod
     def needs_eager(cls, config: Any) -> str | None:
         if config.regression_iterations:
-            return f"regression_iterations {config.regression_iterations} draws its pairs from the disk; set it to 0"
+            return f"regression_iterations {config.regression_iterations} reads its pairs from the disk; set it to 0"
         return super().needs_eager(config)
 
     def matching(self, seen: Noised) -> Tensor:

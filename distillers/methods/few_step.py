@@ -38,15 +38,17 @@ class FewStepConfig(MethodConfig):
     """Settings of a method with a few-step student."""
 
     schedules: dict[int, StepSchedule] = Field(
-        default_factory=default_schedules, min_length=1, description="step counts to be good at, and their times"
+        default_factory=default_schedules, min_length=1, description="step counts to train for, and their times"
     )
-    guidance_scale: float = Field(1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
+    guidance_scale: float = Field(
+        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off"
+    )
 
     @model_validator(mode="after")
     def _schedules_have_their_length(self) -> Self:
         for steps, schedule in self.schedules.items():
             if len(schedule.timesteps) != steps:
-                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps, want {steps}")
+                raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps; give {steps}")
         return self
 
 
@@ -80,10 +82,10 @@ class RolledOutConfig(FewStepConfig):
     """Settings of a method whose losses apply to the student's images, at one step of one step count at a time."""
 
     step_weights: dict[int, float] | None = Field(
-        None, description="how often each step count is trained, in proportion; equally when left out"
+        None, description="relative frequency of training for each step count; equal if left out"
     )
     backward_simulation: bool = Field(
-        True, description="train step k on the student's own steps 0..k-1; off: on noised real pictures"
+        True, description="train step k on the student's own steps 0..k-1; if false, on noised real images"
     )
 
     @model_validator(mode="after")
@@ -152,10 +154,10 @@ class RolledOut(FewStepMethod):
 class LoneStudentConfig(FewStepConfig):
     """Settings of a method that trains only the student, or helper networks with settings of their own beside it."""
 
-    lr: float = Field(1e-4, gt=0, description="student's learning rate")
+    lr: float = Field(1e-4, gt=0, description="the student's learning rate")
     betas: Betas = Field((0.9, 0.999), description="the optimizer's betas")
-    weight_decay: float = Field(0.0, ge=0, description="the optimizer's weight decay of the student")
-    warmup: int = Field(0, ge=0, description="updates over which the student's learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the student")
+    warmup: int = Field(0, ge=0, description="updates over which the student's learning rate rises to its value")
 
 
 class LoneStudent(FewStepMethod):
@@ -182,7 +184,9 @@ class LoneStudent(FewStepMethod):
 class SelfTaughtConfig(LoneStudentConfig):
     """Settings of a method whose student learns from its own predictions at a cleaner state."""
 
-    target_decay: float = Field(0.95, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
+    target_decay: float = Field(
+        0.95, ge=0, lt=1, description="decay of the target's moving average; 0: the student is its own target"
+    )
 
 
 class SelfTaught(LoneStudent):

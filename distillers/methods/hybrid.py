@@ -31,9 +31,12 @@ from weights.denoiser import Cond
 class HybridConfig(AdversaryConfig, SCMConfig):
     """Settings of the hybrid: those of sCM and of the discriminator, with SANA-Sprint's defaults."""
 
-    adversarial_weight: float = Field(0.5, gt=0, description="of the adversarial loss beside sCM's; without it: scm")
+    adversarial_weight: float = Field(0.5, gt=0, description="weight of the adversarial loss, relative to sCM's")
     noise_share: float = Field(
-        0.5, ge=0, le=1, description="how often the adversary's pictures start from noise alone, at a first time"
+        0.5,
+        ge=0,
+        le=1,
+        description="probability that the discriminator's images start from pure noise, at a first time",
     )
 
 

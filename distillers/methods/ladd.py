@@ -46,19 +46,19 @@ class LADDConfig(JudgedConfig):
     """Settings of LADD. The defaults are SANA-Sprint's."""
 
     noise_share: float = Field(
-        0.5, ge=0, le=1, description="how often the student starts from noise alone, at a schedule's first time"
+        0.5, ge=0, le=1, description="probability that the student starts from pure noise, at a schedule's first time"
     )
-    student_every: int = Field(1, ge=1, description="heads' steps per student's step")
+    student_every: int = Field(1, ge=1, description="updates of the heads per update of the student")
     pictures: Literal["data", "teacher"] = Field(
-        "data", description="what is real: the data's pictures, or the teacher's, made before the first iteration"
+        "data", description="the real images: the data's, or the teacher's, generated before the first iteration"
     )
-    teacher_pictures: int = Field(10_000, ge=1, description="how many of the teacher's pictures to make")
-    teacher_steps: int = Field(50, ge=1, le=1000, description="teacher's DDIM steps a picture")
-    guidance_scale: float = Field(5.0, ge=0, description="teacher's guidance w for its pictures; 1.0 is off")
-    student_lr: float = Field(2e-6, gt=0, description="student's learning rate")
-    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the student")
+    teacher_pictures: int = Field(10_000, ge=1, description="how many of the teacher's images to generate")
+    teacher_steps: int = Field(50, ge=1, le=1000, description="the teacher's DDIM steps per image")
+    guidance_scale: float = Field(5.0, ge=0, description="teacher's guidance w for its images; 1.0 turns it off")
+    student_lr: float = Field(2e-6, gt=0, description="the student's learning rate")
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the student")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of student and heads")
-    warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises")
+    warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises to its value")
 
 
 class LADD(Judged):
@@ -75,7 +75,7 @@ class LADD(Judged):
     @classmethod
     def needs_pictures(cls, config: LADDConfig) -> str | None:
         if config.pictures == "data":
-            return "pictures 'data' is what the student has to pass for; 'teacher' trains on prompts alone"
+            return "pictures 'data' trains against the data's images; set it to 'teacher' to train on prompts alone"
         return None
 
     def guidance(self) -> GuidanceConvention:

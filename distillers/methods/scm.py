@@ -88,12 +88,16 @@ FREE_BOUNDARY = 0.1
 class SCMConfig(SelfTaughtConfig):
     """Settings of sCM. Defaults are those of the paper and its public code; guidance_scale is from SANA-Sprint."""
 
-    sigma_data: float = Field(1.0, gt=0, description="TrigFlow's: the latents' standard deviation (the paper's is 0.5)")
-    guidance_scale: float = Field(4.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off")
-    time_mean: float = Field(-0.3, description="mean of ln(sigma / alpha) at the times of training")
+    sigma_data: float = Field(
+        1.0, gt=0, description="TrigFlow's standard deviation of the latents (the paper's is 0.5)"
+    )
+    guidance_scale: float = Field(
+        4.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off"
+    )
+    time_mean: float = Field(-0.3, description="mean of ln(sigma / alpha) at the training times")
     time_std: float = Field(1.4, gt=0, description="its standard deviation (1.6 for ImageNet-512 and SANA-Sprint)")
     tangent: Differentiation = Field(
-        "jvp", description="the derivative: exact, or finite_difference where the network has no (useful) exact one"
+        "jvp", description="the derivative: exact (jvp), or finite_difference if the network has no useful exact one"
     )
     finite_difference_step: float = Field(
         0.1, gt=0, lt=1, description="how far back a finite difference reaches, in ln(sigma / alpha)"
@@ -102,20 +106,22 @@ class SCMConfig(SelfTaughtConfig):
     tangent_scale: float = Field(
         1.0,
         gt=0,
-        description="k, how far the target lies along the normalized tangent; with target_decay 0 all are alike",
+        description="k, the length of the step along the normalised tangent; makes no difference if target_decay is 0",
     )
     target_decay: float = Field(
-        0.0, ge=0, lt=1, description="of the moving average whose answers the student learns; 0 is the student itself"
+        0.0, ge=0, lt=1, description="decay of the target's moving average; 0: the student is its own target"
     )
-    tangent_warmup: int = Field(10_000, ge=0, description="iterations over which r, the tangent's share, rises to 1")
+    tangent_warmup: int = Field(
+        10_000, ge=0, description="iterations over which r, the share of the tangent, rises to 1"
+    )
     boundary: float | None = Field(
         None,
         ge=0,
-        description="sigma / alpha below which r stays 0; left out, 0.1 for a network that predicts x0, else 0",
+        description="sigma / alpha below which r stays 0; if left out, 0.1 for a network that predicts x0, else 0",
     )
-    prior_weighting: bool = Field(True, description="weigh the loss by alpha / sigma")
-    adaptive_weighting: bool = Field(True, description="learn how large the loss is at each time, and even it out")
-    log_variance_lr: float = Field(1e-2, gt=0, description="of the adaptive weighting")
+    prior_weighting: bool = Field(True, description="weight the loss by alpha / sigma")
+    adaptive_weighting: bool = Field(True, description="learn the size of the loss at each time, and divide by it")
+    log_variance_lr: float = Field(1e-2, gt=0, description="learning rate of the adaptive weighting")
     betas: Betas = Field((0.9, 0.99), description="RAdam's betas")
 
     def scaled(self, factor: float) -> Self:
@@ -157,7 +163,7 @@ class SCM(SelfTaught):
 
     @classmethod
     def needs_pictures(cls, config: SCMConfig) -> str | None:
-        return "continuous-time consistency distillation follows the teacher from noised real pictures"
+        return "continuous-time consistency distillation follows the teacher from noised real images"
 
     def trained(self) -> dict[str, Trained]:
         config, networks = self.config, super().trained()

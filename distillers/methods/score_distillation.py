@@ -83,11 +83,11 @@ class ScoreDistillation(RolledOut):
     @classmethod
     def needs_pictures(cls, config: ScoreDistillationConfig) -> str | None:
         if config.gan_weight > 0:
-            return f"gan_weight {config.gan_weight} compares with real pictures; set it to 0 to train on prompts alone"
+            return f"gan_weight {config.gan_weight} compares with real images; set it to 0 to train on prompts alone"
         if config.adversary is not None:
-            return "adversary compares with real pictures; leave it out to train on prompts alone"
+            return "adversary compares with real images; leave it out to train on prompts alone"
         if config.starts_from_pictures:
-            return "backward_simulation off noises real pictures; turn it on to train on prompts alone"
+            return "backward_simulation = false needs real images to noise; set it to true to train on prompts alone"
         return None
 
     @classmethod

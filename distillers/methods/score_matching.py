@@ -35,13 +35,13 @@ class ScoreMatchingConfig(LoneStudentConfig):
     guidance_scale: float = Field(
         1.0,
         ge=0,
-        description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, and left to the next stage",
+        description="teacher's guidance w: uncond + w (cond - uncond); 1.0 leaves it to the next stage",
     )
-    times: tuple[float, float] = Field((0.001, 1.0), description="times of training, uniform between")
-    weighting: Weighting = Field("v", description="prediction whose squared error is learned")
+    times: tuple[float, float] = Field((0.001, 1.0), description="range of the training times, which are uniform")
+    weighting: Weighting = Field("v", description="prediction whose squared error is minimised")
     sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
-    weight_decay: float = Field(0.01, ge=0, description="the optimizer's weight decay of the student")
-    warmup: int = Field(500, ge=0, description="updates over which the student's learning rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of the student")
+    warmup: int = Field(500, ge=0, description="updates over which the student's learning rate rises to its value")
 
     @model_validator(mode="after")
     def _times_lie_inside(self) -> Self:
@@ -59,7 +59,7 @@ class ScoreMatching(LoneStudent):
 
     @classmethod
     def needs_pictures(cls, config: ScoreMatchingConfig) -> str | None:
-        return "the teacher's answers are learned on noised real pictures"
+        return "the student learns the teacher's predictions on noised real images"
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         config, (real, cond) = self.config, step.batch.pictures

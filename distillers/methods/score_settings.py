@@ -16,52 +16,60 @@ class ScoreDistillationConfig(RolledOutConfig):
     """Settings of the whole family. The defaults are DMD2's for SD1.5 where its public code has them."""
 
     guidance_scale: float = Field(
-        1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off"
+        1.75, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off"
     )
     guidance_interval: Interval | None = Field(
-        None, description="guide only at times inside it (low, high); everywhere when left out"
+        None, description="(low, high): guide only at times in this range; at all times if left out"
     )
     student_every: int = Field(
-        5, ge=1, description="fake score's steps per student's step (ImageNet, SDXL 5; SD1.5 10)"
+        5, ge=1, description="updates of the fake score per update of the student (ImageNet, SDXL 5; SD1.5 10)"
     )
     share_samples: bool = Field(True, description="the fake score reuses the samples of the student's turn")
     dm_weight: float = Field(1.0, gt=0, description="weight of the distribution matching loss")
-    dm_times: Interval = Field((0.021, 0.981), description="times of distribution matching, uniform between")
+    dm_times: Interval = Field((0.021, 0.981), description="range of the distribution matching's times, uniform")
     dm_levels: Interval | None = Field(
-        None, description="(mean, std) of a normal ln(sigma / alpha) to draw distribution matching's times from instead"
+        None, description="(mean, std): draw these times with a normal ln(sigma / alpha) instead"
     )
-    score_times: Interval = Field((0.001, 1.0), description="times of the fake score's training, uniform between")
+    score_times: Interval = Field((0.001, 1.0), description="range of the fake score's training times, uniform")
     score_weighting: Weighting = Field("eps", description="prediction whose squared error trains the fake score")
     sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
-    gan_weight: float = Field(1e-3, ge=0, description="student's adversarial weight; 0 turns the GAN off")
-    discriminator_weight: float = Field(1e-2, gt=0, description="discriminator's weight in the fake score's loss")
+    gan_weight: float = Field(1e-3, ge=0, description="weight of the student's adversarial loss; 0 turns the GAN off")
+    discriminator_weight: float = Field(
+        1e-2, gt=0, description="weight of the discriminator's loss in the fake score's"
+    )
     gan_features: Literal["fake_score", "teacher"] = Field(
-        "fake_score", description="whose bottleneck the head reads; the paper's is the fake score's"
+        "fake_score", description="network on whose bottleneck the head stands; in the paper the fake score"
     )
-    gan_times: Interval = Field((0.001, 1.0), description="times at which pictures are shown to the discriminator")
+    gan_times: Interval = Field((0.001, 1.0), description="range of the discriminator's times, uniform")
     share_times: bool = Field(
-        False, description="show the discriminator the score losses' own noised pictures (saves a pass each turn)"
+        False, description="show the discriminator the noised images of the score losses, which saves a pass each turn"
     )
-    r1_weight: float = Field(0.0, ge=0, description="approximate R1 penalty (100 to 1000 where used); 0 is off")
-    r1_noise: float = Field(0.1, gt=0, description="standard deviation of R1's disturbance")
+    r1_weight: float = Field(0.0, ge=0, description="weight of the approximate R1 penalty (usually 100 to 1000)")
+    r1_noise: float = Field(0.1, gt=0, description="standard deviation of the noise in that penalty")
     adversary: AdversaryConfig | None = Field(
-        None, description="a second discriminator, on the frozen teacher's blocks; none when left out"
+        None, description="a second discriminator, on blocks of the frozen teacher; none if left out"
     )
     adversary_weight: float = Field(
-        1.0, gt=0, description="its gradient's norm by the student's pictures, relative to the matching loss's"
+        1.0,
+        gt=0,
+        description="norm of its gradient with respect to the student's images, relative to the matching loss's",
     )
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="of every network; muon steps matrices along their orthogonalised momentum"
+        "adamw", description="optimizer of every network; muon updates matrices along their orthogonalised momentum"
     )
-    student_lr: float = Field(1e-5, gt=0, description="student's learning rate")
-    fake_score_lr: float = Field(1e-5, gt=0, description="fake score's learning rate")
-    head_lr: float | None = Field(None, gt=0, description="discriminator head's; the fake score's when left out")
-    student_betas: Betas = Field((0.9, 0.999), description="AdamW's betas; beta1 = 0 steadies the game of two")
-    critic_betas: Betas = Field((0.9, 0.999), description="AdamW's betas of fake score and head")
+    student_lr: float = Field(1e-5, gt=0, description="the student's learning rate")
+    fake_score_lr: float = Field(1e-5, gt=0, description="the fake score's learning rate")
+    head_lr: float | None = Field(
+        None, gt=0, description="the discriminator head's learning rate; the fake score's if left out"
+    )
+    student_betas: Betas = Field(
+        (0.9, 0.999), description="AdamW's betas for the student; beta1 = 0 makes adversarial training more stable"
+    )
+    critic_betas: Betas = Field((0.9, 0.999), description="AdamW's betas for the fake score and its head")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay of all networks")
-    warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises")
+    warmup: int = Field(500, ge=0, description="updates over which each network's learning rate rises to its value")
     fake_score_lora: bool = Field(
-        False, description="in a LoRA job the fake score trains adapters too; else all weights"
+        False, description="in a LoRA job, train only adapters of the fake score too; if false, all its weights"
     )
 
     @model_validator(mode="after")
@@ -71,7 +79,7 @@ class ScoreDistillationConfig(RolledOutConfig):
             if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
                 raise ValueError(f"{name}: {interval} must be (low, high) with 0 <= low <= high <= 1")
             if interval is not None and name != "guidance_interval" and interval[0] < 0.001:
-                raise ValueError(f"{name}: {interval} must not start below 0.001, where nothing is noised")
+                raise ValueError(f"{name}: {interval} must not start below 0.001, where there is no noise")
         if self.dm_levels is not None and self.dm_levels[1] <= 0:
             raise ValueError(f"dm_levels: {self.dm_levels} must be (mean, std) with std above 0")
         return self
@@ -81,9 +89,11 @@ class TurnAboutConfig(ScoreDistillationConfig):
     """Settings of methods before DMD2: student and fake score alternate, without guidance or a discriminator."""
 
     guidance_scale: float = Field(
-        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off, as in the paper"
+        1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0, the paper's, turns it off"
     )
-    student_every: int = Field(1, ge=1, description="fake score's steps per student's step")
-    gan_weight: float = Field(0.0, ge=0, description="student's adversarial weight; 0, the paper's, is no GAN")
-    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas")
-    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of fake score and head")
+    student_every: int = Field(1, ge=1, description="updates of the fake score per update of the student")
+    gan_weight: float = Field(
+        0.0, ge=0, description="weight of the student's adversarial loss; 0, the paper's, turns it off"
+    )
+    student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the student")
+    critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the fake score and its head")

@@ -27,13 +27,15 @@ from distillers.methods.score_settings import TurnAboutConfig
 class ScoreIdentityConfig(TurnAboutConfig):
     """Settings of the family, with the defaults of SiD's paper."""
 
-    normalize: bool = Field(True, description="divide each picture's loss by mean|x - F_T|")
+    normalize: bool = Field(True, description="divide each image's loss by mean|x - F_T|")
 
 
 class SiDConfig(ScoreIdentityConfig):
     """Settings of SiD."""
 
-    alpha: float = Field(1.2, ge=0, le=2, description="how much of |F_T - F_S|^2 is taken back; 0.5 to 1.2 in use")
+    alpha: float = Field(
+        1.2, ge=0, le=2, description="in the loss's term (1 - alpha) |F_T - F_S|^2; 0.5 to 1.2 are usual"
+    )
 
 
 class SiD(ScoreDistillation):

@@ -22,8 +22,8 @@ from distillers.methods.sid import ScoreIdentityConfig
 class SIMConfig(ScoreIdentityConfig):
     """Settings of SIM."""
 
-    normalize: bool = Field(False, description="divide each picture's loss by mean|x - F_T|")
-    huber: float = Field(0.1, gt=0, description="pseudo-Huber constant c, of the latents' standard deviation")
+    normalize: bool = Field(False, description="divide each image's loss by mean|x - F_T|")
+    huber: float = Field(0.1, gt=0, description="pseudo-Huber constant c, relative to the latents' standard deviation")
 
 
 class SIM(ScoreDistillation):

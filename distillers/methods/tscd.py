@@ -73,9 +73,9 @@ SAME_TIME = 1e-6
 class Stage(MethodConfig):
     """A stage of training with a fixed number of segments."""
 
-    segments: int = Field(ge=1, description="K")
+    segments: int = Field(ge=1, description="number of segments K")
     iterations: int | None = Field(
-        None, ge=1, description="of this stage; left out of the last, which ends with the job"
+        None, ge=1, description="length of this stage; leave it out of the last one, which ends with the job"
     )
 
 
@@ -90,16 +90,18 @@ class TSCDConfig(ConsistencyConfig):
     stages: list[Stage] = Field(
         default_factory=default_stages,
         min_length=1,
-        description="numbers of segments, falling, and how long each; the job's iterations must reach into the last",
+        description="falling numbers of segments, and their lengths; the job's iterations must reach into the last stage",
     )
     guidance_scale: float = Field(
-        5.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 is off (PCM draws 5 to 6)"
+        5.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off (PCM: 5 to 6)"
     )
-    target_decay: float = Field(0.0, ge=0, lt=1, description="of the target's moving average; 0 is the student itself")
-    lr: float = Field(5e-6, gt=0, description="student's learning rate (SDXL 2e-6)")
-    gan_weight: float = Field(0.1, ge=0, description="student's adversarial weight; 0 turns the GAN off")
-    head_lr: float = Field(1e-5, gt=0, description="discriminator heads' learning rate")
-    head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas of the heads")
+    target_decay: float = Field(
+        0.0, ge=0, lt=1, description="decay of the target's moving average; 0: the student is its own target"
+    )
+    lr: float = Field(5e-6, gt=0, description="the student's learning rate (SDXL 2e-6)")
+    gan_weight: float = Field(0.1, ge=0, description="weight of the student's adversarial loss; 0 turns the GAN off")
+    head_lr: float = Field(1e-5, gt=0, description="the discriminator heads' learning rate")
+    head_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the heads")
 
     @property
     def least_iterations(self) -> int:
@@ -118,11 +120,13 @@ class TSCDConfig(ConsistencyConfig):
         if any(later >= earlier for earlier, later in pairwise(counts)):
             raise ValueError(f"stages: segments must fall from stage to stage, got {counts}")
         if counts[0] > self.solver_steps:
-            raise ValueError(f"stages: {counts[0]} segments need as many solver_steps, there are {self.solver_steps}")
+            raise ValueError(
+                f"stages: {counts[0]} segments need at least as many solver_steps, got {self.solver_steps}"
+            )
         lengths = [stage.iterations for stage in self.stages]
         if lengths[-1] is not None or None in lengths[:-1]:
             raise ValueError(
-                f"stages: every stage but the last needs iterations, and the last takes none, got {lengths}"
+                f"stages: every stage but the last needs iterations, and the last must have none, got {lengths}"
             )
         return self
 
@@ -136,8 +140,8 @@ class TSCDConfig(ConsistencyConfig):
             visited = all(min(abs(start - t) for t in schedule.timesteps) < SAME_TIME for start in starts)
             if not visited or schedule.sampler != "ddim":
                 raise ValueError(
-                    f"schedules: {steps} draws at {schedule.timesteps} with sampler {schedule.sampler!r}, but a student of "
-                    f"{segments} segments jumps to their ends: use 'ddim' and timesteps with {starts} among them"
+                    f"schedules: {steps} has timesteps {schedule.timesteps} and sampler {schedule.sampler!r}, but a student "
+                    f"of {segments} segments jumps to their ends: use 'ddim', and timesteps that include {starts}"
                 )
         return self
 

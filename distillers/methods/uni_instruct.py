@@ -28,12 +28,14 @@ class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
     """Settings of Uni-Instruct: SiD's, and those of the divergence."""
 
     divergence: Divergence = Field(
-        "forward_kl", description="whose expansion is descended; a name, or (a, b) of h(r) = r^a (1 + r)^b"
+        "forward_kl", description="f-divergence to minimise: a name, or (a, b) of h(r) = r^a (1 + r)^b"
     )
     gan_weight: float = Field(
-        1e-3, gt=0, description="student's adversarial weight; the discriminator gives the ratios"
+        1e-3, gt=0, description="weight of the student's adversarial loss; its discriminator provides the ratios"
     )
-    ratio_gradient: bool = Field(True, description="differentiate the ratios by the pictures too, as the theory does")
+    ratio_gradient: bool = Field(
+        True, description="also differentiate the ratios with respect to the images, as in theory"
+    )
 
 
 class UniInstruct(WithRatios):

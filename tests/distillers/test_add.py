@@ -127,7 +127,7 @@ def test_a_later_step_starts_from_noised_pictures_or_from_where_the_student_gets
             method.loss(STUDENT, step_of(method.setup, B, iteration=iteration, name="student"))
         calls[simulated] = len(seen)
     assert calls[False] == 12 < calls[True]
-    assert "real pictures" in str(ADD.needs_pictures(ADDConfig()))
+    assert "real images" in str(ADD.needs_pictures(ADDConfig()))
 
 
 def test_iterations_that_draw_the_same_step_are_the_same_graph() -> None:

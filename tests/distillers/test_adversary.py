@@ -104,7 +104,7 @@ def test_a_critic_that_is_told_no_prompt_sees_the_empty_one_with_every_picture()
     true, false = real.flatten() + empty, fake.flatten() + empty
     assert float(found.loss) == pytest.approx(float((1 - true).relu().mean() + (1 + false).relu().mean()), abs=1e-6)
     assert float(student) == pytest.approx(-float(false.mean()), abs=1e-6)
-    with pytest.raises(ValidationError, match=r"mismatched_share: 0\.5 must be 0 where prompted is off"):
+    with pytest.raises(ValidationError, match=r"mismatched_share: 0\.5 must be 0 if prompted is false"):
         AdversaryConfig(prompted=False)
 
 
@@ -366,10 +366,13 @@ def test_the_matchers_loss_is_hinge_on_own_and_other_prompts_and_leaves_equal_on
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"features": None, "matching_weight": 1.0, "prompted": True}, "matching_weight: 1.0 is for features"),
-        ({"prompted": True}, "features: random is told no prompt"),
+        (
+            {"features": None, "matching_weight": 1.0, "prompted": True},
+            "matching_weight: 1.0 has an effect only with features",
+        ),
+        ({"prompted": True}, "features: random takes no prompt"),
         ({"blocks": ["mid_block"]}, "leave blocks out"),
-        ({"features": None, "feature_size": 64}, "feature_size: 64 is for features"),
+        ({"features": None, "feature_size": 64}, "feature_size: 64 has an effect only with features"),
         ({"features": "vgg"}, "features"),
     ],
 )

@@ -136,7 +136,7 @@ def test_the_base_takes_a_share(store: Store, publish: Publish, tmp_path: Path) 
     moved.rename(base)
 
     save_file(tensors(8), base / WEIGHTS)
-    with pytest.raises(CannotAverage, match=r"is another version than the one 'a' was made from"):
+    with pytest.raises(CannotAverage, match=r"is not the version that 'a' was made from"):
         average(store, "other", {"a": 1}, base_share=0.5)
     (base / WEIGHTS).rename(base / "unet" / "other.safetensors")
     publish("c", 1, base={"id": str(base), "sha256": digest_base(base)})
@@ -165,9 +165,9 @@ def test_the_shares_are_one_whole(tmp_path_factory: pytest.TempPathFactory, coun
         ({"family": "stable_diffusion"}, "differ in family"),
         ({"schedules": {1: StepSchedule(timesteps=[0.9])}}, "differ in schedules"),
         ({"licence": "CC-BY-4.0"}, "differ in licence: CC-BY-4.0 and MIT"),
-        ({"guidance": {"default_scale": 2.0}}, "draw with other guidance"),
-        ({"config": '{"blocks": 2}'}, r"networks of another kind: unet/config\.json differs"),
-        ({"weights": {"conv": torch.zeros(4, 3)}}, "has other tensors than the first student's"),
+        ({"guidance": {"default_scale": 2.0}}, "differ in guidance"),
+        ({"config": '{"blocks": 2}'}, r"different kinds of networks: unet/config\.json differs"),
+        ({"weights": {"conv": torch.zeros(4, 3)}}, "differ from the first student's"),
         ({"weights": tensors(0) | {"norm": torch.zeros(6)}}, r"norm has shapes \(5,\), \(6,\)"),
     ],
 )
@@ -193,13 +193,13 @@ def test_other_files_are_refused(store: Store, publish: Publish, tmp_path: Path)
     ("arguments", "message"),
     [
         (["mean", "a"], "at least two students, or one and a share of its base, got a"),
-        (["mean", "a", "--base", "1"], "--base 1: want a share in (-1, 1)"),
-        (["mean", "a", "--base=-1"], "--base -1: want a share in (-1, 1)"),
+        (["mean", "a", "--base", "1"], "--base 1: give a share above -1 and below 1"),
+        (["mean", "a", "--base=-1"], "--base -1: give a share above -1 and below 1"),
         (["mean", "a", "--base", "0.5"], "base 'line' is not bundled"),
         (["mean", "a", "a:2"], "named twice"),
-        (["mean", "a", "b:x"], "want NAME or NAME:COUNT"),
-        (["mean", "a", "b:0"], "b: counts 0 times; want a number above 0"),
-        (["mean", "a", "b:nan"], "b: counts nan times"),
+        (["mean", "a", "b:x"], "give NAME or NAME:COUNT"),
+        (["mean", "a", "b:0"], "b: its weight is 0; give a number above 0"),
+        (["mean", "a", "b:nan"], "b: its weight is nan"),
         (["mean", "a", "no"], "no student is named 'no'"),
         (["No Name", "a", "b"], "'No Name' is not a valid name"),
         (["a", "a", "b"], "exists already"),

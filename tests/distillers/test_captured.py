@@ -167,7 +167,7 @@ def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
         (
             {"method": "consistency"},
             "train.capture",
-            r"consistency's losses ask .* capture off \(.*: add, diff_instruct, ",
+            r"consistency's losses read .* capture off \(.*: add, diff_instruct, ",
         ),
         ({"guide": {"student": "worse"}}, "guide", "'worse' leads rows"),
         ({"train": {"gradient_accumulation": 2}}, "train.gradient_accumulation", "2 must be 1 with capture"),

@@ -198,7 +198,7 @@ class FewBatches:
 def test_a_diverged_teacher_is_told() -> None:
     assert teacher.check(0.5, 50) == 0.5
     with pytest.raises(
-        ArithmeticError, match="step 50: the loss is nan; start again from the checkpoint with a lower --lr"
+        ArithmeticError, match="step 50: the loss is nan; restart from the checkpoint with a lower --lr"
     ):
         teacher.check(float("nan"), 50)
 

@@ -186,7 +186,7 @@ def test_a_base_that_has_moved(store: Store, folder: Path, tmp_path: Path, base:
 
 def test_students_without_such_weights(store: Store, folder: Path, base: TextToImage, tmp_path: Path) -> None:
     extract(store, "cat-lora", "cat", rank=1)
-    with pytest.raises(CannotExtract, match="'cat-lora' is a LoRA already"):
+    with pytest.raises(CannotExtract, match="'cat-lora' is already a LoRA"):
         extract(store, "again", "cat-lora")
     router = Router(students=["cat", "cat-lora"], centroids=[[0.0], [1.0]])
     (tmp_path / "routed").mkdir()

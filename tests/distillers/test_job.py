@@ -90,7 +90,7 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         (
             {"method": "consistency", "config": {"guidance_range": [1, 9]}, "lora": {"rank": 2}},
             "lora",
-            "which adapters do not carry; leave lora out",
+            "which adapters cannot contain; leave lora out",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_pictures_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert corpus.pictures is not None
     assert (corpus.pictures([0]) == 128).all()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
-    with pytest.raises(BadData, match=r"deep\.png is no readable picture \(Image size \(64 pixels\)"):
+    with pytest.raises(BadData, match=r"deep\.png is not a readable image \(Image size \(64 pixels\)"):
         corpus.pictures([0])
 
 
@@ -326,7 +326,7 @@ def test_a_job_publishes_its_averaged_student(raw: dict[str, Any], tmp_path: Pat
     assert len(sheets) == 2
     # The name is taken now: another job of that name ends before it trains.
     assert JobRun(raw, tmp_path / "second", store).run(resume=False) == 1
-    assert "published already" in events(tmp_path / "second")[-1].message
+    assert "already published" in events(tmp_path / "second")[-1].message
     assert JobRun(raw, tmp_path / "third", store, replace=True).run(resume=False) == 0
 
 
@@ -438,7 +438,7 @@ def test_what_cannot_guide_the_teacher_is_refused(raw: dict[str, Any], tmp_path:
     ranged = {"method": "consistency", "config": {"guidance_range": [6.0, 8.0]}, "student": "told"}
     assert JobRun(raw | ranged, tmp_path / "fourth", store).run(resume=False) == 0
     assert JobRun(raw | {"student": "last", "guide": {"student": "told"}}, tmp_path / "last", store).run(False) == 1
-    assert "'told' is told its guidance scale" in events(tmp_path / "last")[-1].message
+    assert "'told' is conditioned on a guidance scale" in events(tmp_path / "last")[-1].message
 
 
 def test_a_job_on_prompts_alone_needs_no_pictures(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -548,7 +548,7 @@ def test_a_job_killed_between_publishing_and_saying_so_has_finished(
     assert JobRun(raw, tmp_path / "elsewhere", store).run(resume=True) == 1
     raw["train"] |= {"iterations": 3}
     assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 1
-    assert "published already" in events(tmp_path / "run")[-1].message
+    assert "already published" in events(tmp_path / "run")[-1].message
 
 
 def test_a_diverged_job_says_where_and_what_is_left(

@@ -144,7 +144,7 @@ def test_a_stopped_job_goes_on_in_its_second_part(
     assert done == ["part-0", "part-0", "part-1"] and store.names() == ["msd-0"]
     before = store.open("msd-0")
     assert MultiRun(raw, tmp_path / "run", store).run(resume=False) == 1
-    assert "'msd-0' is published already" in events(tmp_path / "run")[-1].message
+    assert "'msd-0' is already published" in events(tmp_path / "run")[-1].message
     assert MultiRun(raw, tmp_path / "run", store).run(resume=True) == 0
     assert done[3:] == ["part-1"] and store.open("msd-0") == before
     assert [event.step for event in events(tmp_path / "run") if event.kind == "started"] == [0, 3]
@@ -167,7 +167,7 @@ def test_a_name_that_was_taken_meanwhile_is_refused_before_a_resumed_job_goes_on
     (tmp_path / "run" / "part-1").mkdir()
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it trained"))
     assert MultiRun(raw, tmp_path / "run", store).run(resume=True) == 1
-    assert "'msd-1' is published already" in events(tmp_path / "run")[-1].message
+    assert "'msd-1' is already published" in events(tmp_path / "run")[-1].message
 
 
 CHILD = """
@@ -324,7 +324,7 @@ def test_smaller_students_are_taught_first_and_then_distilled_each_from_its_own(
     assert not same(published(store, "taught-0"), published(store, "taught-1"))
     run = MultiRun(second | {"student": "else", "partition": {"students": 3}}, tmp_path / "other", store)
     assert run.run(resume=False) == 1
-    assert "2 students for other parts than this job's 3" in events(tmp_path / "other")[-1].message
+    assert "the 2 students of 'msd' are for other parts than this job's 3" in events(tmp_path / "other")[-1].message
 
 
 # Merged events

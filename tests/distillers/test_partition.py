@@ -123,7 +123,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
         make_partition(spec(by="groups"), missing, embed, with_pictures=True)
     far = corpus(captions=[*corpus().captions, "moth"], rows=[[0], [0], [0], [0]], odds=None, prompts=[7, 0, 5, 4])
     found = make_partition(spec(), far, embed, with_pictures=True)
-    with pytest.raises(BadData, match="no picture has a caption that is routed to it"):
+    with pytest.raises(BadData, match="no image has a caption that is routed to it"):
         part_of(far, found, int(found.labels[5]), with_pictures=True)
 
 
@@ -141,7 +141,7 @@ def test_the_partition_is_made_once_and_is_of_its_data(tmp_path: Path) -> None:
         "base": "other",
     }
     for what in changed:
-        with pytest.raises(BadData, match="made for other prompts, another base or other settings"):
+        with pytest.raises(BadData, match="made for other prompts, another base or other partition settings"):
             stored_partition(
                 tmp_path,
                 changed["spec"] if what == "spec" else spec(),  # type: ignore[arg-type]

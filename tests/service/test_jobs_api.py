@@ -386,7 +386,7 @@ def test_a_reason_of_an_earlier_attempt_is_not_told_again(client: TestClient, se
     job_id = client.post(JOBS, json=spec(refuse="the first reason")).json()["id"]
     until(client, job_id, ended)
     (settings.jobs_dir / job_id / "state.json").write_text(
-        "no JSON"
+        "not JSON"
     )  # the next attempt ends before it can tell anything
     client.post(f"{JOBS}/{job_id}/resume")
     failed = until(client, job_id, ended)

@@ -70,7 +70,7 @@ def test_half_precision_needs_a_gpu() -> None:
     [
         ({"family": "stable"}, "no family is named 'stable'; available: .*stable_diffusion"),
         ({"bases": ["/no/such/folder"]}, "FEWSTEP_BASES: base '/no/such/folder' is not bundled"),
-        ({"device": "cuda:63"}, "FEWSTEP_DEVICE: cuda:63 was asked for"),
+        ({"device": "cuda:63"}, "FEWSTEP_DEVICE: cuda:63 was requested"),
     ],
 )
 def test_the_engine_refuses_what_is_not_there(fields: dict[str, object], says: str, tiny_base: object) -> None:

@@ -79,25 +79,33 @@ def parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=6.0, help="training budget of each method on each thread (%(default)s)"
     )
     made.add_argument("--threads", type=int, default=1, help="CPU threads of training and measuring (%(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of every training (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="seed of every training (%(default)s)")
     made.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="train and measure these alone; the others stand as kept"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="train and measure only these; the others keep their results",
     )
-    made.add_argument("--list", "--dry-run", action="store_true", help="say what would be done, and do nothing")
+    made.add_argument("--list", "--dry-run", action="store_true", help="list what would be done, and do nothing")
     made.add_argument("--table-only", action="store_true", help="write the document from what is finished")
-    made.add_argument("--quick", action="store_true", help="measure a small sample, for a look")
-    made.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="the board's folder (%(default)s)")
-    made.add_argument("--docs", type=Path, default=Path("docs"), help="where the document goes (%(default)s)")
+    made.add_argument("--quick", action="store_true", help="measure only a small sample")
     made.add_argument(
-        "--cache", type=Path, default=default_root(), help="folder of what belongs to bases (%(default)s)"
+        "--out", type=Path, default=Path("runs/leaderboard"), help="folder for the leaderboard's runs (%(default)s)"
+    )
+    made.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the document (%(default)s)")
+    made.add_argument(
+        "--cache", type=Path, default=default_root(), help="folder for what is cached of bases (%(default)s)"
     )
     made.add_argument("--base", default=DEFAULT_BASE, help="the teacher (%(default)s)")
-    made.add_argument("--recipes", type=Path, default=RECIPES, help="folder of the recipes emoji_*.toml")
+    made.add_argument("--recipes", type=Path, default=RECIPES, help="folder with the recipes emoji_*.toml")
     made.add_argument(
         "--probe-seconds", type=float, default=PROBE_SECONDS, help="length of the timed run (%(default)s)"
     )
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure on")
-    made.add_argument("--batch", type=int, default=64, help="pictures drawn at a time when measuring (%(default)s)")
+    made.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to measure on (%(default)s)"
+    )
+    made.add_argument("--batch", type=int, default=64, help="images generated at a time when measuring (%(default)s)")
     return made
 
 
@@ -132,7 +140,9 @@ class Board:
         if known is not None and known != wanted:
             old, new = known.model_dump(), wanted.model_dump()
             others = ", ".join(f"{key} {old[key]} (now {new[key]})" for key in old if old[key] != new[key])
-            raise ValueError(f"{self.work} holds a board with other settings: {others}. Use them, or another --out")
+            raise ValueError(
+                f"{self.work} holds a leaderboard with other settings: {others}. Use those, or another --out"
+            )
         return wanted
 
     def _kept(self) -> Kept | None:
@@ -229,7 +239,7 @@ class Board:
         """Writes the document and the figure from the results so far."""
         teacher, results = self.teacher(measure=False), self.results()
         if teacher is None:
-            self._say(f"nothing is measured in {self.work} yet: no document is written")
+            self._say(f"nothing has been measured in {self.work} yet, so no document is written")
             return
         docs = self.options.docs
         figure.plot(docs / document.FIGURE, self.settings, teacher, results)
@@ -251,16 +261,16 @@ class Board:
         if entry.left_out is not None:
             return f"left out: {entry.left_out}"
         if entry not in self.chosen:
-            return "not asked for" if self._result(entry) is None else "not asked for, stands as it is"
+            return "not selected" if self._result(entry) is None else "not selected, keeps its result"
         folder = self._folder(entry)
         result = read(Result, folder / "result.json")
         if result is not None and result.recipe_sha256 != entry.sha256:
-            return f"the recipe has changed since: delete {folder} to train it anew"
+            return f"the recipe has changed since: delete {folder} to train it again"
         if result is not None:
-            return f"failed, to be tried again: {result.failure}" if result.failure else "finished"
+            return f"failed, will be tried again: {result.failure}" if result.failure else "finished"
         if (folder / "training.json").is_file():
             return "trained, to be measured"
-        return "begun, to go on" if (folder / COST).is_file() else "to be trained"
+        return "started, will be continued" if (folder / COST).is_file() else "to be trained"
 
     def _folder(self, entry: Entry) -> Path:
         return self.work / entry.name

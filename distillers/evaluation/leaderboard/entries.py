@@ -86,14 +86,14 @@ def find(folder: Path, base: str) -> list[Entry]:
         job, _ = check_spec(raw)
         reason = None
         if job.base != base:
-            reason = f"its base is {job.base}, this board's is {base}"
+            reason = f"its base is {job.base}, and the leaderboard's is {base}"
         elif job.start is not None:
-            reason = f"it goes on from the student {job.start}, whose training is in no budget"
+            reason = f"it continues from the student {job.start}, whose training the budget does not count"
         elif job.guide is not None:
-            reason = f"it is guided by the student {job.guide.student}, whose training is in no budget"
+            reason = f"it is guided by the student {job.guide.student}, whose training the budget does not count"
         entries.append(Entry(path.stem.removeprefix(PREFIX), job, raw, reason))
     if not entries:
-        raise ValueError(f"{folder} has no recipe {PREFIX}*.toml")
+        raise ValueError(f"{folder} has no recipes {PREFIX}*.toml")
     return entries
 
 
@@ -109,8 +109,10 @@ def chosen(entries: Sequence[Entry], only: Sequence[str]) -> list[Entry]:
     names = [name.removeprefix(PREFIX) for name in only]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"no recipe {', '.join(PREFIX + name for name in unknown)}: use one of {', '.join(known)}")
+        raise ValueError(
+            f"there is no recipe {', '.join(PREFIX + name for name in unknown)}: use one of {', '.join(known)}"
+        )
     for name in names:
         if known[name].left_out is not None:
-            raise ValueError(f"{name} cannot be on the board: {known[name].left_out}")
+            raise ValueError(f"{name} cannot be on the leaderboard: {known[name].left_out}")
     return [known[name] for name in names]

@@ -49,40 +49,42 @@ def read(kind: type[Kind], path: Path) -> Kind | None:
     try:
         return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no {kind.__name__.lower()} of this version, delete it: {error}") from error
+        raise ValueError(f"{path} is not a {kind.__name__.lower()} file of this version; delete it: {error}") from error
 
 
 class Settings(Record):
     """What all rows of a board have in common; figures under different settings are not comparable."""
 
     minutes: float = Field(gt=0, description="training budget of each method, on each thread")
-    by: Literal["processor", "clock"] = Field(description="what tells these minutes")
+    by: Literal["processor", "clock"] = Field(description="how these minutes are measured")
     threads: int = Field(ge=1, description="CPU threads of training")
-    seed: int = Field(ge=0, description="of every training")
+    seed: int = Field(ge=0, description="seed of every training")
     base: str = Field(description="the teacher")
     base_sha256: str
     protocol: str = Field(description="digest of the evaluation's protocol")
     quick: bool
-    batch: int = Field(ge=1, description="pictures drawn at a time when measuring; it decides rounding")
+    batch: int = Field(ge=1, description="images generated at a time when measuring, which affects rounding")
 
 
 class Probe(Record):
     """The cost of a method, measured before its training, and the resulting number of iterations."""
 
-    recipe_sha256: str = Field(description="of the recipe as it was then")
-    seconds_per_iteration: float = Field(description="as the budget is told")
+    recipe_sha256: str = Field(description="digest of the recipe as it was then")
+    seconds_per_iteration: float = Field(description="measured as the budget is")
     preparation_seconds: float = Field(description="likewise, before the first iteration, such as making teacher pairs")
     iterations: int
-    corrected: bool = Field(False, description="taken from a whole training, which had missed the budget")
+    corrected: bool = Field(False, description="true if measured in a whole training that missed the budget")
 
 
 class Training(Record):
     """What a training took."""
 
     iterations: int
-    seconds: float = Field(description="as the budget is told, preparation included; no checkpoints, no sample sheets")
+    seconds: float = Field(
+        description="measured as the budget is, with preparation but without checkpoints and sample sheets"
+    )
     clock_seconds: float = Field(description="the same by the clock")
-    pictures: int = Field(description="of an iteration: batch size times accumulation")
+    pictures: int = Field(description="images per iteration: batch size times accumulation")
     peak_bytes: int = Field(description="largest resident memory of the process")
     attempts: int = Field(description="processes that it took: more than one where it was stopped and resumed")
 
@@ -91,10 +93,10 @@ class Row(Record):
     """The scores of one model at one number of steps."""
 
     steps: int
-    evaluations: int = Field(description="network evaluations a picture")
-    milliseconds: float = Field(description="a picture, in batches")
+    evaluations: int = Field(description="network evaluations per image")
+    milliseconds: float = Field(description="per image, in batches")
     kernel_distance: Figure
-    captions_apart: bool = Field(False, description="kernel distance leaves out pairs of one caption's pictures")
+    captions_apart: bool = Field(False, description="kernel distance leaves out pairs of images for the same caption")
     frechet_distance: float
     r_precision: Figure
     diversity: Figure | None = Field(description="mean pairwise distance over coarse prompts; None: not measured")

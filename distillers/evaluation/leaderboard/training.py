@@ -116,7 +116,7 @@ class Trainee:
         """
         known = read(Probe, self.folder / COST)
         if known is not None and known.recipe_sha256 != self.entry.sha256:
-            raise Stale(f"the recipe of {self.entry.name} has changed since: delete {self.folder} to train it anew")
+            raise Stale(f"the recipe of {self.entry.name} has changed since: delete {self.folder} to train it again")
         return known
 
     @property
@@ -145,8 +145,8 @@ class Trainee:
         budget = self.settings.minutes * 60 - preparation
         if budget < cost:
             raise TrainingFailed(
-                f"its preparation takes {preparation / 60:.1f} minutes, an iteration {cost:.1f} s: that is more than the "
-                f"budget of {self.settings.minutes:g} minutes"
+                f"its preparation takes {preparation / 60:.1f} minutes and an iteration {cost:.1f} s, which is more than "
+                f"the budget of {self.settings.minutes:g} minutes"
             )
         return Probe(
             recipe_sha256=self.entry.sha256,

@@ -160,7 +160,7 @@ def test_step_counts_with_a_step_to_hand_over(base_folder: Path) -> None:
     pipeline = load("stable_diffusion", base_folder)
     assert step_counts(Model("a", pipeline, manifest(base_folder, schedules=SCHEDULES))) == [2, 4]
     single = Model("single", pipeline, manifest(base_folder, schedules={1: SCHEDULES[1]}))
-    with pytest.raises(ValueError, match=r"'single' draws in 1 step\(s\)"):
+    with pytest.raises(ValueError, match=r"'single' supports 1 step\(s\)"):
         step_counts(single)
 
 
@@ -211,10 +211,10 @@ def test_what_could_not_be_written_is_refused_before_it_is_measured(
     monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
     for given, says in [
         (["emoji-average", "--store", str(tmp_path), "--write"], "bundled with the code and read-only"),
-        (["emoji-average", "--write"], "without --write the choice is shown"),
-        (arguments(store, tmp_path, "--write", "--quick"), "--quick is a look"),
+        (["emoji-average", "--write"], "without --write the choice is printed"),
+        (arguments(store, tmp_path, "--write", "--quick"), "--quick measures only a small sample"),
         (["nobody", "--store", str(store)], "no student is named 'nobody'"),
-        (arguments(store, tmp_path, "--batch", "0"), "at least 1 picture"),
+        (arguments(store, tmp_path, "--batch", "0"), "give at least 1"),
     ]:
         assert command.main(given) == 2
         assert says in " ".join(capsys.readouterr().err.split())

@@ -50,7 +50,7 @@ def test_what_is_no_picture_is_refused(lite: features.Extractor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         lite(torch.rand(2, 3, 8, 8))
     with pytest.raises(
-        ValueError, match="no feature extractor; available: efficientnet-lite0, inception, dinov2, clip"
+        ValueError, match="not a feature extractor; available: efficientnet-lite0, inception, dinov2, clip"
     ):
         features.extractor("resnet")
 

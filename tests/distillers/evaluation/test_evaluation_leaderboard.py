@@ -274,20 +274,20 @@ class TestEntries:
     def test_recipes_are_found_and_unfair_ones_left_out_with_a_reason(self, recipes: Path) -> None:
         found = {entry.name: entry for entry in entries.find(recipes, str(recipes / "tiny-base"))}
         assert sorted(found) == ["good", "later", "other", "wild"]
-        assert "goes on from the student x" in (found["later"].left_out or "")
+        assert "continues from the student x" in (found["later"].left_out or "")
         assert "its base is emoji-base" in (found["other"].left_out or "")
         assert [entry.name for entry in entries.chosen(list(found.values()), [])] == ["good", "wild"]
         assert [entry.name for entry in entries.chosen(list(found.values()), ["emoji_good"])] == ["good"]
         with pytest.raises(ValueError, match="no recipe emoji_none: use one of good, later, other, wild"):
             entries.chosen(list(found.values()), ["none"])
-        with pytest.raises(ValueError, match="later cannot be on the board: it goes on from"):
+        with pytest.raises(ValueError, match="later cannot be on the leaderboard: it continues from"):
             entries.chosen(list(found.values()), ["later"])
 
     def test_a_recipe_that_is_guided_by_a_student_is_left_out(self, recipes: Path, tmp_path: Path) -> None:
         text = (recipes / "emoji_good.toml").read_text()
         (tmp_path / "emoji_guided.toml").write_text(text + '[guide]\nstudent = "worse"\n')
         (guided,) = entries.find(tmp_path, str(recipes / "tiny-base"))
-        assert guided.left_out == "it is guided by the student worse, whose training is in no budget"
+        assert guided.left_out == "it is guided by the student worse, whose training the budget does not count"
 
     def test_the_committed_recipes_are_entries(self) -> None:
         found = entries.find(command.RECIPES, "emoji-base")
@@ -324,7 +324,7 @@ class TestEntries:
         assert entry.spec(iterations=400, threads=1, seed=0, every=10, minutes=1.0)["train"]["max_minutes"] == 0.25
 
     def test_a_folder_without_recipes_is_no_board(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="has no recipe emoji_"):
+        with pytest.raises(ValueError, match="has no recipes emoji_"):
             entries.find(tmp_path, "emoji-base")
 
 
@@ -375,7 +375,7 @@ def test_the_board_trains_measures_and_goes_on(
     assert not docs.exists()
     assert board(recipes, out, "--list") == 0
     listed = capsys.readouterr().out
-    assert "begun, to go on" in listed and "to be trained" in listed and "left out: its base is emoji-base" in listed
+    assert "started, will be continued" in listed and "to be trained" in listed and "left out: its base is emoji-base" in listed
 
     runs.jobs, runs.stop = [], None
     assert board(recipes, out) == 1  # the wild one fails, the good one does not care
@@ -390,7 +390,7 @@ def test_the_board_trains_measures_and_goes_on(
     assert (wild.failure is not None and "is nan" in wild.failure) or "is inf" in (wild.failure or "")
     assert not (out / "good" / "job" / "checkpoints").exists() and not (out / "good" / "probe").exists()
     text = (docs / "leaderboard.md").read_text()
-    assert "**good**" in text and "failed: iteration" in text and "`later`: it goes on" in text
+    assert "**good**" in text and "failed: iteration" in text and "`later`: it continues" in text
     known = read(Teacher, out / "teacher.json")
     assert known is not None and [r.steps for r in known.rows] == [3, 1, 2]  # full first; 4 is more than that
     assert [(r.steps, r.evaluations) for r in known.untrained] == [(1, 1), (2, 2), (4, 4)]  # as a student draws
@@ -432,7 +432,7 @@ def check_refusals(recipes: Path, out: Path, runs: Runs, capsys: pytest.CaptureF
         assert board(recipes, out, *more) == 2
         return " ".join(capsys.readouterr().err.split())
 
-    assert "holds a board with other settings: seed 0 (now 5)" in error("--seed", "5")
+    assert "holds a leaderboard with other settings: seed 0 (now 5)" in error("--seed", "5")
     assert "no recipe emoji_none" in error("--only", "none")
     recipe = recipes / "emoji_good.toml"
     before = recipe.read_text()
@@ -452,7 +452,7 @@ def test_a_budget_too_small_for_an_iteration_is_a_failure_with_the_numbers(
 ) -> None:
     assert board(recipes, tmp_path, "--only", "good", "--minutes", "0.000001") == 1
     failed = read(Result, tmp_path / "good" / "result.json")
-    assert failed is not None and "that is more than the budget of 1e-06 minutes" in (failed.failure or "")
+    assert failed is not None and "which is more than the budget of 1e-06 minutes" in (failed.failure or "")
     assert runs.jobs == ["good probe"]
 
 

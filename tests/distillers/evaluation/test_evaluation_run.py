@@ -111,7 +111,7 @@ def test_the_command_measures_writes_and_resumes(
 ) -> None:
     assert run(store, tmp_path / "out") == 0
     printed, told = capsys.readouterr()
-    assert "tiny-base: captions and real pictures are the bundled emoji's" in told.replace("\n", " ")
+    assert "tiny-base: captions and real images are the bundled emoji's" in told.replace("\n", " ")
     assert "PASS" in printed or "MISS" in printed
     assert "report.html" in printed.replace("\n", "")
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -267,7 +267,7 @@ def test_names_choose_students_and_bases(base_folder: Path, store: Path, tmp_pat
     other = tiny_pipeline(tmp_path / "other", seed=1)
     with pytest.raises(WrongBase, match="tiny-student"):
         models.load_models(["tiny-student", str(other)], store)
-    with pytest.raises(ValueError, match="one base an evaluation"):
+    with pytest.raises(ValueError, match="an evaluation has one base"):
         models.load_models([str(base_folder), str(other)], store)
 
 
@@ -277,7 +277,7 @@ def test_errors_are_one_line_and_status_2(
     assert command.main(["nobody", "--store", str(store), "--out", str(tmp_path)]) == 2
     assert "no student is named 'nobody'" in " ".join(capsys.readouterr().err.split())
     assert run(store, tmp_path, "--batch", "0") == 2
-    assert "at least 1 picture" in " ".join(capsys.readouterr().err.split())
+    assert "give at least 1" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert run(store, tmp_path) == 2
     assert "fewstep[metrics]" in capsys.readouterr().err
