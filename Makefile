@@ -1,4 +1,4 @@
-# Every verb works on a fresh clone with python3 and make alone: the first one makes .venv, which takes some minutes.
+# Every target works in a fresh clone with only python3 and make. The first one creates .venv, which takes some minutes.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 TORCH_VERSION ?= 2.13.0
-# Where to look for torch besides the default index: a URL, `none`, or `auto`, which is PyTorch's index of CPU builds where
-# there is no NVIDIA GPU and that index answers, else `none`.
+# Where to look for torch besides the default index: a URL, `none`, or `auto`. `auto` means PyTorch's index of CPU builds if
+# there is no NVIDIA GPU and that index answers, and otherwise `none`.
 TORCH_INDEX ?= auto
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 GPU := $(shell if nvidia-smi -L >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; then echo yes; fi)
@@ -22,16 +22,16 @@ PORT ?= 8000
 # `make distill`: a TOML or JSON file, or a recipe's name (distillers/recipes).
 JOB ?= demo
 OUT ?= runs/evaluation
-# Processes that `make test` runs the tests in, each on one core and with about 1.5 GB of memory.
+# Number of processes for `make test`; each uses one core and about 1.5 GB of memory.
 WORKERS ?= 2
-# `make leaderboard`: training budget of each method, in minutes on each of so many threads; docs/leaderboard.md is of 6 on 1.
+# `make leaderboard`: training budget of each method, in minutes on this many threads; docs/leaderboard.md is for 6 on 1.
 MINUTES ?= 6
 THREADS ?= 1
-# More arguments for a verb's command: `make test ARGS="-k schedules"`.
+# More arguments for a target's command: `make test ARGS="-k schedules"`.
 ARGS ?=
 
 .PHONY: help
-help: ## what each verb does
+help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml
@@ -56,34 +56,34 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## the virtual environment, with torch for this machine and everything that is needed
+install: $(STAMP) ## create the virtual environment, with the build of torch for this machine
 
 .PHONY: demo
-demo: $(STAMP) ## distil the bundled teacher for some minutes, serve it, draw a labelled contact sheet
+demo: $(STAMP) ## distil the bundled teacher for some minutes, serve the student, draw a labelled contact sheet
 	$(BIN)/fewstep demo $(ARGS)
 
 .PHONY: serve
-serve: $(STAMP) ## the API on http://127.0.0.1:8000 (HOST=, PORT=) with the bundled models
+serve: $(STAMP) ## serve the API on http://127.0.0.1:8000 (HOST=, PORT=) with the bundled models
 	$(BIN)/fewstep serve --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: distill
-distill: $(STAMP) ## one job, JOB=my-job.toml or a recipe's name; goes on where it stopped
+distill: $(STAMP) ## run the job in JOB= (a TOML or JSON file, or a recipe's name); resumes where it stopped
 	$(BIN)/fewstep distill $(JOB) --resume $(ARGS)
 
 .PHONY: evaluate
-evaluate: $(STAMP) ## measure the bundled teacher and student: JSON, sheets, curves, one HTML report in OUT=
+evaluate: $(STAMP) ## measure the bundled teacher and students: JSON, sheets, curves and an HTML report in OUT=
 	$(BIN)/fewstep evaluate --out $(OUT) $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## the tests, with the coverage of weights/ and distillers/losses (at least 90%)
+test: $(STAMP) ## run the tests, and require 90% coverage of weights/ and distillers/losses
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term --cov-fail-under=90 $(ARGS)
 
 .PHONY: test-slow
-test-slow: $(STAMP) ## the tests that need minutes
+test-slow: $(STAMP) ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## ruff, mypy, and the linters of Dockerfile and shell scripts where they are installed
+lint: $(STAMP) ## run ruff and mypy, and hadolint and shellcheck if they are installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -91,39 +91,39 @@ lint: $(STAMP) ## ruff, mypy, and the linters of Dockerfile and shell scripts wh
 	@if [ -x $(BIN)/shellcheck ]; then echo "shellcheck .ci/run docker/*.sh"; $(BIN)/shellcheck .ci/run docker/*.sh; fi
 
 .PHONY: format
-format: $(STAMP) ## let ruff format the code and mend what it can
+format: $(STAMP) ## format the code with ruff, and fix what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP) ## time the network, the decoder and whole draws by backend; a table, and JSON in runs/bench.json
+bench: $(STAMP) ## time the network, the decoder and whole images by backend; JSON in runs/bench.json
 	$(BIN)/python -m tests.benchmarks.bench_network --out runs/bench.json $(ARGS)
 
 .PHONY: bench-train
-bench-train: $(STAMP) ## time training, method by method, beside its bare evaluations; JSON in runs/bench-train.json
+bench-train: $(STAMP) ## time training by method, and its network evaluations alone; JSON in runs/bench-train.json
 	$(BIN)/python -m tests.benchmarks.bench_train --out runs/bench-train.json $(ARGS)
 
 .PHONY: bench-serve
-bench-serve: $(STAMP) ## time the server beside common ways to serve diffusers, and the bare calls; JSON in runs/bench-serve.json
+bench-serve: $(STAMP) ## compare the server with other ways to serve, and with bare calls; JSON in runs/bench-serve.json
 	$(BIN)/python -m tests.benchmarks.bench_serve --out runs/bench-serve.json $(ARGS)
 
 .PHONY: leaderboard
-leaderboard: $(STAMP) ## train every method at one budget (hours), measure all: docs/leaderboard.md; goes on where it stopped
+leaderboard: $(STAMP) ## train and measure every method (hours): docs/leaderboard.md; resumes where it stopped
 	$(BIN)/python -m distillers.evaluation.leaderboard --minutes $(MINUTES) --threads $(THREADS) $(ARGS)
 
 .PHONY: bench-memory
-bench-memory: $(STAMP) ## what a job holds in memory, fully trained, with adapters, and with them on one shared base
+bench-memory: $(STAMP) ## measure a job's memory: full fine-tuning, LoRA, and LoRA on a shared base
 	$(BIN)/python -m tests.benchmarks.bench_memory $(ARGS)
 
 .PHONY: docs
-docs: $(STAMP) ## write the table in docs/settings.md anew from the settings' own descriptions
+docs: $(STAMP) ## regenerate the table in docs/settings.md from the settings' descriptions
 	{ sed '/^|/,$$d' docs/settings.md; $(BIN)/python -m service.settings; } > docs/settings.md.new
 	mv docs/settings.md.new docs/settings.md
 
 .PHONY: docker-test
-docker-test: ## build and start the images, draw a picture through the published port, run a short job
+docker-test: ## build and start the containers, generate an image through the published port, run a short job
 	docker/smoke.sh
 
 .PHONY: clean
-clean: ## remove the caches (not .venv, not runs/)
+clean: ## remove caches (but not .venv or runs/)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* build dist *.egg-info htmlcov

@@ -38,7 +38,7 @@ def ask(address: str, body: Any = None, status: int = 200) -> Any:
     except urllib.error.HTTPError as error:
         got, content = error.code, error.read()
     if got != status:
-        raise SystemExit(f"{address} answered {got}, want {status}: {content.decode(errors='replace')[:2000]}")
+        raise SystemExit(f"{address} answered {got} instead of {status}: {content.decode(errors='replace')[:2000]}")
     return json.loads(content)
 
 
