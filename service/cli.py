@@ -30,7 +30,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
     name="fewstep",
-    help="Distil text-to-image diffusion models into students that draw in one to four steps, and serve them.",
+    help="Distil text-to-image diffusion models into students that need one to four steps, and serve them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,7 +62,7 @@ def _publish(module: str, arguments: list[str], names: Iterable[str]) -> NoRetur
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="Lowest level to log: debug, info, warning or error.")] = None,
 ) -> None:
     """Serve the API. All other settings are FEWSTEP_... environment variables: see docs/settings.md."""
     settings = _settings(host=host, port=port, log_level=log_level)
@@ -159,7 +159,9 @@ def distill(context: typer.Context) -> None:
 
 
 @app.command()
-def models(server: Annotated[str | None, typer.Option(help="Ask this server instead of the store.")] = None) -> None:
+def models(
+    server: Annotated[str | None, typer.Option(help="List this server's models instead of the store's.")] = None,
+) -> None:
     """List the models that can generate images."""
     columns = ["model", "kind", "base", "method", "steps"]
     if server is not None:
@@ -182,17 +184,19 @@ def models(server: Annotated[str | None, typer.Option(help="Ask this server inst
 @app.command()
 def draw(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="PNG, JPEG or WebP; more pictures get numbers.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File to write: PNG, JPEG or WebP; numbered if there are several.")
+    ],
     model: Annotated[str | None, typer.Option(help="A name from `fewstep models`.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=100, help="1 to 4 for students.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first picture's; the others count up from it.")] = 0,
-    n: Annotated[int, typer.Option("-n", min=1, max=10, help="How many pictures.")] = 1,
-    diversity: Annotated[bool, typer.Option(help="Let the base draw the first step.")] = False,
-    server: Annotated[str | None, typer.Option(help="Draw on this server instead of here.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=100, help="Number of steps: 1 to 4 for students.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up from it.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, max=10, help="Number of images.")] = 1,
+    diversity: Annotated[bool, typer.Option(help="Let the base do the first step.")] = False,
+    server: Annotated[str | None, typer.Option(help="Use this server instead of this process.")] = None,
 ) -> None:
     """Generate images from a prompt."""
     if out.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
-        fail(f"--out {out}: name a .png, .jpg or .webp file", 2)
+        fail(f"--out {out}: give the name of a .png, .jpg or .webp file", 2)
     began = time.perf_counter()
     if server is not None:
         with client_of(server) as client:
@@ -228,9 +232,9 @@ def _draw_here(
 def export(
     name: Annotated[str, typer.Argument(help="A student of the store.")],
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
-    steps: Annotated[int, typer.Option(min=1, help="The step count to draw with.")] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="Step count of the pipeline.")] = 4,
     base: Annotated[
-        str | None, typer.Option(help="Where its base lies now: a name, folder or hub id; as at training if left out.")
+        str | None, typer.Option(help="Where its base is now: a name, folder or hub id; as in training if left out.")
     ] = None,
 ) -> None:
     """Write a student as a plain diffusers pipeline, which runs without Fewstep."""
@@ -248,13 +252,13 @@ def export(
 @app.command()
 def delete(
     name: Annotated[str, typer.Argument(help="A student of the store; a router before its members.")],
-    store: Annotated[Path | None, typer.Option(help="The store, if it is not the settings'.")] = None,
-    server: Annotated[str | None, typer.Option(help="Have this server do it, in its store.")] = None,
+    store: Annotated[Path | None, typer.Option(help="The store, if not that of the settings.")] = None,
+    server: Annotated[str | None, typer.Option(help="Delete it on this server, from the server's store.")] = None,
 ) -> None:
     """Delete a student permanently. A running server finishes the images that it is generating with it."""
     if server is not None:
         if store is not None:
-            fail("--store and --server: name one of them, since a server has its own store", 2)
+            fail("--store and --server cannot be combined, since a server has its own store", 2)
         with client_of(server) as client:
             client.request("DELETE", f"/v1/models/{quote(name, safe='')}")
     else:
@@ -278,7 +282,7 @@ def _delete_here(name: str, store: Path | None) -> None:
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option(help="For the student, the logs and the sheet; a new one under runs/ if left out."),
+        typer.Option(help="Folder for student, logs and contact sheet; a new one under runs/ if left out."),
     ] = None,
     recipe: Annotated[str, typer.Option(help="The job: a TOML or JSON file, or a recipe's name.")] = "demo",
 ) -> None:

@@ -20,9 +20,9 @@ JOBS = "/v1/distillation/jobs"
 CHECK_SECONDS = 20.0
 """Seconds that checking one job of a batch may take on a busy server."""
 
-jobs_app = typer.Typer(help="Distillation jobs of a running server.", no_args_is_help=True)
+jobs_app = typer.Typer(help="Manage the distillation jobs of a running server.", no_args_is_help=True)
 Server = Annotated[str, typer.Option("--server", help="Address of a running server.")]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id, distill-...")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id: distill-...")]
 
 
 def fail(message: object, status: int = 1) -> NoReturn:
@@ -77,14 +77,14 @@ def read_spec(source: str) -> dict[str, Any]:
     recipes = {path.stem: path for folder in folders for path in sorted(Path(folder, "recipes").glob("*.toml"))}
     path = Path(source) if Path(source).is_file() else recipes.get(source)
     if path is None:
-        raise ValueError(f"{source!r} is no file and no recipe; available: {', '.join(recipes)}")
+        raise ValueError(f"{source!r} is neither a file nor a recipe; available: {', '.join(recipes)}")
     text = path.read_text(encoding="utf-8")
     try:
         spec: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(spec, dict):
-        raise ValueError(f'{path} is no job: want an object with its fields, or a batch {{"jobs": [...]}}')
+        raise ValueError(f'{path} is not a job: give an object with its fields, or a batch {{"jobs": [...]}}')
     return spec
 
 
@@ -100,7 +100,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @jobs_app.command("list")
 def list_jobs(
-    server: Server = SERVER, limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20
+    server: Server = SERVER,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Number of jobs, newest first.")] = 20,
 ) -> None:
     """List the newest jobs."""
     with client_of(server) as client:
@@ -127,8 +128,8 @@ def show(job_id: JobId, server: Server = SERVER) -> None:
 @jobs_app.command()
 def submit(
     spec: Annotated[str, typer.Argument(help="A TOML or JSON file, or a recipe's name.")],
-    student: Annotated[str | None, typer.Option(help="Publish under this name instead of the spec's.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the job's events until it ends.")] = False,
+    student: Annotated[str | None, typer.Option(help="Name to publish under, instead of the job's own.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's events until it ends.")] = False,
     server: Server = SERVER,
 ) -> None:
     """Queue a job (or a batch of jobs) and print its id."""
@@ -185,7 +186,7 @@ def resume(job_id: JobId, server: Server = SERVER) -> None:
 def _change(server: str, job_id: str, verb: str) -> None:
     with client_of(server) as client:
         job = client.request("POST", f"{JOBS}/{job_id}/{verb}")
-    state = "running, asked to stop" if job["status"] == "running" else job["status"]
+    state = "running, stop requested" if job["status"] == "running" else job["status"]
     typer.echo(f"{job['id']} {state}")
 
 

@@ -8,26 +8,28 @@ import typer
 
 from service.cli_jobs import fail, settings, show_table
 
-keys_app = typer.Typer(help="API keys of the server (FEWSTEP_KEYS_FILE).", no_args_is_help=True)
+keys_app = typer.Typer(help="Manage the server's API keys (FEWSTEP_KEYS_FILE).", no_args_is_help=True)
 
 
 def _file() -> Path:
     path = settings().keys_file
     if path is None:
-        fail("FEWSTEP_KEYS_FILE is not set: name the file of the keys, for this command and for the server", 2)
+        fail(
+            "FEWSTEP_KEYS_FILE is not set: set it to the path of the keys file, for this command and for the server", 2
+        )
     return path
 
 
 @keys_app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose key it is; letters, digits and . _ @ -")],
-    scope: Annotated[list[str], typer.Option(help="generate, jobs or admin; give it again for more.")],
-    days: Annotated[float | None, typer.Option(min=0, help="Days that it works; for ever when left out.")] = None,
+    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits and . _ @ -")],
+    scope: Annotated[list[str], typer.Option(help="generate, jobs or admin; repeat it for more.")],
+    days: Annotated[float | None, typer.Option(min=0, help="Days until it expires; never if left out.")] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Requests in a minute, in place of the server's setting.")
+        int | None, typer.Option(min=1, help="Requests per minute, instead of the server's setting.")
     ] = None,
     pictures_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Pictures in a minute, in place of the server's setting.")
+        int | None, typer.Option(min=1, help="Images per minute, instead of the server's setting.")
     ] = None,
 ) -> None:
     """Create a key and print it. It is shown only this once: the file stores only its hash."""
@@ -35,7 +37,7 @@ def create(
 
     wrong = [item for item in scope if item not in SCOPES]
     if wrong:
-        fail(f"--scope {wrong[0]}: there are {', '.join(SCOPES)}", 2)
+        fail(f"--scope {wrong[0]}: use one of {', '.join(SCOPES)}", 2)
     path = _file()
     try:
         key, record = create_key(
@@ -49,7 +51,7 @@ def create(
     except (KeyFileError, OverflowError) as error:
         fail(error)
     typer.echo(key)
-    typer.echo(f"key {record.id} of {name} is in {path}; it is shown this once", err=True)
+    typer.echo(f"key {record.id} of {name} is in {path}; it is shown only this once", err=True)
 
 
 @keys_app.command("list")
@@ -66,16 +68,16 @@ def list_keys() -> None:
     for key in keys:
         expiry = None if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
         if key.is_expired(now):
-            expiry = f"{expiry}, over"
+            expiry = f"{expiry}, expired"
         limits = (key.requests_per_minute, key.pictures_per_minute)
         rows.append(
             [key.id, key.name, f"...{key.last4}", ", ".join(key.scopes), f"{key.created_at:%Y-%m-%d}", expiry, *limits]
         )
-    show_table(["id", "name", "key", "scopes", "created", "expires (UTC)", "requests/min", "pictures/min"], rows)
+    show_table(["id", "name", "key", "scopes", "created", "expires (UTC)", "requests/min", "images/min"], rows)
 
 
 @keys_app.command()
-def revoke(key: Annotated[str, typer.Argument(help="Its id, or its name.")]) -> None:
+def revoke(key: Annotated[str, typer.Argument(help="The key's id or name.")]) -> None:
     """Remove a key from the file; it stops working with the next request."""
     from service.keys import KeyFileError, revoke_key
 

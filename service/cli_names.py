@@ -23,8 +23,8 @@ def refuse_aliases(names: Iterable[str], aliases: Mapping[str, str]) -> None:
     for name in names:
         if name in aliases:
             fail(
-                f"{name!r} is another name of {aliases[name]!r}, and no student's to take: choose another, or take it out "
-                "of FEWSTEP_ALIASES"
+                f"{name!r} is an alias of {aliases[name]!r}: choose another name for the student, or remove the alias from "
+                "FEWSTEP_ALIASES"
             )
 
 

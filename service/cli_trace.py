@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 def trace(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The strip, a .png file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: a .png.")],
     model: Annotated[str | None, typer.Option(help="A name from `fewstep models`.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=100, help="1 to 4 for students.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first picture's; the others count up from it.")] = 0,
-    n: Annotated[int, typer.Option("-n", min=1, max=4, help="How many pictures, a row each.")] = 1,
-    diversity: Annotated[bool, typer.Option(help="Let the base draw the first step.")] = False,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, max=50, help="1.0 is off.")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What to keep away from, under guidance.")] = "",
-    server: Annotated[str | None, typer.Option(help="Draw on this server instead of here.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=100, help="Number of steps: 1 to 4 for students.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the others count up from it.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, max=4, help="Number of images, one per row.")] = 1,
+    diversity: Annotated[bool, typer.Option(help="Let the base do the first step.")] = False,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, max=50, help="Guidance scale; 1.0 turns guidance off.")
+    ] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What to avoid; needs guidance.")] = "",
+    server: Annotated[str | None, typer.Option(help="Use this server instead of this process.")] = None,
 ) -> None:
     """Show what the model predicts at each step of an image, labelled with the step's network, time and guidance."""
     if out.suffix.lower() != ".png":
-        fail(f"--out {out}: name a .png file", 2)
+        fail(f"--out {out}: give the name of a .png file", 2)
     options = {
         "model": model,
         "steps": steps,

@@ -116,7 +116,7 @@ def wait_until_ready(client: Client, process: subprocess.Popen[bytes], seconds: 
     deadline = time.monotonic() + seconds
     while not client.is_ready():
         if process.poll() is not None:
-            raise DemoFailed(f"the server ended with status {process.returncode} before it was ready")
+            raise DemoFailed(f"the server exited with status {process.returncode} before it was ready")
         if time.monotonic() > deadline:
             raise DemoFailed(f"the server was not ready after {seconds:.0f} s")
         time.sleep(0.2)
@@ -156,7 +156,7 @@ def distil(client: Client, spec: dict[str, Any], console: Console) -> tuple[str,
         if job["status"] == "succeeded":
             progress.update(task, total=1.0, completed=1.0)
     if job["status"] != "succeeded":
-        error = job["error"] or {"message": f"it is {job['status']}", "stderr": ""}
+        error = job["error"] or {"message": f"its status is {job['status']!r}", "stderr": ""}
         raise DemoFailed(f"the job did not succeed: {error['message']}\n{error['stderr']}".rstrip())
     return job["student"], time.monotonic() - began
 
@@ -179,9 +179,9 @@ def variants(models: Sequence[dict[str, Any]], fresh: str, minutes: float) -> li
     by_name = {model["id"]: model for model in models}
     base = by_name[fresh]["base"]
     if base not in by_name:
-        raise DemoFailed(f"the base {base!r} of the fresh student is not served; available: {', '.join(by_name)}")
+        raise DemoFailed(f"the new student's base {base!r} is not served; available: {', '.join(by_name)}")
     found = [Variant(label=f"{base} (teacher)", model=base)]
-    students = {fresh: f"fresh student, {minutes:.1f} minutes"}
+    students = {fresh: f"new student, {minutes:.1f} minutes"}
     bundled = [name for name in _bundled_names() if name in by_name and by_name[name]["base"] == base]
     students.update({name: f"bundled student {name}" for name in bundled[:1]})
     for name, label in students.items():
@@ -256,18 +256,20 @@ def run_demo(
             console.print(f"starting a server at {address} (log: {log})", markup=False, highlight=False)
             wait_until_ready(client, process)
             student, seconds = distil(client, spec, console)
-            console.print(f"{student} is published; drawing", markup=False, highlight=False)
+            console.print(
+                f"{student} is published; generating images for the contact sheet", markup=False, highlight=False
+            )
             rows = compare(client, student, seconds / 60, console)
     except (DemoFailed, ServerError) as error:
         words = _plain(tail(log))
-        raise DemoFailed(f"{error}\n\nthe end of the server's log, {log}:\n{words or '(it is empty)'}") from error
+        raise DemoFailed(f"{error}\n\nthe end of the server's log, {log}:\n{words or '(empty)'}") from error
     path = folder / "contact-sheet.png"
     footer = (
-        f"{spec['method']} on {base}, {datetime.now():%Y-%m-%d %H:%M}. Columns share a "
-        "seed. Milliseconds are the server's drawing time for single pictures; the base's first step is counted."
+        f"{spec['method']} on {base}, {datetime.now():%Y-%m-%d %H:%M}. Each column has one "
+        "seed. Milliseconds are the server's generation time for single images, including the base's first step."
     )
     columns = [f"{prompt} (seed {seed})" for prompt, seed in COLUMNS]
-    draw_sheet("Fewstep: one teacher, its students, one to four steps", columns, rows, footer).save(path)
+    draw_sheet("Fewstep: one teacher and its students, in one to four steps", columns, rows, footer).save(path)
     return path
 
 

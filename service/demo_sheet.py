@@ -29,7 +29,7 @@ class Row:
         """The figures under the label."""
         steps, plural = ("step" if self.steps == 1 else "steps"), ("" if self.evaluations == 1 else "s")
         return (
-            f"{self.steps} {steps}, {self.evaluations} network evaluation{plural}, {self.milliseconds:.0f} ms a picture"
+            f"{self.steps} {steps}, {self.evaluations} network evaluation{plural}, {self.milliseconds:.0f} ms per image"
         )
 
 
@@ -68,7 +68,7 @@ def draw_sheet(title: str, columns: Sequence[str], rows: Sequence[Row], footer: 
     """
     for row in rows:
         if len(row.pictures) != len(columns):
-            raise ValueError(f"row {row.label!r} has {len(row.pictures)} pictures for {len(columns)} columns")
+            raise ValueError(f"row {row.label!r} has {len(row.pictures)} images for {len(columns)} columns")
     big, plain, small = font(20), font(14), font(12)
     headings = [wrap(column, CELL, small) for column in columns]
     width = LABEL_WIDTH + len(columns) * (CELL + GAP) + GAP

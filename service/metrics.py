@@ -29,7 +29,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self.http_seconds = Histogram(
             "fewstep_http_request_seconds",
-            "Seconds from a request's headers to the end of its answer, a stream's included.",
+            "Seconds from a request's headers to the end of its response, including streams.",
             ("method", "route"),
             buckets=REQUEST_SECONDS,
             registry=self.registry,
@@ -37,14 +37,14 @@ class Metrics:
         """By method and route template, such as /v1/images/generations; never by the path that a client sent."""
         self.http_requests = Counter(
             "fewstep_http_requests",
-            "Requests answered; status 499 where the client went away before.",
+            "Requests answered; the status is 499 if the client disconnected first.",
             ("method", "route", "status"),
             registry=self.registry,
         )
         """``fewstep_http_requests_total``."""
         self.call_seconds = Histogram(
             "fewstep_engine_call_seconds",
-            "Seconds of one call of a model part: text, network or decoder.",
+            "Seconds of one model call: text encoder, network or decoder.",
             ("call", "model"),
             buckets=CALL_SECONDS,
             registry=self.registry,
@@ -52,7 +52,7 @@ class Metrics:
         """Its ``_count`` is the number of calls."""
         self.batch_size = Histogram(
             "fewstep_engine_batch_size",
-            "Rows of one call, its padding included.",
+            "Rows of one call, including padding.",
             ("call",),
             buckets=BATCHES,
             registry=self.registry,
@@ -60,39 +60,42 @@ class Metrics:
         """Shows how well requests share calls."""
         self.rows = Counter(
             "fewstep_engine_rows",
-            "Rows of calls that somebody waited for.",
+            "Rows of calls that a request waited for.",
             ("call", "model"),
             registry=self.registry,
         )
         """``fewstep_engine_rows_total``; divided by the slots, this is how well calls are filled."""
         self.slots = Counter(
             "fewstep_engine_slots",
-            "Rows of calls, padding included.",
+            "Rows of calls, including padding.",
             ("call", "model"),
             registry=self.registry,
         )
         """``fewstep_engine_slots_total``."""
         self.requests = Counter(
             "fewstep_requests",
-            "Drawing requests that are over: done, cancelled, timed_out, refused or failed.",
+            "Image requests that ended, by outcome: done, cancelled, timed_out, refused or failed.",
             ("outcome",),
             registry=self.registry,
         )
         """``fewstep_requests_total``."""
         self.pictures = Counter(
-            "fewstep_pictures", "Pictures of requests that are over.", ("outcome",), registry=self.registry
+            "fewstep_pictures",
+            "Images of requests that ended, by the request's outcome.",
+            ("outcome",),
+            registry=self.registry,
         )
         """``fewstep_pictures_total``."""
         self.waited = Histogram(
             "fewstep_request_wait_seconds",
-            "Seconds that a drawing request waited for its first call.",
+            "Seconds that an image request waited for its first call.",
             buckets=REQUEST_SECONDS,
             registry=self.registry,
         )
         """Of requests of every outcome."""
         self.request_seconds = Histogram(
             "fewstep_request_seconds",
-            "Seconds that a drawing request took in the engine, its wait included.",
+            "Seconds that an image request took in the engine, including its wait.",
             ("outcome",),
             buckets=REQUEST_SECONDS,
             registry=self.registry,
@@ -157,11 +160,15 @@ class _LoadCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The current gauges."""
         load = self._engine.load()
-        yield GaugeMetricFamily("fewstep_engine_ready", "1 while requests are drawn.", value=float(self._engine.ready))
-        yield GaugeMetricFamily("fewstep_queue_seconds", "Predicted until all admitted are done.", value=load.seconds)
-        yield GaugeMetricFamily("fewstep_queue_pictures", "Pictures admitted and not done.", value=load.pictures)
+        yield GaugeMetricFamily(
+            "fewstep_engine_ready", "1 while the engine serves requests.", value=float(self._engine.ready)
+        )
+        yield GaugeMetricFamily(
+            "fewstep_queue_seconds", "Predicted seconds until all admitted requests are finished.", value=load.seconds
+        )
+        yield GaugeMetricFamily("fewstep_queue_pictures", "Images admitted but not finished.", value=load.pictures)
         resident = GaugeMetricFamily(
-            "fewstep_resident_bytes", "Memory of each model; shared parts count with the base alone.", labels=["model"]
+            "fewstep_resident_bytes", "Memory of each model; shared parts count only for the base.", labels=["model"]
         )
         for model, size in load.resident.items():
             resident.add_metric([model], size)

@@ -301,7 +301,7 @@ def read_settings(**overrides: Any) -> Settings:
         raise BadSettings("\n".join(_describe(problem) for problem in error.errors())) from None
     except ValueError as error:  # from pydantic-settings, for a list that is not JSON
         raise BadSettings(
-            f'{error}: {error.__cause__}; lists are written as JSON, as in ["emoji-base"], and so are objects'
+            f'{error}: {error.__cause__}; write lists and objects as JSON, such as ["emoji-base"]'
         ) from None
 
 
@@ -312,7 +312,7 @@ def _refuse_unknown_variables() -> None:
         if variable.startswith(PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {PREFIX}{close[0]}?" if close else "see docs/settings.md"
-            raise BadSettings(f"{variable} is no setting: {hint}")
+            raise BadSettings(f"{variable} is not a setting: {hint}")
 
 
 def _describe(problem: Any) -> str:

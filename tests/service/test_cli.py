@@ -173,7 +173,7 @@ def test_no_student_is_made_under_an_alias(
     monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
     aliases = json.dumps({"taken": "emoji-average", "parts-1": "emoji-average"})
     output = fewstep(*given, status=int(refused), aliases=aliases).output
-    assert ("is another name of 'emoji-average'" in output and "FEWSTEP_ALIASES" in output) == refused
+    assert ("is an alias of 'emoji-average'" in output and "FEWSTEP_ALIASES" in output) == refused
 
 
 def test_distill_is_the_distillers(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_refusals_are_shown(address: str, tmp_path: Path) -> None:
     assert "error: 400: config.steps: must be at least 1 (config.steps)" in wrong
     assert "error: 404" in fewstep("jobs", "show", "distill-nobody", *at, status=1).output
     missing = fewstep("jobs", "submit", tmp_path / "none.toml", *at, status=2).output
-    assert "is no file and no recipe" in missing
+    assert "is neither a file nor a recipe" in missing
     broken = tmp_path / "broken.toml"
     broken.write_text("student = ")
     assert "cannot be read" in fewstep("jobs", "submit", broken, *at, status=2).output
@@ -252,7 +252,7 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(cli_jobs, "find_spec", lambda name: Found if name == "distillers" else None)
     assert cli_jobs.read_spec("short")["student"] == "short"
-    with pytest.raises(ValueError, match="'long' is no file and no recipe; available: short"):
+    with pytest.raises(ValueError, match="'long' is neither a file nor a recipe; available: short"):
         cli_jobs.read_spec("long")
 
 
@@ -268,14 +268,14 @@ def test_drawing_on_a_server(address: str, tmp_path: Path) -> None:
             assert picture.getpixel((0, 0)) == (seed, 180, 255)
     refused = fewstep("draw", "red apple", "-o", out, "--model", "nobody", "--server", address, status=1)
     assert "error: 404: no model is named 'nobody'" in refused.output
-    assert "name a .png" in fewstep("draw", "red apple", "-o", tmp_path / "apple.gif", status=2).output
+    assert "give the name of a .png" in fewstep("draw", "red apple", "-o", tmp_path / "apple.gif", status=2).output
     (tmp_path / "file").touch()
     nowhere = tmp_path / "file" / "apple.png"
     refused = fewstep("draw", "red apple", "-o", nowhere, "--server", address, status=1).output
     assert f"error: {nowhere} cannot be written" in refused.replace("\n", "")
     (tmp_path / "list.json").write_text("[]")
     refused = fewstep("jobs", "submit", tmp_path / "list.json", "--student", "x", "--server", address, status=2).output
-    assert "list.json is no job: want an object" in refused.replace("\n", "")
+    assert "list.json is not a job: give an object" in refused.replace("\n", "")
 
 
 def test_drawing_and_exporting_here(tmp_path: Path, tiny_base: TinyBase) -> None:

@@ -78,7 +78,7 @@ def test_what_is_not_there(client: TestClient, store: Store, name: str) -> None:
 NEEDED = [
     ("emoji-average", "bundled with the code"),
     ("emoji-base", "FEWSTEP_BASES"),
-    ("gpt-image-1", "another name of 'aliased'"),
+    ("gpt-image-1", "an alias of 'aliased'"),
     ("aliased", "FEWSTEP_ALIASES names 'aliased'"),
     ("pinned", "FEWSTEP_PINNED names 'pinned'"),
     ("default", "FEWSTEP_DEFAULT_MODEL names 'default'"),

@@ -67,13 +67,13 @@ def test_labels_and_costs_are_written() -> None:
 
 
 def test_costs_in_words() -> None:
-    assert row().cost == "1 step, 1 network evaluation, 12 ms a picture"
+    assert row().cost == "1 step, 1 network evaluation, 12 ms per image"
     dear = row(steps=4, evaluations=100, milliseconds=1999.6)
-    assert dear.cost == "4 steps, 100 network evaluations, 2000 ms a picture"
+    assert dear.cost == "4 steps, 100 network evaluations, 2000 ms per image"
 
 
 def test_a_row_with_a_gap_is_refused() -> None:
-    with pytest.raises(ValueError, match="'student' has 2 pictures for 3 columns"):
+    with pytest.raises(ValueError, match="'student' has 2 images for 3 columns"):
         draw_sheet("", ["a", "b", "c"], [row()])
 
 
@@ -119,7 +119,7 @@ def test_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         ("emoji-average", 4, True),
     ]
     assert "2.5 minutes" in chosen[1].label
-    with pytest.raises(DemoFailed, match="'emoji-base' of the fresh student is not served"):
+    with pytest.raises(DemoFailed, match="the new student's base 'emoji-base' is not served"):
         variants([model("fresh")], "fresh", 1.0)
 
 
@@ -132,7 +132,7 @@ def test_the_whole_flow(tmp_path: Path) -> None:
         assert sheet.format == "PNG"
     assert sheet.width == LABEL_WIDTH + len(COLUMNS) * (CELL + GAP) + GAP
     assert sheet.height > 6 * (CELL + GAP)  # the base; 1, 2 and 4 steps; 2 and 4 with diversity
-    assert "+ diversity: 4 steps, 4 network evaluations, 40 ms a picture" in said.getvalue()
+    assert "+ diversity: 4 steps, 4 network evaluations, 40 ms per image" in said.getvalue()
     assert "Finished server process" in (tmp_path / "server.log").read_text()
 
 

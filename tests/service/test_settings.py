@@ -35,12 +35,12 @@ def test_folders_are_absolute_and_below_the_home(own_home: Path) -> None:
         ("FEWSTEP_PORT", "http", "FEWSTEP_PORT: Input should be a valid integer"),
         ("FEWSTEP_DEVICE", "tpu", "FEWSTEP_DEVICE: String should match pattern"),
         ("FEWSTEP_DTYPE", "int8", "FEWSTEP_DTYPE: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
-        ("FEWSTEP_BASES", "emoji-base", "lists are written as JSON"),
+        ("FEWSTEP_BASES", "emoji-base", "write lists and objects as JSON"),
         ("FEWSTEP_BASES", "[]", "FEWSTEP_BASES: List should have at least 1 item"),
         ("FEWSTEP_PUBLIC_URL", "example.org", "FEWSTEP_PUBLIC_URL: String should match pattern"),
-        ("FEWSTEP_STORE", __file__, "is a file; name a folder"),
-        ("FEWSTEP_PROT", "9000", "FEWSTEP_PROT is no setting: did you mean FEWSTEP_PORT?"),
-        ("FEWSTEP_XYZZY", "1", "FEWSTEP_XYZZY is no setting: see docs/settings.md"),
+        ("FEWSTEP_STORE", __file__, "is a file: name a folder"),
+        ("FEWSTEP_PROT", "9000", "FEWSTEP_PROT is not a setting: did you mean FEWSTEP_PORT?"),
+        ("FEWSTEP_XYZZY", "1", "FEWSTEP_XYZZY is not a setting: see docs/settings.md"),
     ],
 )
 def test_a_bad_setting_says_what_is_allowed(

@@ -129,4 +129,4 @@ def test_a_trace_from_the_terminal(
 def test_a_trace_that_cannot_be_written_is_not_drawn(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["trace", "red apple", "--out", str(tmp_path / "strip.txt")])
     assert result.exit_code == 2
-    assert "name a .png file" in result.output
+    assert "give the name of a .png file" in result.output
