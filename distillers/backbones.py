@@ -95,8 +95,8 @@ class DinoV2Small(Backbone):
             self.network: Any = AutoModel.from_pretrained(self.source, use_safetensors=True)
         except (OSError, ValueError) as error:  # base classes of the hub's errors
             raise Unavailable(
-                f"features: dinov2-small needs {self.source} from the hub ({error}): download it on a machine with a network, or "
-                "use efficientnet-lite2"
+                f"features: dinov2-small needs {self.source} from the hub ({error}): download it on a machine "
+                "with a network, or use efficientnet-lite2"
             ) from error
         patch = self.network.config.patch_size
         if self.size % patch:

@@ -42,7 +42,7 @@ class Denoiser(nn.Module, ABC):
         Raises:
             TypeError: this denoiser has no inner features.
         """
-        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot carry a critic's head")
+        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot have a discriminator head")
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
         """The features of `with_features` alone; overridden by networks that can stop early to save work."""
@@ -75,7 +75,7 @@ class Denoiser(nn.Module, ABC):
         Raises:
             TypeError: this denoiser has no inner features.
         """
-        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot carry a critic's heads")
+        raise TypeError(f"{type(self).__name__} has no inner features, so it cannot have discriminator heads")
 
 
 def cond_rows(cond: Cond, rows: Tensor | slice) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     router = folder.manifest.router
     if router is not None:
         raise ValueError(
-            f"student {name!r} picks one of several by the prompt, which no diffusers pipeline does: export one of "
+            f"student {name!r} is a router, which a diffusers pipeline cannot be: export one of its students, "
             f"{', '.join(router.students)}"
         )
     schedules = folder.manifest.schedules
@@ -49,11 +49,11 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     schedule = schedules[steps]
     if schedule.sampler != "consistency":
         raise ValueError(
-            f"only consistency sampling can be exported, {name!r} draws {steps} steps by {schedule.sampler}"
+            f"only consistency sampling can be exported, but {name!r} uses {schedule.sampler} for {steps} steps"
         )
     if schedule.network_times != schedule.timesteps:
         raise ValueError(
-            f"{name!r} conditions its {steps}-step schedule on times of its own, which no diffusers scheduler does"
+            f"{name!r} has conditioning times of its own for {steps} steps, which no diffusers scheduler supports"
         )
     source = resolve_base(base if base is not None else folder.manifest.base.id)
     check_base(folder, digest_base(source))

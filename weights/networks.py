@@ -54,7 +54,7 @@ def read_network(kind: type[M], folder: Path, device: torch.device | str, dtype:
         raise BadNetwork(f"the weights in {folder} are not those of its config.json: {listed}") from error
     made = [name for name, tensor in network.named_buffers() if tensor.is_meta]
     if made:  # computed by the constructor, and so in no file
-        raise BadNetwork(f"{folder}: a {kind.__name__} with {', '.join(made)}, which no file holds, cannot be loaded")
+        raise BadNetwork(f"{folder}: the {kind.__name__} cannot be loaded, since no file contains {', '.join(made)}")
     return network.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -66,7 +66,7 @@ def _files(folder: Path) -> list[Path]:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         if PurePosixPath(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names {name!r}, which is no safetensors file beside it")
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names {name!r}, which is not a safetensors file beside it")
     return [folder / name for name in names]
 
 

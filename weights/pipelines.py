@@ -156,7 +156,7 @@ class PipelineModel(TextToImage):
         unknown = set(programs) - set(self.part_names)
         if unknown or not (keep_network or "network" in programs):
             raise ValueError(
-                f"programs for {sorted(programs)}: want some of {self.part_names}, and the network's to drop it"
+                f"programs for {sorted(programs)}: give some of {self.part_names}, and the network's to drop it"
             )
         network = self.network if keep_network else _weightless(self.network)
         return type(self)(self.pipeline, network, self.card, dict(programs))
@@ -280,7 +280,7 @@ def _kind(folder: Path) -> str:
     try:
         return str(dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{index} is no pipeline's index ({error}): copy the pipeline again") from error
+        raise ValueError(f"{index} is not a pipeline's index ({error}): copy the pipeline again") from error
 
 
 def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
@@ -291,6 +291,6 @@ def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
     taker = _takers().get(kind)
     fix = f": family {taker!r} takes it" if taker is not None else ""
     raise ValueError(
-        f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_class.__name__} alone "
+        f"{folder} holds a {kind}, but family {family.family!r} needs a {family.pipeline_class.__name__} "
         f"({family.known_as}){fix}"
     )

@@ -207,7 +207,7 @@ class Store:
         self.check_amendable(manifest.name)
         folder = self.open(manifest.name)
         if folder.manifest.files != manifest.files:
-            raise StoreError(f"student {manifest.name!r} was published anew in the meantime: read its manifest again")
+            raise StoreError(f"student {manifest.name!r} was published again in the meantime: read its manifest again")
         return self.publish(manifest, folder.path, replace=True)
 
     def check_amendable(self, name: str) -> None:
@@ -235,7 +235,7 @@ class Store:
             raise Forbidden(f"student {name!r} is bundled with the code and read-only: only published ones are deleted")
         routers = [each.name for each in self.list() if each.router is not None and name in each.router.students]
         if routers:
-            raise Forbidden(f"student {name!r} draws a part of {', '.join(routers)}: delete that first")
+            raise Forbidden(f"student {name!r} is a member of the router {', '.join(routers)}: delete that first")
         link = self.root / name
         with _clear_errors(name):
             # One call that needs no disk space hides the student; only then are its weights deleted.
@@ -333,4 +333,4 @@ def _clear_errors(name: str) -> Iterator[None]:
             raise DiskFull(
                 f"no space left for student {name!r} ({error}): nothing was changed; free some space and publish again"
             ) from error
-        raise StoreError(f"the store failed at student {name!r}: {error}") from error
+        raise StoreError(f"the store failed on student {name!r}: {error}") from error

@@ -144,11 +144,11 @@ def _manifest(written: _Content, name: str) -> StudentManifest:
         raise Corrupt(f"{file} cannot be read as JSON ({error}): publish the student again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise Corrupt(f"{file} has format version {version!r} and this code reads {FORMAT_VERSION}: update fewstep")
+        raise Corrupt(f"{file} has format version {version!r}, but this code reads {FORMAT_VERSION}: update fewstep")
     try:
         manifest = StudentManifest.model_validate(content)
     except ValidationError as error:
-        raise Corrupt(f"{file} is no valid manifest: {error}") from error
+        raise Corrupt(f"{file} is not a valid manifest: {error}") from error
     if manifest.name != name:
         raise Corrupt(f"{file} names the student {manifest.name!r}, but its folder is {name!r}: rename one of them")
     for path in manifest.files:
@@ -163,7 +163,7 @@ def _check_path(path: str) -> None:
     pure = PurePosixPath(path)
     unsafe = pure.is_absolute() or "\\" in path or "\0" in path or str(pure) != path
     if unsafe or any(part.startswith(".") for part in pure.parts):
-        raise Forbidden(f"file {path!r}: want a plain relative path, without '..', hidden parts or backslashes")
+        raise Forbidden(f"file {path!r}: give a plain relative path, without '..', hidden parts or backslashes")
     if pure.suffix not in ALLOWED:
         raise Forbidden(
             f"file {path!r} is of a kind that a student may not hold: use {', '.join(sorted(ALLOWED))} "
@@ -191,12 +191,12 @@ def publishable(folder: Path, weights: bool = True) -> list[str]:
         Corrupt: a safetensors file does not parse, or a required one is missing.
     """
     if not folder.is_dir():
-        raise NotFound(f"{folder} is no folder: nothing to publish")
+        raise NotFound(f"{folder} is not a folder, so there is nothing to publish")
     paths = sorted(set(_files(folder)) - {MANIFEST})
     for path in paths:
         _check_path(path)
         if (folder / path).is_symlink() or not (folder / path).is_file():
-            raise Forbidden(f"{folder / path} is a symlink or no regular file: copy what it stands for into the folder")
+            raise Forbidden(f"{folder / path} is a symlink or not a regular file: copy the file itself into the folder")
         _check_weights(folder / path)
     if weights and not any(path.endswith(WEIGHTS) for path in paths):
         raise Corrupt(f"{folder} holds no {WEIGHTS} file: a student without weights cannot be published")
@@ -210,7 +210,7 @@ def _check_weights(path: Path) -> None:
     try:
         _parse_header(_Content.of(path))
     except (SafetensorError, OSError) as error:
-        raise Corrupt(f"{path} is no complete safetensors file ({error}): write it again") from error
+        raise Corrupt(f"{path} is not a complete safetensors file ({error}): write it again") from error
 
 
 @lru_cache(maxsize=4096)
@@ -230,12 +230,12 @@ def verify(folder: Path, manifest: StudentManifest) -> None:
     for path, record in manifest.files.items():
         file = folder / path
         if file.resolve() != file:
-            raise Forbidden(f"{file} is, or lies behind, a symlink: {advice}")
+            raise Forbidden(f"{file} is, or is below, a symlink: {advice}")
         if not file.is_file():
             raise Corrupt(f"{file} is missing: {advice}")
         size = file.stat().st_size
         if size != record.size:
-            raise Corrupt(f"{file} has {size} bytes where {record.size} were published: {advice}")
+            raise Corrupt(f"{file} has {size} bytes, but {record.size} were published: {advice}")
         found = file_sha256(file)
         if found != record.sha256:
             raise Corrupt(f"{file} has sha256 {found}, but {record.sha256} was published: {advice}")

@@ -52,7 +52,7 @@ def check_base(folder: StudentFolder, digest: str) -> None:
     if digest != expected.sha256:
         raise WrongBase(
             f"student {folder.manifest.name!r} was made from base {expected.id!r} with digest {expected.sha256[:12]}, but "
-            f"the base at hand has {digest[:12]}: install the base it was made from, or distil the student anew"
+            f"this base has {digest[:12]}: use the base that it was made from, or distil the student again"
         )
 
 
@@ -68,8 +68,8 @@ def load_student(folder: StudentFolder, base: TextToImage) -> TextToImage:
     router = folder.manifest.router
     if router is not None:
         raise Routed(
-            f"student {folder.manifest.name!r} has no weights of its own: it draws each prompt with one of "
-            f"{', '.join(router.students)}; name one of these"
+            f"student {folder.manifest.name!r} is a router, without weights of its own: name one of its students, "
+            f"{', '.join(router.students)}"
         )
     if base.family != folder.manifest.family:
         raise WrongBase(
@@ -87,7 +87,7 @@ def check_lora(folder: StudentFolder, base: BaseReference) -> None:
     """
     manifest = folder.manifest
     if manifest.adapter != "lora" or manifest.router is not None:
-        raise NotALora(f"student {manifest.name!r} is no LoRA: its weights are its own and cannot be added to others'")
+        raise NotALora(f"student {manifest.name!r} is not a LoRA: full weights cannot be merged into another model")
     if manifest.base.sha256 != base.sha256:
         raise WrongBase(
             f"student {manifest.name!r} has adapters for base {manifest.base.id!r} with digest "
@@ -117,12 +117,12 @@ def check_member(routed: StudentManifest, member: StudentManifest) -> None:
     """
     if member.router is not None:
         raise WrongMember(
-            f"{routed.name!r} routes to {member.name!r}, which is routed itself: name its students instead"
+            f"{routed.name!r} routes to {member.name!r}, which is a router itself: name its students instead"
         )
     for field in ("family", "schedules", "guidance"):
         ours, theirs = getattr(routed, field), getattr(member, field)
         if ours != theirs:
-            raise WrongMember(f"{routed.name!r} routes to {member.name!r}, whose {field} is {theirs} and not {ours}")
+            raise WrongMember(f"{routed.name!r} routes to {member.name!r}, whose {field} is {theirs}, not {ours}")
     if routed.base.sha256 != member.base.sha256:
         raise WrongMember(
             f"{routed.name!r} routes to {member.name!r}, which was made from base {member.base.id!r} with digest "

@@ -93,8 +93,8 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
     steps = len(schedule.timesteps)
     if diversity.skip >= steps:
         raise CannotDraw(
-            f"the base's first step replaces the student's first {diversity.skip} of {steps} step(s), which leaves "
-            f"it none: draw with at least {diversity.skip + 1} steps, or turn diversity off"
+            f"the base's first step replaces the student's first {diversity.skip} of {steps} step(s), which leaves none: "
+            f"use at least {diversity.skip + 1} steps, or turn diversity off"
         )
     target, count, first = schedule.timesteps[diversity.skip], diversity.base_steps, diversity.unprompted
     if not first:
@@ -102,7 +102,7 @@ def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
     if 1 - first <= target:
         raise CannotDraw(
             f"the base goes without the prompt from t = 1 to {1 - first:g} (unprompted {first:g}), but with {steps} steps "
-            f"the student takes over at {target:g} already: want unprompted below {1 - target:g}, or fewer steps"
+            f"the student takes over at {target:g}: set unprompted below {1 - target:g}, or use fewer steps"
         )
     return [1.0, *_evenly(1 - first, target, count - 1), target]
 

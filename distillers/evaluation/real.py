@@ -92,7 +92,7 @@ class FolderPictures(RealPictures):
             raise BadData(
                 f"evaluation needs at least {FEWEST_CAPTIONS} captions of images held out from training, and at least "
                 f"{FEWEST_PICTURES} other images to compare with; metadata.jsonl has {len(held_out)} such "
-                f'captions ("split": "{HELD_OUT}") and {len(train)} other images: mark about a tenth as held out, and train again'
+                f'captions ("split": "{HELD_OUT}") and {len(train)} other images: mark a tenth, and train again'
             )
         half = min(len(train) // 2, CAPTIONS * len(SEEDS))
         drawn = tuple(prompt.caption for prompt in held_out)

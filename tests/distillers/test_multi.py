@@ -303,7 +303,7 @@ def test_a_routed_student_is_no_start(raw: dict[str, Any], whole: tuple[Store, P
     plain = {key: value for key, value in raw.items() if key != "partition"}
     run = JobRun(plain | {"student": "later", "start": "msd"}, tmp_path / "run", whole[0])
     assert run.run(resume=False) == 1
-    assert "with one of msd-0, msd-1; name one of these" in events(tmp_path / "run")[-1].message
+    assert "name one of its students, msd-0, msd-1" in events(tmp_path / "run")[-1].message
 
 
 def test_smaller_students_are_taught_first_and_then_distilled_each_from_its_own(

@@ -132,4 +132,4 @@ def test_a_scale_that_sd3_cannot_be_told_ends_the_job_with_its_reason(folder: Pa
     run = job(folder, "told", {"method": "consistency", "config": {"guidance_range": [1, 9]}})
     assert run.run(resume=False) == 1
     last = EVENTS.validate_json((run.folder / "events.jsonl").read_text().splitlines()[-1])
-    assert last.kind == "failed" and "cannot be told a guidance scale; leave it out, and set" in last.message
+    assert last.kind == "failed" and "cannot be conditioned on a guidance scale; leave it out, and set" in last.message

@@ -473,7 +473,7 @@ class TestChoice:
             ("FEWSTEP_BACKEND", "onnx", "Input should be 'auto', 'torch' or 'openvino', got 'onnx'"),
             ("FEWSTEP_ATTENTION", "flash", "Input should be 'auto', 'sdpa' or 'xformers', got 'flash'"),
             ("FEWSTEP_COMPILE", "maybe", "Input should be a valid boolean"),
-            ("FEWSTEP_CACHE", __file__, "is a file; name a folder"),
+            ("FEWSTEP_CACHE", __file__, "is a file: name a folder"),
         ],
     )
     def test_values_that_do_not_exist(self, variable: str, value: str, says: str, monkeypatch: Any) -> None:

@@ -102,7 +102,7 @@ def test_bad_settings_stop_every_command(command: str) -> None:
     ("settings", "words"),
     [
         ({"job_devices": '["tpu"]'}, "'tpu'"),
-        ({"database_url": "sqlite://"}, "in memory"),
+        ({"database_url": "sqlite://"}, "in-memory"),
         ({"bases": '["none"]'}, "none"),
         ({"host": "0.0.0.0"}, "FEWSTEP_ALLOW_OPEN=true"),
         ({"host": "some.example"}, "FEWSTEP_ALLOW_OPEN=true"),

@@ -82,7 +82,7 @@ NEEDED = [
     ("aliased", "FEWSTEP_ALIASES names 'aliased'"),
     ("pinned", "FEWSTEP_PINNED names 'pinned'"),
     ("default", "FEWSTEP_DEFAULT_MODEL names 'default'"),
-    ("member-1", "draws a part of routed"),
+    ("member-1", "is a member of the router routed"),
 ]
 
 

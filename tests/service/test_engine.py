@@ -193,7 +193,7 @@ def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: 
     ("fields", "param", "says"),
     [
         ({"steps": 3}, "steps", "'tiny' was made for 1, 2, 4 step.*not 3"),
-        ({"steps": 1, "diversity": DiversityWish()}, "diversity", "draw with at least 2 steps"),
+        ({"steps": 1, "diversity": DiversityWish()}, "diversity", "use at least 2 steps"),
         ({"size": (64, 32)}, "size", "generates images of 32x32, not 64x32"),
         ({"diversity": DiversityWish(unprompted=0.5)}, "diversity", "unprompted 0.5 needs base_steps of at least 2"),
         (

@@ -164,7 +164,7 @@ def test_pages_are_newest_first_without_gaps(table: JobTable) -> None:
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="in memory"):
+    with pytest.raises(ValueError, match="in-memory"):
         JobTable("sqlite://")
     with pytest.raises(ValueError, match="cannot be used"):
         JobTable("no url")

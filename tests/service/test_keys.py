@@ -185,7 +185,7 @@ def test_a_disk_that_fails_takes_nobodys_key_away(file: Path, monkeypatch: pytes
 def test_what_cannot_be_written(file: Path, tmp_path: Path) -> None:
     create_key(file, "ann", ["generate"])
     before = file.read_bytes()
-    with pytest.raises(KeyFileError, match="is named 'ann' already"):
+    with pytest.raises(KeyFileError, match="already has a key named 'ann'"):
         create_key(file, "ann", ["jobs"])
     with pytest.raises(KeyFileError, match=r"name: String should match pattern.*'a b'"):
         create_key(file, "a b", ["jobs"])
@@ -357,7 +357,7 @@ def test_keys_from_the_terminal(file: Path) -> None:
     assert timedelta(days=1.9) < first.expires_at - datetime.now(UTC) < timedelta(days=2)
     listed = run("list", file=file)
     assert re.search(rf"{first.id} +ann +\.\.\.{key[-4:]} +generate, jobs ", listed)
-    assert re.search(rf"{second.id} +bob .*, over +60", listed)
+    assert re.search(rf"{second.id} +bob .*, expired +60", listed)
     assert key not in listed
     assert first.sha256 not in listed
     assert run("revoke", "ann", file=file) == f"{first.id} (ann) is revoked\n"

@@ -472,7 +472,7 @@ def test_loras_that_cannot_be_used(place: Place) -> None:
         "nobody": "no student is named 'nobody'",
         "../etc": "no student is named '../etc'",
         place.base.id: "no student is named",
-        "full": "'full' is no LoRA",
+        "full": "'full' is not a LoRA",
         "foreign": "'foreign' has adapters for base 'org/other'",
     }
     for name, says in refused.items():

@@ -164,7 +164,7 @@ def test_the_base_leg_falls_evenly() -> None:
 
 def test_what_cannot_be_drawn() -> None:
     one = StepSchedule(timesteps=[1.0])
-    with pytest.raises(CannotDraw, match=r"first 1 of 1 step.*draw with at least 2 steps"):
+    with pytest.raises(CannotDraw, match=r"first 1 of 1 step.*use at least 2 steps"):
         draw(model(), cond(1), None, [0], one, base=model(), diversity=Diversity())
     with pytest.raises(CannotDraw, match="at least 4 steps"):
         base_leg_times(StepSchedule(timesteps=[1.0, 0.5, 0.2]), Diversity(skip=3))

@@ -214,7 +214,7 @@ def test_prompts(ring: GaussianMixture) -> None:
     assert embedded.argmax(1).tolist() == [3, 8, 0]
     assert embedded.norm(dim=1).tolist() == [1, 1, 1]
     for prompt in ("class 8", "class -1", "a cat", "class 1 "):
-        with pytest.raises(ValueError, match=r"want '' or 'class K' with K in 0\.\.7"):
+        with pytest.raises(ValueError, match=r"give '' or 'class K' with K in 0\.\.7"):
             ring.encode_prompts([prompt])
 
 

@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a shard elsewhere": (
         lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {NAME: f"../unet/{FILE}"}})),
-        "which is no safetensors file beside it",
+        "which is not a safetensors file beside it",
     ),
     "an index of nothing": (lambda f: (f / INDEX).write_text("{}"), "weight_map"),
 }
@@ -200,5 +200,5 @@ class Computed(UNet2DConditionModel):
 
 
 def test_a_buffer_that_no_file_holds_is_not_left_without_numbers(folder: Path) -> None:
-    with pytest.raises(BadNetwork, match="table, which no file holds"):
+    with pytest.raises(BadNetwork, match=r"no file contains .*table"):
         read_network(Computed, folder, "cpu", torch.float32)

@@ -101,5 +101,5 @@ def test_gradients_flow_through_the_output(prediction: Prediction) -> None:
 @pytest.mark.parametrize("convert", [to_x0, from_x0, training_target])
 def test_an_unknown_prediction_is_refused(convert: object) -> None:
     x = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match="'noise' is no prediction: use one of eps, v, x0, flow, edm"):
+    with pytest.raises(ValueError, match="'noise' is not a prediction type: use one of eps, v, x0, flow, edm"):
         convert(x, x, torch.ones(1), torch.ones(1), "noise")  # type: ignore[operator]

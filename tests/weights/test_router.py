@@ -117,7 +117,7 @@ def test_a_routed_student_is_published_without_weights(store: Store, tmp_path: P
 
 
 def test_a_student_that_others_are_routed_to_is_not_deleted(store: Store) -> None:
-    with pytest.raises(Forbidden, match="draws a part of msd: delete that first"):
+    with pytest.raises(Forbidden, match="is a member of the router msd: delete that first"):
         store.delete("msd-1")
     store.delete("msd")
     store.delete("msd-1")
@@ -136,7 +136,7 @@ def test_each_prompt_is_drawn_by_its_own_student(store: Store, base: GaussianMix
 
 
 def test_a_routed_student_is_nothing_to_load_or_export(store: Store, base: GaussianMixture, tmp_path: Path) -> None:
-    with pytest.raises(Routed, match="with one of msd-0, msd-1; name one of these"):
+    with pytest.raises(Routed, match="name one of its students, msd-0, msd-1"):
         load_student(store.open("msd"), base)
     with pytest.raises(ValueError, match="export one of msd-0, msd-1"):
         export(store, "msd", tmp_path / "out", 1)

@@ -133,7 +133,7 @@ def test_what_is_no_list_of_times_is_refused() -> None:
     for times in ([1.0], [1.0, 0.5], [0.5, 0.7, 0.0], [1.5, 0.0], [0.5, 0.5, 0.0]):
         with pytest.raises(ValueError, match="times must fall"):
             sample_ode(teacher, x, times, {})
-    with pytest.raises(ValueError, match="'rk4' is no solver"):
+    with pytest.raises(ValueError, match="'rk4' is not a solver"):
         sample_ode(teacher, x, [1.0, 0.0], {}, solver="rk4")  # type: ignore[arg-type]
 
 

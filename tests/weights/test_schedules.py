@@ -223,7 +223,7 @@ def test_expand() -> None:
     assert expand(torch.zeros(3), x).shape == (3, 1, 1, 1)
     assert expand(torch.zeros(3, 1, 1, 1), x).shape == (3, 1, 1, 1)
     for wrong in (torch.zeros(2), torch.zeros(3, 4)):
-        with pytest.raises(ValueError, match=r"fits no tensor of shape \(3, 4, 5, 6\)"):
+        with pytest.raises(ValueError, match=r"does not fit a tensor of shape \(3, 4, 5, 6\)"):
             expand(wrong, x)
 
 
@@ -249,7 +249,7 @@ def test_trailing_times_refuses_other_counts(steps: int) -> None:
         (lambda: DiscreteVP(torch.tensor([0.5, 0.6])), "fall strictly"),
         (lambda: DiscreteVP(torch.tensor([1.0, 0.6])), "fall strictly"),
         (lambda: DiscreteVP(torch.tensor([0.5, -0.1])), "fall strictly"),
-        (lambda: DiscreteVP.from_betas("sigmoid"), "'sigmoid' is no kind"),  # type: ignore[arg-type]
+        (lambda: DiscreteVP.from_betas("sigmoid"), "'sigmoid' is not a beta schedule"),  # type: ignore[arg-type]
         (lambda: EDM(sigma_min=0), "sigma_min=0"),
         (lambda: EDM(sigma_min=2, sigma_max=1), "sigma_max=1"),
         (lambda: RectifiedFlow(shift=0), "shift=0"),

@@ -192,7 +192,7 @@ def test_an_index_that_cannot_be_read_is_refused(base_folder: Path, tmp_path: Pa
     other = tmp_path / "other"
     shutil.copytree(base_folder, other)
     (other / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model_index\.json is no pipeline's index"):
+    with pytest.raises(ValueError, match=r"model_index\.json is not a pipeline's index"):
         load(family_of(base_folder), other)
 
 
@@ -201,7 +201,7 @@ def test_an_unknown_prediction_is_refused(unet_folder: Path, tmp_path: Path) -> 
     shutil.copytree(unet_folder, other)
     path = other / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "flow_prediction"}))
-    with pytest.raises(ValueError, match="'flow_prediction'; want one of eps"):
+    with pytest.raises(ValueError, match="'flow_prediction': use one of eps"):
         load(family_of(other), other)
 
 
@@ -212,9 +212,7 @@ def test_a_scheduler_of_another_kind_of_noise_is_refused(unet_folder: Path, tmp_
     index = json.loads((other / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
     (other / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match="EDMEulerScheduler, has noise that does not preserve variance; want one with alphas"
-    ):
+    with pytest.raises(ValueError, match="EDMEulerScheduler, does not preserve variance: use one with alphas"):
         load(family_of(other), other)
 
 
@@ -342,7 +340,7 @@ def test_export_refuses_what_diffusers_cannot_run(base: PipelineModel, base_fold
     }
     store = Store(tmp_path / "store")
     published(store, base, base_folder, tmp_path, schedules=schedules)
-    for steps, message in ((1, "conditions"), (2, "consistency"), (3, "Scheduler draws 3 steps at"), (4, "no 4-step")):
+    for steps, message in ((1, "conditions"), (2, "consistency"), (3, "Scheduler runs 3 steps at"), (4, "no 4-step")):
         with pytest.raises(ValueError, match=message):
             export(store, "student", tmp_path / "out", steps)
     assert not (tmp_path / "out").exists()

@@ -134,7 +134,7 @@ def test_a_manifest_is_amended_beside_the_same_files(published: Store, tmp_path:
     assert value(published) == 1
     assert reader.path.is_dir(), "whoever reads the old version goes on"
     published.publish(changed, student(tmp_path / "second", 2.0), replace=True)
-    with pytest.raises(StoreError, match="published anew in the meantime"):
+    with pytest.raises(StoreError, match="published again in the meantime"):
         published.amend(reader.manifest)
     assert (value(published), published.manifest("fast-cat").diversity) == (2, Diversity(base_steps=2))
     with pytest.raises(NotFound):
@@ -235,7 +235,7 @@ def test_symlinks_are_not_published(store: Store, tmp_path: Path) -> None:
         store.publish(manifest(), folder)
     (folder / "more.json").unlink()
     os.mkfifo(folder / "pipe.json")
-    with pytest.raises(Forbidden, match="no regular file"):
+    with pytest.raises(Forbidden, match="not a regular file"):
         store.publish(manifest(), folder)
     assert store.names() == []
 
@@ -259,13 +259,13 @@ def test_weights_that_do_not_parse_are_not_published(
 ) -> None:
     folder = student(tmp_path / "new")
     harm(folder / WEIGHTS)
-    with pytest.raises(Corrupt, match="no complete safetensors file"):
+    with pytest.raises(Corrupt, match="not a complete safetensors file"):
         published.publish(manifest(), folder, replace=True)
     assert value(published) == 1
 
 
 def test_a_folder_without_weights_or_no_folder_is_not_published(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="is no folder"):
+    with pytest.raises(NotFound, match="is not a folder"):
         store.publish(manifest(), tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(Corrupt, match=r"holds no \.safetensors file"):
@@ -274,7 +274,7 @@ def test_a_folder_without_weights_or_no_folder_is_not_published(store: Store, tm
 
 def test_a_truncated_file_is_found(published: Store) -> None:
     truncate(published.open("fast-cat").path / WEIGHTS)
-    with pytest.raises(Corrupt, match=r"bytes where \d+ were published: publish student 'fast-cat' again"):
+    with pytest.raises(Corrupt, match=r"bytes, but \d+ were published: publish student 'fast-cat' again"):
         published.open("fast-cat")
 
 
@@ -315,7 +315,7 @@ def test_missing_added_and_linked_files_are_found(published: Store, tmp_path: Pa
     with pytest.raises(Corrupt, match=r"config\.json is missing"):
         published.open("fast-cat")
     (folder / "unet" / "config.json").symlink_to(tmp_path / "config.json")
-    with pytest.raises(Forbidden, match="behind, a symlink"):
+    with pytest.raises(Forbidden, match="below, a symlink"):
         published.open("fast-cat")
 
 
@@ -330,11 +330,11 @@ RECORD = {"sha256": "0" * 64, "size": 0}
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"format_version": 2}, Corrupt, "format version 2 and this code reads 1: update fewstep"),
+        ({"format_version": 2}, Corrupt, "format version 2 but this code reads 1: update fewstep"),
         ({"format_version": None}, Corrupt, "format version None"),
         ({"name": "fast-dog"}, Corrupt, "names the student 'fast-dog', but its folder is 'fast-cat'"),
-        ({"schedules": {}}, Corrupt, "is no valid manifest"),
-        ({"surprise": 1}, Corrupt, "is no valid manifest"),
+        ({"schedules": {}}, Corrupt, "is not a valid manifest"),
+        ({"surprise": 1}, Corrupt, "is not a valid manifest"),
         ({"files": {}}, Corrupt, r"lists no \.safetensors file"),
         ({"files": {"../../x.safetensors": RECORD}}, Forbidden, "plain relative path"),
         ({"files": {"/etc/x.safetensors": RECORD}}, Forbidden, "plain relative path"),
@@ -432,7 +432,7 @@ def test_no_space_for_the_link_itself(
 
 def test_another_failure_is_told_apart(published: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at(monkeypatch, os, "fsync", 1, errno.EIO)
-    with pytest.raises(StoreError, match=r"the store failed at student 'fast-cat': .*Input/output error"):
+    with pytest.raises(StoreError, match=r"the store failed on student 'fast-cat': .*Input/output error"):
         published.publish(manifest(), student(tmp_path / "second"), replace=True)
     assert value(published) == 1
     fail_at(monkeypatch, os, "fsync", 8, errno.EIO)
@@ -539,7 +539,7 @@ def test_readers_always_find_a_whole_student_while_it_is_replaced(published: Sto
 
 def test_what_cannot_be_read_back_is_not_published(published: Store, tmp_path: Path) -> None:
     unreadable = manifest().model_copy(update={"created_at": "yesterday"})
-    with pytest.warns(UserWarning, match="created_at"), pytest.raises(Corrupt, match="no valid manifest"):
+    with pytest.warns(UserWarning, match="created_at"), pytest.raises(Corrupt, match="not a valid manifest"):
         published.publish(unreadable, student(tmp_path / "second", 2.0), replace=True)
     assert value(published) == 1.0
     assert len(hidden(published.root)) == 1

@@ -35,6 +35,6 @@ def resolve_base(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=FETCHED, ignore_patterns=list(NOT_LOADED)))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise FileNotFoundError(
-            f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is no folder with a model_index.json, "
-            f"and could not be fetched from the hub ({type(error).__name__}: {error})"
+            f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is not a folder with a model_index.json, "
+            f"and could not be downloaded from the hub ({type(error).__name__}: {error})"
         ) from error

@@ -42,7 +42,7 @@ class Guided(Denoiser):
     ) -> None:
         super().__init__()
         if (float(scale.min()) if isinstance(scale, Tensor) else scale) < 0:
-            raise ValueError(f"guidance scale {scale} is negative: 1.0 is off, more than 1.0 guides")
+            raise ValueError(f"guidance scale {scale} is negative: 1.0 turns guidance off, more than 1.0 guides")
         if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance interval {interval} must be (low, high) with 0 <= low <= high <= 1")
         self.denoiser = denoiser
@@ -76,7 +76,7 @@ class Guided(Denoiser):
         if rows == {1}:
             return cond_repeat(uncond, len(x_t))
         if rows != {len(x_t)}:
-            raise ValueError(f"uncond has {sorted(rows)} rows for a batch of {len(x_t)}: give 1, or one a picture")
+            raise ValueError(f"uncond has {sorted(rows)} rows for a batch of {len(x_t)}: give 1, or one per image")
         return uncond
 
 
@@ -100,7 +100,7 @@ class AutoGuided(Denoiser):
     def __init__(self, denoiser: Denoiser, guide: Denoiser, scale: float, uncond: Cond) -> None:
         super().__init__()
         if scale < 1:
-            raise ValueError(f"autoguidance scale {scale} is below 1.0, which is off: more than 1.0 guides")
+            raise ValueError(f"autoguidance scale {scale} is below 1.0: 1.0 turns it off, more than 1.0 guides")
         self.denoiser, self.schedule, self.guide = denoiser, denoiser.schedule, guide
         self.scale, self.uncond = scale, uncond
 

@@ -132,4 +132,4 @@ def _returned(value: Tensor, *given: Tensor) -> Tensor:
 
 
 def _unknown(prediction: str) -> ValueError:
-    return ValueError(f"{prediction!r} is no prediction: use one of {', '.join(PREDICTIONS)}")
+    return ValueError(f"{prediction!r} is not a prediction type: use one of {', '.join(PREDICTIONS)}")

@@ -140,7 +140,7 @@ def sample_ode(
     """
     check_times(times)
     if solver not in ("ddim", "heun"):
-        raise ValueError(f"{solver!r} is no solver: use 'ddim' or 'heun'")
+        raise ValueError(f"{solver!r} is not a solver: use 'ddim' or 'heun'")
     for step, (t, s) in enumerate(pairwise(times)):
         x0 = _denoise(denoiser, x, t, cond)
         if s == 0:

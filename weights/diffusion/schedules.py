@@ -32,7 +32,7 @@ def expand(coefficient: Tensor, x: Tensor) -> Tensor:
         return coefficient
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] not in (1, x.shape[0])):
         raise ValueError(
-            f"a coefficient of shape {tuple(coefficient.shape)} fits no tensor of shape {tuple(x.shape)}: "
+            f"a coefficient of shape {tuple(coefficient.shape)} does not fit a tensor of shape {tuple(x.shape)}: "
             f"give a scalar, (1,) or ({x.shape[0]},)"
         )
     return coefficient.reshape(-1, *([1] * (x.ndim - 1)))
@@ -129,7 +129,7 @@ class DiscreteVP(Schedule):
             bar = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"{kind!r} is no kind of betas: use 'linear', 'scaled_linear' or 'cosine'")
+            raise ValueError(f"{kind!r} is not a beta schedule: use 'linear', 'scaled_linear' or 'cosine'")
         roots = torch.cumprod(1 - betas, 0).sqrt()
         if zero_terminal_snr:
             roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
@@ -223,7 +223,7 @@ class RectifiedFlow(Schedule):
 
     def __init__(self, shift: float = 1.0, num_train: int = 1000) -> None:
         if shift <= 0:
-            raise ValueError(f"shift={shift} must be positive; 1.0 is off")
+            raise ValueError(f"shift={shift} must be positive; 1.0 turns the shift off")
         if num_train <= 0:
             raise ValueError(f"num_train={num_train} must be positive: it is a network's timestep at pure noise")
         self.shift, self.num_train = shift, num_train

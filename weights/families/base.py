@@ -118,7 +118,7 @@ class TextToImage(ABC):
         Raises:
             ValueError: the network has no such setting, does not allow that value, or has a fixed shape.
         """
-        raise ValueError(f"network: family {self.family!r} draws with its own network alone")
+        raise ValueError(f"network: family {self.family!r} supports only its own network")
 
     def with_guidance_embedding(self) -> Self:
         """This model with a copy of the network that also embeds a guidance scale, without effect until it is trained.
@@ -126,7 +126,7 @@ class TextToImage(ABC):
         Raises:
             TypeError: the family's networks cannot embed one.
         """
-        raise TypeError(f"networks of family {self.family!r} cannot be told a guidance scale")
+        raise TypeError(f"networks of family {self.family!r} cannot be conditioned on a guidance scale")
 
     @abstractmethod
     def save_network(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -143,7 +143,7 @@ class TextToImage(ABC):
         Raises:
             TypeError: the family's networks take no adapters.
         """
-        raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
+        raise TypeError(f"networks of family {self.family!r} do not support LoRA adapters")
 
     @abstractmethod
     def load_network(self, folder: Path) -> Self:
@@ -160,7 +160,7 @@ class TextToImage(ABC):
             TypeError: the family's networks take no adapters.
             ValueError: a folder has no adapters for this network.
         """
-        raise TypeError(f"networks of family {self.family!r} take no LoRA adapters")
+        raise TypeError(f"networks of family {self.family!r} do not support LoRA adapters")
 
     @abstractmethod
     def export(self, folder: Path, times: list[float]) -> None:

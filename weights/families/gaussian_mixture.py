@@ -277,7 +277,7 @@ class GaussianMixture(TextToImage):
         if prompt == "":
             return UNCONDITIONAL
         if found is None or int(found[1]) >= self.mixture.num_labels:
-            raise ValueError(f"prompt {prompt!r}: want '' or 'class K' with K in 0..{self.mixture.num_labels - 1}")
+            raise ValueError(f"prompt {prompt!r}: give '' or 'class K' with K in 0..{self.mixture.num_labels - 1}")
         return int(found[1])
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:

@@ -89,13 +89,11 @@ class StableDiffusion(PipelineModel):
         scheduler = self.pipeline.scheduler
         prediction = scheduler.config.get("prediction_type")
         if prediction not in _PREDICTIONS:
-            raise ValueError(
-                f"the scheduler's prediction_type is {prediction!r}; want one of {', '.join(_PREDICTIONS)}"
-            )
+            raise ValueError(f"the scheduler's prediction_type is {prediction!r}: use one of {', '.join(_PREDICTIONS)}")
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"the scheduler, {type(scheduler).__name__}, has noise that does not preserve variance; want one with "
-                "alphas_cumprod, as a DDPMScheduler or an EulerDiscreteScheduler"
+                f"the scheduler, {type(scheduler).__name__}, does not preserve variance: use one with alphas_cumprod, such "
+                "as a DDPMScheduler or an EulerDiscreteScheduler"
             )
         return DiscreteVP(scheduler.alphas_cumprod), _PREDICTIONS[prediction]
 
@@ -178,7 +176,7 @@ class StableDiffusion(PipelineModel):
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() != timesteps:
             raise ValueError(
-                f"diffusers' LCMScheduler draws {len(timesteps)} steps at {scheduler.timesteps.tolist()}, this student at "
+                f"diffusers' LCMScheduler runs {len(timesteps)} steps at {scheduler.timesteps.tolist()}, this student at "
                 f"{timesteps}: export a step count whose timesteps agree"
             )
         return scheduler

@@ -74,7 +74,7 @@ class StableDiffusion3(PipelineModel):
         missing = [name for name in ("text_encoder", "text_encoder_2") if getattr(self.pipeline, name) is None]
         if missing:
             raise ValueError(
-                f"the pipeline has no {', '.join(missing)}; of its text encoders text_encoder_3 alone may be left out"
+                f"the pipeline has no {', '.join(missing)}; of its text encoders, only text_encoder_3 may be left out"
             )
         self.text_encoder = self.pipeline.text_encoder
         self.text_encoder_2 = self.pipeline.text_encoder_2
@@ -115,7 +115,7 @@ class StableDiffusion3(PipelineModel):
         if max(shape[1:]) * self.scale > most:
             raise ValueError(
                 f"size {shape[2] * self.scale}x{shape[1] * self.scale}: width and height must be at most {most}, since the "
-                "network knows no further positions"
+                "network has no positions beyond"
             )
         return shape
 

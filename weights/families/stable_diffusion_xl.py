@@ -44,7 +44,7 @@ class StableDiffusionXL(StableDiffusion):
         model = super().load(source, device, dtype)
         if model.vae.config.latents_mean is not None:
             raise ValueError(
-                f"{source}: its autoencoder shifts latents by latents_mean, which family {cls.family!r} does not know"
+                f"{source}: its autoencoder shifts latents by latents_mean, which family {cls.family!r} does not support"
             )
         return model
 

@@ -222,7 +222,7 @@ def test_what_could_not_be_written_is_refused_before_it_is_measured(
 
 def test_a_base_is_no_student(base_folder: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(base_folder), "--store", str(store)]) == 2
-    assert "is a base; name a student" in " ".join(capsys.readouterr().err.split())
+    assert "is a base: name a student" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_trial_compares_with_the_student_alone(base_folder: Path) -> None:

@@ -196,7 +196,7 @@ def test_records_come_back_and_others_are_refused(tmp_path: Path) -> None:
     assert read(Result, path) == GOOD
     assert list(tmp_path.iterdir()) == [path]
     path.write_text('{"name": 1}')
-    with pytest.raises(ValueError, match=r"result\.json is no result of this version, delete it"):
+    with pytest.raises(ValueError, match=r"result\.json is not a result file of this version; delete it"):
         read(Result, path)
 
 
@@ -375,7 +375,11 @@ def test_the_board_trains_measures_and_goes_on(
     assert not docs.exists()
     assert board(recipes, out, "--list") == 0
     listed = capsys.readouterr().out
-    assert "started, will be continued" in listed and "to be trained" in listed and "left out: its base is emoji-base" in listed
+    assert (
+        "started, will be continued" in listed
+        and "to be trained" in listed
+        and "left out: its base is emoji-base" in listed
+    )
 
     runs.jobs, runs.stop = [], None
     assert board(recipes, out) == 1  # the wild one fails, the good one does not care

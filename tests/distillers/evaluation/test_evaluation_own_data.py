@@ -95,7 +95,7 @@ def test_a_calibration_is_by_ones_own_captions(store: Path, tmp_path: Path, quic
 
 @pytest.mark.parametrize(("held_out", "train"), [(31, 64), (32, 31), (0, 64)])
 def test_too_few_are_refused_with_their_numbers(held_out: int, train: int, tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=rf"has {held_out} such captions .* and {train} other pictures"):
+    with pytest.raises(BadData, match=rf"has {held_out} such captions .* and {train} other images"):
         yardstick(own_folder(tmp_path / "own", held_out, train), 16, quick=False)
 
 
