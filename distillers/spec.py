@@ -123,7 +123,7 @@ def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodCon
     errors = []
     reason = chosen.needs_pictures(config)
     if reason and not _has_pictures(job):
-        errors.append(_error("data.source", f"{job.data.source!r} has no pictures, but {reason}"))
+        errors.append(_error("data.source", f"{job.data.source!r} has no images, but {reason}"))
     reason = chosen.needs_whole_network(config)
     if reason and job.lora is not None:
         errors.append(_error("lora", f"{reason}; leave lora out"))
@@ -131,7 +131,7 @@ def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodCon
         errors.append(
             _error(
                 "train.iterations",
-                f"{job.train.iterations} end before the last phase of {job.method} begins: at least "
+                f"{job.train.iterations} iterations end before the last phase of {job.method} begins: use at least "
                 f"{config.least_iterations}, or shorten its phases in config",
             )
         )
@@ -150,7 +150,7 @@ def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig
         errors.append(_error("train.capture", f"{reason}; or turn capture off (methods for it: {', '.join(able)})"))
     if job.guide is not None:
         message = (
-            f"{job.guide.student!r} leads rows that have to be counted, which no graph can: leave guide out, or capture"
+            f"autoguidance by {job.guide.student!r} counts rows, which a CUDA graph cannot: leave out guide, or capture"
         )
         errors.append(_error("guide", message))
     if train.gradient_accumulation > 1:
@@ -158,7 +158,7 @@ def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig
         errors.append(_error("train.gradient_accumulation", message))
     if train.gradient_checkpointing:
         errors.append(
-            _error("train.gradient_checkpointing", "random states cannot be kept in a graph: leave it out, or capture")
+            _error("train.gradient_checkpointing", "a CUDA graph cannot keep random states: leave it out, or capture")
         )
     return errors
 
@@ -168,10 +168,12 @@ def _against_the_data(job: DistillJob) -> list[dict[str, str]]:
     if not _has_pictures(job):
         errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
     if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
-        errors.append(_error("data.prompts", f"no file {job.data.prompts!r} (and 'recombined' is for source 'emoji')"))
+        errors.append(
+            _error("data.prompts", f"there is no file {job.data.prompts!r} ('recombined' needs source 'emoji')")
+        )
     if job.partition is not None and job.partition.by == "groups" and job.data.prompts is not None:
         errors.append(
-            _error("partition.by", "prompts of no picture belong to no group: use 'kmeans', or leave out data.prompts")
+            _error("partition.by", "prompts without images have no group: use 'kmeans', or leave out data.prompts")
         )
     return errors
 
@@ -179,12 +181,12 @@ def _against_the_data(job: DistillJob) -> list[dict[str, str]]:
 def _against_each_other(job: DistillJob) -> list[dict[str, str]]:
     """Errors for settings that would initialise the student's weights twice."""
     errors = [
-        _error("network", f"starts from random weights, all of them trained: leave out network, or {field}")
+        _error("network", f"starts from random weights, all of which are trained: leave out network, or {field}")
         for field in ("start", "lora")
         if job.network is not None and getattr(job, field) is not None
     ]
     if job.start is not None and job.lora is not None:
-        errors.append(_error("start", "adapters go on from the base alone: leave out lora, or start"))
+        errors.append(_error("start", "adapters can only start from the base: leave out lora, or start"))
     return errors
 
 

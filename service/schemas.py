@@ -283,7 +283,7 @@ class TracedStep(BaseModel):
     step: int = Field(description="number of the step, from 1")
     leg: Literal["base", "student"] = Field(description="whose network made the prediction")
     t: float = Field(description="the time that the network was conditioned on, from 1 (noise) down")
-    guidance_scale: float = Field(description="guidance scale of this step; 1.0 is off")
+    guidance_scale: float = Field(description="guidance scale of this step; 1.0 means no guidance")
     b64_json: str | None = None
     url: str | None = None
 

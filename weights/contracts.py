@@ -76,7 +76,9 @@ class LoraSpec(Contract):
 class TrainSpec(Contract):
     """The trainer's settings, common to all methods."""
 
-    iterations: int = Field(1000, ge=1, description="iterations of the method's full cycle (critic and student steps)")
+    iterations: int = Field(
+        1000, ge=1, description="how often to run the method's full cycle (critic and student updates)"
+    )
     max_minutes: float | None = Field(None, gt=0, description="stop and publish after this much training time")
     batch_size: int = Field(32, ge=1, description="images per forward pass and device")
     gradient_accumulation: int = Field(1, ge=1)
@@ -106,7 +108,9 @@ class TrainSpec(Contract):
 class PartitionSpec(Contract):
     """Several students from one job, each trained on a part of the prompts (Multi-Student Distillation)."""
 
-    students: int = Field(ge=2, le=64, description="student k is published as NAME-k, and NAME is a router over them")
+    students: int = Field(
+        ge=2, le=64, description="how many; student k is published as NAME-k, and NAME is a router over them"
+    )
     by: Literal["kmeans", "groups"] = Field(
         "kmeans",
         description="kmeans: equally many prompts each, close together in the text encoder's space; groups: runs of the "

@@ -291,6 +291,6 @@ def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
     taker = _takers().get(kind)
     fix = f": family {taker!r} takes it" if taker is not None else ""
     raise ValueError(
-        f"{folder} holds a {kind}, but family {family.family!r} needs a {family.pipeline_class.__name__} "
+        f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_class.__name__} alone "
         f"({family.known_as}){fix}"
     )

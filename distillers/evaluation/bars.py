@@ -57,7 +57,7 @@ def bars(real: Real, qualities: Sequence[Quality], spreads: Sequence[Spread], ex
     teacher = qualities[0]
     base = teacher.subject.model.name
     found = [
-        Bar(base, "R-precision / held-out real pictures'", ratio(teacher.r_precision, real.r_precision), 0.7, False),
+        Bar(base, "R-precision / held-out real images'", ratio(teacher.r_precision, real.r_precision), 0.7, False),
         Bar(base, "autoencoder PSNR, dB", real.psnr, 28.0, False),
     ]
     for quality in qualities[1:]:

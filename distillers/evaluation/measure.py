@@ -127,7 +127,7 @@ class Evaluation:
             train = train[:: max(1, len(train) // self.protocol.fit)]
         texts = self._texts([prompt.caption for prompt in train])
         names = [prompt.file_name for prompt in train]
-        features = self._real_features(names, "training pictures", self.extractors[:1])[self.extractors[0].name]
+        features = self._real_features(names, "training images", self.extractors[:1])[self.extractors[0].name]
         self.regression = alignment.fit(features, texts)
         self.captions = [prompt.caption for prompt in self.protocol.held_out]
         self.caption_texts = self._texts(self.captions) - self.regression.text_mean

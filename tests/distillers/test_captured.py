@@ -169,7 +169,7 @@ def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
             "train.capture",
             r"consistency's losses read .* capture off \(.*: add, diff_instruct, ",
         ),
-        ({"guide": {"student": "worse"}}, "guide", "'worse' leads rows"),
+        ({"guide": {"student": "worse"}}, "guide", "autoguidance by 'worse' counts rows"),
         ({"train": {"gradient_accumulation": 2}}, "train.gradient_accumulation", "2 must be 1 with capture"),
         ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing", "leave it out, or capture"),
     ],

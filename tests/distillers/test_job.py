@@ -170,10 +170,10 @@ def test_emoji_never_trains_on_what_is_held_out() -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "want"),
-        ('{"file_name": "0.png"}', "want"),
-        ('{"file_name": "missing.png", "text": "a"}', "no picture"),
-        ('{"file_name": "../0.png", "text": "a"}', "no picture"),
+        ("{", "give"),
+        ('{"file_name": "0.png"}', "give"),
+        ('{"file_name": "missing.png", "text": "a"}', "no image"),
+        ('{"file_name": "../0.png", "text": "a"}', "no image"),
         ('{"file_name": "0.png", "text": []}', "no text"),
         ('{"file_name": "0.png", "text": 5}', "text 5 must be a caption or a list of them"),
         ('{"file_name": "0.png", "text": ["a", null]}', "must be a caption or a list of them"),
@@ -232,7 +232,7 @@ def test_a_picture_outside_is_refused_from_where_the_folder_is_too(
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "../0.png", "text": "a"}')
     monkeypatch.chdir(tmp_path / "data")
-    with pytest.raises(BadData, match=r"no picture '\.\./0\.png' inside"):
+    with pytest.raises(BadData, match=r"no image '\.\./0\.png' inside"):
         load_corpus(DataSpec(source="."), 8)
 
 

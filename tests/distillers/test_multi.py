@@ -277,7 +277,7 @@ def test_a_bad_partition_names_the_field(raw: dict[str, Any], change: dict[str, 
 def test_prompts_have_no_groups(raw: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("red apple\n")
     data = raw["data"] | {"prompts": str(tmp_path / "prompts.txt")}
-    with pytest.raises(BadSpec, match=r"partition\.by: prompts of no picture belong to no group: use 'kmeans'"):
+    with pytest.raises(BadSpec, match=r"partition\.by: prompts without images have no group: use 'kmeans'"):
         check_spec(raw | {"data": data, "partition": {"students": 2, "by": "groups"}})
 
 

@@ -73,6 +73,6 @@ def test_a_job_asks_for_them_by_a_word() -> None:
     job = {"student": "a", "method": "sim", "base": "emoji-base", "data": {"prompts": RECOMBINED}}
     assert check_spec(job)[0].data.recombines
     with pytest.raises(
-        BadSpec, match=r"data\.prompts: no file 'recombined' \(and 'recombined' is for source 'emoji'\)"
+        BadSpec, match=r"data\.prompts: there is no file 'recombined' \('recombined' needs source 'emoji'\)"
     ):
         check_spec({**job, "data": {"source": "/tmp", "prompts": RECOMBINED}})

@@ -199,7 +199,7 @@ def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: 
         (
             {"steps": 4, "diversity": DiversityWish(base_steps=2, unprompted=0.3)},
             "diversity",
-            "student takes over at 0.75 already: want unprompted below 0.25",
+            "student takes over at 0.75: set unprompted below 0.25",
         ),
         ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base model"),
         ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not 101"),

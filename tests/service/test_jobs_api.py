@@ -375,7 +375,7 @@ def test_a_body_that_is_called_something_else(idle: TestClient) -> None:
 
 
 def test_a_failed_job_tells_its_own_reason(client: TestClient) -> None:
-    why = "base '/nonexistent' is not bundled, and is no folder"
+    why = "base '/nonexistent' is not bundled, is not a folder"
     job_id = client.post(JOBS, json=spec(refuse=why)).json()["id"]
     failed = until(client, job_id, ended)
     assert (failed["status"], failed["error"]["message"]) == ("failed", why)

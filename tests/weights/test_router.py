@@ -138,7 +138,7 @@ def test_each_prompt_is_drawn_by_its_own_student(store: Store, base: GaussianMix
 def test_a_routed_student_is_nothing_to_load_or_export(store: Store, base: GaussianMixture, tmp_path: Path) -> None:
     with pytest.raises(Routed, match="name one of its students, msd-0, msd-1"):
         load_student(store.open("msd"), base)
-    with pytest.raises(ValueError, match="export one of msd-0, msd-1"):
+    with pytest.raises(ValueError, match="export one of its students, msd-0, msd-1"):
         export(store, "msd", tmp_path / "out", 1)
     assert not (tmp_path / "out").exists()
 
@@ -146,8 +146,8 @@ def test_a_routed_student_is_nothing_to_load_or_export(store: Store, base: Gauss
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"router": ROUTER}, "routed itself"),
-        ({"family": "stable_diffusion"}, "family is stable_diffusion and not gaussian_mixture"),
+        ({"router": ROUTER}, "a router itself"),
+        ({"family": "stable_diffusion"}, "family is stable_diffusion, not gaussian_mixture"),
         ({"schedules": {2: StepSchedule(timesteps=[1.0, 0.5])}}, "whose schedules is"),
         ({"guidance": {"default_scale": 2.0}}, "whose guidance is"),
         ({"base": {"id": "ring", "sha256": "1" * 64}}, "with digest 111111111111 and not 000000000000"),

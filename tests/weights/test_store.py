@@ -330,7 +330,7 @@ RECORD = {"sha256": "0" * 64, "size": 0}
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"format_version": 2}, Corrupt, "format version 2 but this code reads 1: update fewstep"),
+        ({"format_version": 2}, Corrupt, "format version 2, but this code reads 1: update fewstep"),
         ({"format_version": None}, Corrupt, "format version None"),
         ({"name": "fast-dog"}, Corrupt, "names the student 'fast-dog', but its folder is 'fast-cat'"),
         ({"schedules": {}}, Corrupt, "is not a valid manifest"),

@@ -122,9 +122,7 @@ def test_the_prompt_is_told_before_the_student_takes_over(first: float, fits: bo
     if fits:
         assert base_leg_times(four, diversity) == pytest.approx([1.0, 0.76, 0.75])
         return
-    with pytest.raises(
-        CannotDraw, match=r"4 steps the student takes over at 0\.75 already: want unprompted below 0\.25"
-    ):
+    with pytest.raises(CannotDraw, match=r"4 steps the student takes over at 0\.75: set unprompted below 0\.25"):
         base_leg_times(four, diversity)
 
 

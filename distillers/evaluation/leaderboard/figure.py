@@ -43,14 +43,14 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
         }
         _line(axes, result.rows, result.name, shift=apart * (number - len(shown) // 2 + 0.5), **style)
     floor = teacher.floor_kernel_distance.value
-    axes.axhline(floor, linestyle="--", color="grey", linewidth=1, label="other real pictures", zorder=1)
+    axes.axhline(floor, linestyle="--", color="grey", linewidth=1, label="other real images", zorder=1)
     _scales(axes, teacher, shown)
     threads = counted(settings.threads, "thread")
     quick = " (a quick sample)" if settings.quick else ""
     axes.set_title(f"quality against cost, {settings.minutes:g} minutes of training on {threads} each{quick}")
     # Beside the axes, in the table's order, since labels among the points would overlap.
     lines, labels = axes.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda place: labels[place] == "other real pictures")
+    order = sorted(range(len(labels)), key=lambda place: labels[place] == "other real images")
     axes.legend(
         [lines[place] for place in order],
         [labels[place] for place in order],
@@ -83,6 +83,6 @@ def _scales(axes: Any, teacher: Teacher, results: Sequence[Result]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
-    axes.set_xlabel("network evaluations a picture (the guided teacher takes two a step)")
-    axes.set_ylabel("kernel distance to real pictures (lower is better)")
+    axes.set_xlabel("network evaluations per image (the guided teacher takes two a step)")
+    axes.set_ylabel("kernel distance to real images (lower is better)")
     axes.grid(alpha=0.25)

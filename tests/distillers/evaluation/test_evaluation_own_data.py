@@ -105,7 +105,7 @@ def test_a_missing_picture_is_named_before_anything_is_drawn(
     folder = own_folder(tmp_path / "own")
     (folder / "3.png").unlink()
     assert run(store, tmp_path / "out", "--data", str(folder)) == 2
-    assert "metadata.jsonl:4: no picture '3.png'" in capsys.readouterr().err.replace("\n", "")
+    assert "metadata.jsonl:4: there is no image '3.png'" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_real_pictures_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
