@@ -63,7 +63,7 @@ class AdversaryConfig(MethodConfig):
         if self.features is None and self.matching_weight > 0:
             raise ValueError(
                 f"matching_weight: {self.matching_weight} has an effect only with features: set features, or use "
-                "mismatched_share, which teaches the heads to use the prompt without it"
+                "mismatched_share instead, which also teaches the heads to use the prompt"
             )
         if self.features is not None and (self.prompted or self.blocks is not None):
             raise ValueError(

@@ -112,7 +112,7 @@ def check_place(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         reason = f"works in one process, not in {accelerator.num_processes}"
     elif accelerator.device.type != "cuda":
-        reason = f"needs an NVIDIA GPU, and this job runs on {accelerator.device}"
+        reason = f"needs an NVIDIA GPU, but this job runs on {accelerator.device}"
     if reason is not None:
         raise ValueError(f"train.capture: {reason}; or turn capture off")
 

@@ -86,7 +86,7 @@ class MultiRun(JobRun):
 
     def _make(self, resume: bool) -> StudentManifest | None:
         if self.parallel and self.accelerator.num_processes > 1:
-            message = "'parallel' starts a process a part: start it without accelerate launch, or use 'sequential'"
+            message = "'parallel' starts a process for each part: run it without accelerate launch, or use 'sequential'"
             raise BadSpec([{"param": "partition.order", "message": message}])
         done = {part for part, job in self.parts.items() if resume and published(job, self._folder(part), self.store)}
         for part in self.parts.keys() - done:

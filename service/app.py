@@ -85,7 +85,7 @@ def create_app(
     app = FastAPI(
         title="Fewstep",
         version=code_version(),
-        description="Text to image in one to four steps, by students of diffusion models, and by the models themselves.",
+        description="Text-to-image generation with diffusion models, and with students of them that need few steps.",
         lifespan=lifespan,
         redirect_slashes=False,
     )

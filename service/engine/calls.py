@@ -109,5 +109,5 @@ def _check(tensor: Tensor) -> Tensor:
     """The tensor, once the device has computed it."""
     # The sum is finite only if every element is: one pass, and one number read from the device.
     if not math.isfinite(float(tensor.sum(dtype=torch.float32))):
-        raise NotFinite("the model's answer is not finite")
+        raise NotFinite("the model returned infinities or NaNs")
     return tensor

@@ -175,8 +175,8 @@ class Shelf(Generic[V]):
             victim = next((k for k in left if k not in keep and k not in bases and not self._stays(k)), None)
             if victim is None:
                 raise TooLarge(
-                    f"{label!r} does not fit into memory: {_text(used + needed)} are needed with what must stay beside it, "
-                    f"and FEWSTEP_MEMORY_BYTES allows {_text(self.budget)}"
+                    f"{label!r} does not fit into memory: with the models that must stay it needs {_text(used + needed)}, "
+                    f"but FEWSTEP_MEMORY_BYTES allows {_text(self.budget)}"
                 )
             del left[victim]
             victims.append(victim)

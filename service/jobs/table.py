@@ -247,7 +247,7 @@ class JobTable:
             [this, _queued], {"status": "cancelled", "finished_at": self._clock(), "cancel_requested": True}
         ) or self._update([this, _running], {"cancel_requested": True})
         if done is None:
-            raise JobConflict(f"job {job_id!r} has ended ({self.get(job_id).status}) and cannot be cancelled any more")
+            raise JobConflict(f"job {job_id!r} has ended ({self.get(job_id).status}) and can no longer be cancelled")
         return done
 
     def resume(self, job_id: str) -> Job:

@@ -191,7 +191,7 @@ def test_without_a_gpu_nothing_is_loaded_to_be_captured(
 ) -> None:
     monkeypatch.setattr("distillers.job.load", lambda *_: pytest.fail("a network was loaded"))
     assert run(tmp_path, "refused").status == 1
-    assert "needs an NVIDIA GPU, and this job runs on cpu" in capsys.readouterr().out
+    assert "needs an NVIDIA GPU, but this job runs on cpu" in capsys.readouterr().out
 
 
 @gpu

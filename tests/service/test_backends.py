@@ -331,7 +331,7 @@ def part(module: nn.Module) -> Part:
 
 
 def test_a_conversion_that_answers_otherwise_is_not_used(tmp_path: Path) -> None:
-    with pytest.raises(compiler.WrongConversion, match=r"CountsRows answers 0\.33 off the module's own"):
+    with pytest.raises(compiler.WrongConversion, match=r"CountsRows has a relative error of 0\.33"):
         Compiler(Cache(tmp_path), "f32", 1).converted(part(CountsRows()))
     assert not list(tmp_path.iterdir()), "and leaves nothing behind"
 
@@ -450,16 +450,16 @@ class TestChoice:
             (
                 {"backend": "openvino"},
                 "cuda",
-                "FEWSTEP_BACKEND: openvino draws on the CPU alone, .*is cuda; torch runs",
+                "FEWSTEP_BACKEND: openvino runs only on the CPU, .*is cuda; use torch",
             ),
             (
                 {"backend": "openvino", "family": "gaussian_mixture"},
                 "cpu",
-                "nothing to run .* family 'gaussian_mixture'",
+                "can run no part .* family 'gaussian_mixture'",
             ),
-            ({"compile": True}, "cpu", "FEWSTEP_COMPILE: is for NVIDIA GPUs, .*is cpu; leave it off"),
-            ({"attention": "xformers"}, "cpu", "FEWSTEP_ATTENTION: xformers is for NVIDIA GPUs, .*is cpu; use sdpa"),
-            ({"attention": "xformers"}, "cuda", "xformers is not installed; pip install 'fewstep.gpu.' brings it"),
+            ({"compile": True}, "cpu", "FEWSTEP_COMPILE: it needs an NVIDIA GPU, .*is cpu; leave it off"),
+            ({"attention": "xformers"}, "cpu", "FEWSTEP_ATTENTION: xformers needs an NVIDIA GPU, .*is cpu; use sdpa"),
+            ({"attention": "xformers"}, "cuda", "xformers is not installed: pip install 'fewstep.gpu.', or"),
         ],
     )
     def test_what_cannot_be_is_refused(self, fields: dict[str, Any], device: str, says: str, monkeypatch: Any) -> None:

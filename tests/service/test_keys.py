@@ -363,7 +363,7 @@ def test_keys_from_the_terminal(file: Path) -> None:
     assert run("revoke", "ann", file=file) == f"{first.id} (ann) is revoked\n"
     assert read_keys(file) == (second,)
     assert "has the id or name 'ann'" in run("revoke", "ann", status=1, file=file)
-    assert "--scope all: there are generate, jobs, admin" in run("create", "x", "--scope", "all", status=2, file=file)
+    assert "--scope all: use one of generate, jobs, admin" in run("create", "x", "--scope", "all", status=2, file=file)
     assert "FEWSTEP_KEYS_FILE is not set" in run("list", status=2)
     assert "`fewstep keys create` creates it" in run("list", status=1, file=file.with_name("none.json"))
 

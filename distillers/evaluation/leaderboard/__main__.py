@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True, soft_wrap=True)
     missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
     if missing:
-        console.print(Text(f"error: the board needs {', '.join(missing)}: pip install 'fewstep[metrics]'", "red"))
+        console.print(Text(f"error: the leaderboard needs {', '.join(missing)}: pip install 'fewstep[metrics]'", "red"))
         return 2
     previous = signal.signal(signal.SIGTERM, _stopped)
     try:

@@ -26,9 +26,7 @@ def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -
     """
     hindrance = _no_openvino(settings, device)
     if settings.backend == "openvino" and hindrance is not None:
-        raise BadSettings(
-            f"FEWSTEP_BACKEND: openvino {hindrance}; torch runs everywhere, and auto picks what is fastest"
-        )
+        raise BadSettings(f"FEWSTEP_BACKEND: openvino {hindrance}; use torch, or auto, which picks the fastest")
     _check_gpu_settings(settings, device)
     if settings.backend == "torch" or hindrance is not None:
         return TorchBackend(
@@ -52,10 +50,10 @@ def make_backend(settings: Settings, device: torch.device, dtype: torch.dtype) -
 def _no_openvino(settings: Settings, device: torch.device) -> str | None:
     """Why OpenVINO cannot be used here; None if it can."""
     if device.type != "cpu":
-        return f"draws on the CPU alone, and FEWSTEP_DEVICE is {device}"
+        return f"runs only on the CPU, but FEWSTEP_DEVICE is {device}"
     family = families().get(settings.family)
     if family is not None and not family.part_names:
-        return f"has nothing to run in models of family {settings.family!r}"
+        return f"can run no part of models of family {settings.family!r}"
     try:
         silent = importlib.import_module("service.engine.backends.silent_openvino")
         silent.openvino.Core().get_property("CPU", "FULL_DEVICE_NAME")
@@ -66,13 +64,11 @@ def _no_openvino(settings: Settings, device: torch.device) -> str | None:
 
 def _check_gpu_settings(settings: Settings, device: torch.device) -> None:
     if settings.compile and device.type != "cuda":
-        raise BadSettings(f"FEWSTEP_COMPILE: is for NVIDIA GPUs, and FEWSTEP_DEVICE is {device}; leave it off")
+        raise BadSettings(f"FEWSTEP_COMPILE: it needs an NVIDIA GPU, but FEWSTEP_DEVICE is {device}; leave it off")
     if settings.attention == "xformers" and device.type != "cuda":
-        raise BadSettings(f"FEWSTEP_ATTENTION: xformers is for NVIDIA GPUs, and FEWSTEP_DEVICE is {device}; use sdpa")
+        raise BadSettings(f"FEWSTEP_ATTENTION: xformers needs an NVIDIA GPU, but FEWSTEP_DEVICE is {device}; use sdpa")
     if settings.attention == "xformers" and importlib.util.find_spec("xformers") is None:
-        raise BadSettings(
-            "FEWSTEP_ATTENTION: xformers is not installed; pip install 'fewstep[gpu]' brings it, or use sdpa"
-        )
+        raise BadSettings("FEWSTEP_ATTENTION: xformers is not installed: pip install 'fewstep[gpu]', or use sdpa")
 
 
 def _attention(settings: Settings, device: torch.device) -> Attention:

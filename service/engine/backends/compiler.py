@@ -214,8 +214,8 @@ class Compiler:
         error = float((answer - expected).square().mean().sqrt() / size)
         if not error <= TOLERANCE[self.precision]:
             raise WrongConversion(
-                f"the converted {type(module).__name__} answers {error:.2g} off the module's own answers, relative to them; "
-                f"in {self.precision} at most {TOLERANCE[self.precision]:g} is allowed"
+                f"the output of the converted {type(module).__name__} has a relative error of {error:.2g}; in "
+                f"{self.precision} at most {TOLERANCE[self.precision]:g} is allowed"
             )
 
 
