@@ -77,9 +77,9 @@ class Hosts:
                 if not self._may(name_of(host)):
                     message = (
                         f"this server has no keys, so it does not answer to {shorten(host)}, a name that anybody could have "
-                        "made to resolve to it: use an IP address, localhost, or a name in FEWSTEP_ALLOWED_HOSTS, "
-                        "FEWSTEP_PUBLIC_URL or FEWSTEP_HOST; list this one in FEWSTEP_ALLOWED_HOSTS if it is the server's "
-                        "own, or give the server keys (FEWSTEP_KEYS_FILE)"
+                        "made to resolve to it: use an address such as 127.0.0.1, localhost, or a name in "
+                        "FEWSTEP_ALLOWED_HOSTS, FEWSTEP_PUBLIC_URL or FEWSTEP_HOST; list this one in FEWSTEP_ALLOWED_HOSTS "
+                        "if it is the server's own, or give the server keys (FEWSTEP_KEYS_FILE)"
                     )
                     answer = respond(HTTPStatus.MISDIRECTED_REQUEST, message, code="host_not_allowed")
                     await answer(scope, receive, send)

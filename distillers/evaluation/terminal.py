@@ -18,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own if left out")
     parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students if left out")
     parser.add_argument(
-        "--cache", type=Path, default=default_root(), help="folder for what is cached of bases (%(default)s)"
+        "--cache", type=Path, default=default_root(), help="cache of what depends only on the base (%(default)s)"
     )
     parser.add_argument(
         "--data",

@@ -256,7 +256,7 @@ def test_chosen_blocks_are_all_that_is_run() -> None:
 
 
 def test_a_block_that_is_not_the_teachers_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"blocks: \['block.5'\].*up_blocks.2"):
+    with pytest.raises(ValueError, match=r"blocks: this teacher has no \['block.5'\].*up_blocks.2"):
         Adversary(AdversaryConfig(blocks=["mid_block", "block.5"]), unet_setup())
 
 

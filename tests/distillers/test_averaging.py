@@ -160,7 +160,7 @@ def test_the_shares_are_one_whole(tmp_path_factory: pytest.TempPathFactory, coun
     ("fields", "message"),
     [
         ({"adapter": "lora"}, "student 'b' is a LoRA"),
-        ({"router": {"students": ["a"], "centroids": [[1.0]]}}, "student 'b' has no weights of its own"),
+        ({"router": {"students": ["a"], "centroids": [[1.0]]}}, "student 'b' is a router, without weights of its own"),
         ({"base": {"id": "line", "sha256": "1" * 64}}, "'b' and 'a' differ in base"),
         ({"family": "stable_diffusion"}, "differ in family"),
         ({"schedules": {1: StepSchedule(timesteps=[0.9])}}, "differ in schedules"),

@@ -158,7 +158,7 @@ def test_numbers_that_are_not_finite_end_it_before_they_are_saved(
     [
         ({"config": {"guidance_interval": (0.2, 0.8)}}, "train.capture", r"guidance_interval \(0\.2, 0\.8\) counts"),
         ({"config": {"adversary": {"blocks": ["mid_block"]}}}, "train.capture", r"mismatched_share 0\.5 counts"),
-        ({"config": {"regression_iterations": 3}}, "train.capture", "regression_iterations 3 draws"),
+        ({"config": {"regression_iterations": 3}}, "train.capture", "regression_iterations 3 reads"),
         (
             {"method": "add", "config": {"features": None, "prompted": True, "mismatched_share": 0.5}},
             "train.capture",

@@ -90,7 +90,7 @@ def test_clear_groups_of_equal_size_are_found() -> None:
 
 
 def test_more_parts_than_points_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 points cannot be 4 parts"):
+    with pytest.raises(ValueError, match="3 points cannot be split into 4 parts"):
         balanced_kmeans(points(3), 4, torch.Generator())
 
 

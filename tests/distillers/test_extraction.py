@@ -192,7 +192,7 @@ def test_students_without_such_weights(store: Store, folder: Path, base: TextToI
     (tmp_path / "routed").mkdir()
     routed = store.manifest("cat").model_copy(update={"name": "routed", "router": router, "files": {}})
     store.publish(routed, tmp_path / "routed")
-    with pytest.raises(CannotExtract, match="'routed' has no weights of its own"):
+    with pytest.raises(CannotExtract, match="'routed' is a router, without weights of its own"):
         extract(store, "again", "routed")
     narrow = base.with_random_network({"layers_per_block": 2}).network
     publish(store, tmp_path / "other", folder, narrow, name="other")

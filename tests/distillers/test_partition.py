@@ -114,9 +114,9 @@ def test_prompts_are_cut_and_the_pictures_captions_are_routed() -> None:
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(BadData, match=r"partition\.students: 7 points cannot be 8 parts"):
+    with pytest.raises(BadData, match=r"partition\.students: 7 points cannot be split into 8 parts"):
         make_partition(spec(students=8), corpus(), embed, with_pictures=True)
-    with pytest.raises(BadData, match=r"partition\.students: 2 groups cannot be 3 parts"):
+    with pytest.raises(BadData, match=r"partition\.students: 2 groups cannot be split into 3 parts"):
         make_partition(spec(students=3, by="groups"), corpus(), embed, with_pictures=True)
     missing = corpus(groups=["insects", None, "birds", None])
     with pytest.raises(BadData, match=r"2 of 4 have none \(the first is number 1\).*use 'kmeans'"):

@@ -160,6 +160,6 @@ def test_from_the_terminal(settings: Settings, engine: FakeEngine, store: Store,
         assert fewstep("delete", "member-0", "--server", url).output == "member-0 is deleted\n"
         assert "error: 404" in fewstep("delete", "../member-1", "--server", url, status=1).output
         both = fewstep("delete", "member-1", "--server", url, "--store", tmp_path, status=2).output
-        assert "name one of them" in both
+        assert "cannot be combined" in both
     assert {"routed", "mine", "member-0"}.isdisjoint(store.names())
     assert "member-1" in store.names()

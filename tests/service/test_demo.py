@@ -176,7 +176,7 @@ def test_a_refused_job_fails_the_demo(tmp_path: Path) -> None:
 
 def test_a_server_that_does_not_start_fails_the_demo(tmp_path: Path) -> None:
     command = (sys.executable, "-c", "print('no such luck'); raise SystemExit(3)")
-    with pytest.raises(DemoFailed, match=r"(?s)ended with status 3.*no such luck"):
+    with pytest.raises(DemoFailed, match=r"(?s)exited with status 3.*no such luck"):
         run_demo(tmp_path, SPEC, Console(file=io.StringIO()), command)
 
 

@@ -221,7 +221,7 @@ def test_a_student_told_its_guidance_needs_one_evaluation_and_keeps_to_its_range
     assert (plan.guidance_scale, plan.evaluations) == (5.0, 2)
     assert not plan.needs_uncond
     assert plan_student(request(steps=2, guidance_scale=8.0), manifest).evaluations == 2
-    with pytest.raises(BadRequest, match="from 2 to 8, not for 1") as caught:
+    with pytest.raises(BadRequest, match="from 2 to 8, not 1") as caught:
         plan_student(request(steps=2, guidance_scale=1.0), manifest)
     assert caught.value.param == "guidance_scale"
 

@@ -188,7 +188,7 @@ def test_a_stream_is_checked_preview_by_preview(engine: FakeEngine) -> None:
         if isinstance(after, Drawn):
             assert after.flagged == flagged
     every = GuardedEngine(engine, Rates(lambda _: Limits()), Checker(name="c", function=lambda *_: True), "refused")
-    with pytest.raises(Flagged, match="'c' refuses"):
+    with pytest.raises(Flagged, match="'c' flagged"):
         asyncio.run(collect(every))
 
 

@@ -72,7 +72,7 @@ def test_a_bugs_answer_and_its_trace_have_the_id(client: TestClient, engine: Fak
     engine.error = RuntimeError("a bug")
     answer = client.post(DRAW, json={"prompt": "x"}, headers={"X-Request-ID": "mine"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
-    assert "under mine" in answer.json()["error"]["message"]
+    assert "under the id mine" in answer.json()["error"]["message"]
 
 
 def test_the_access_log(client: TestClient, written: io.StringIO) -> None:

@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--docs", type=Path, default=Path("docs"), help="folder for the document (%(default)s)")
     made.add_argument(
-        "--cache", type=Path, default=default_root(), help="folder for what is cached of bases (%(default)s)"
+        "--cache", type=Path, default=default_root(), help="cache of what depends only on the base (%(default)s)"
     )
     made.add_argument("--base", default=DEFAULT_BASE, help="the teacher (%(default)s)")
     made.add_argument("--recipes", type=Path, default=RECIPES, help="folder with the recipes emoji_*.toml")

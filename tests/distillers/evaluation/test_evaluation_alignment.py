@@ -60,5 +60,5 @@ def test_r_precision_at_its_ends() -> None:
 def test_too_few_captions_or_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="among 9 captions: there are only 8"):
         alignment.r_precision(torch.eye(8), torch.eye(8), torch.arange(8), choices=9)
-    with pytest.raises(ValueError, match="got 4 and 5"):
+    with pytest.raises(ValueError, match="got 4 images and 5 texts"):
         alignment.fit(normal(4, 2), normal(5, 2))

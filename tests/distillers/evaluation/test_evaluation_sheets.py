@@ -47,11 +47,11 @@ def test_a_table_names_rows_and_columns() -> None:
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 labels for 2 pictures"):
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
         sheets.sheet(flat(1, 2), ["a"], 2)
     with pytest.raises(ValueError, match="at least 1 column"):
         sheets.sheet(flat(1), ["a"], 0)
     with pytest.raises(ValueError, match="uint8"):
         sheets.to_images(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="want 2 rows of 1"):
+    with pytest.raises(ValueError, match="give 2 rows of 1"):
         sheets.table([flat(1)], ["a", "b"], ["c"])
