@@ -28,12 +28,16 @@ TOLERANCE = 1e-6
 def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
     """The noise schedule that a pipeline's scheduler represents.
 
+    With ``use_dynamic_shifting`` the scheduler has a shift for every size, ``exp(mu)``, with mu linear in the number of
+    tokens. A student knows one schedule, so the shift at the model's usual size is used at every size; diffusers itself
+    draws other sizes with another.
+
     Args:
         scheduler: the pipeline's scheduler.
-        tokens: image tokens at the usual size, for the error about dynamic shifting.
+        tokens: image tokens at the usual size, which a shift by the size depends on.
 
     Raises:
-        ValueError: its noise is not that of a rectified flow, or depends on the image's size.
+        ValueError: its noise is not that of a rectified flow, or another than shift alone says.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if isinstance(scheduler, DPMSolverMultistepScheduler):
@@ -41,14 +45,9 @@ def read_schedule(scheduler: Any, tokens: int) -> RectifiedFlow:
     if not isinstance(scheduler, KNOWN):
         known = ", ".join(each.__name__ for each in (*KNOWN, DPMSolverMultistepScheduler))
         raise ValueError(f"the scheduler is a {name}, which tells no rectified flow's shift; want one of {known}")
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(
-            "the scheduler's use_dynamic_shifting gives every size a noise schedule of its own, and a student knows one: in "
-            "scheduler/scheduler_config.json set it to false, and shift to what it comes to at this model's usual size, "
-            f"{_shift_at(config, tokens):.4g}"
-        )
     _refuse(config, ELSEWHERE)
-    return RectifiedFlow(float(config["shift"]), int(config["num_train_timesteps"]))
+    shift = _shift_at(config, tokens) if config.get("use_dynamic_shifting") else float(config["shift"])
+    return RectifiedFlow(shift, int(config["num_train_timesteps"]))
 
 
 def _read_multistep(config: Any) -> RectifiedFlow:

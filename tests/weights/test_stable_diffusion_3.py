@@ -159,8 +159,6 @@ def test_the_network_is_told_a_thousand_sigma(base: StableDiffusion3) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"use_dynamic_shifting": True}, r"set it to false, and shift to what it comes to .* size, 1\.583$"),
-        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, r"usual size, 0\.4594$"),
         ({"shift_terminal": 0.1}, r"'shift_terminal': 0\.1.* leave them out"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas"),
         ({"shift": 0}, r"shift=0\.0 must be positive"),
@@ -173,18 +171,18 @@ def test_noise_that_shift_alone_does_not_tell_is_refused(
         opened(changed(folder, tmp_path / "other", "scheduler/scheduler_config.json", **changes))
 
 
-def test_the_size_whose_shift_is_told_is_the_models_own(bare: StableDiffusion3) -> None:
-    """The shift that the error names is what diffusers draws that size with."""
-    config = {**bare.pipeline.scheduler.config, "use_dynamic_shifting": True}
+@pytest.mark.parametrize(("kind", "shift"), [("exponential", 1.583), ("linear", 0.4594)])
+def test_a_shift_by_the_size_is_that_of_the_models_own(bare: StableDiffusion3, kind: str, shift: float) -> None:
+    """It is what diffusers draws that size with."""
+    config = {**bare.pipeline.scheduler.config, "use_dynamic_shifting": True, "time_shift_type": kind}
     pipeline = StableDiffusion3Pipeline(
         **{**bare.pipeline.components, "scheduler": FlowMatchLCMScheduler.from_config(config)}
     )
-    with pytest.raises(ValueError, match="usual size") as error:
-        StableDiffusion3(pipeline)
+    schedule = StableDiffusion3(pipeline).denoiser.schedule
+    assert isinstance(schedule, RectifiedFlow) and schedule.shift == pytest.approx(shift, abs=1e-3)
     pipeline.set_progress_bar_config(disable=True)
     pipeline(PROMPT, sigmas=[1.0, 0.5], output_type="latent")
-    shift = float(str(error.value).rsplit(" ", 1)[1])
-    assert pipeline.scheduler.sigmas[1] == pytest.approx(shift / (1 + shift), abs=1e-3)
+    assert pipeline.scheduler.sigmas[1] == pytest.approx(schedule.shift / (1 + schedule.shift), abs=1e-6)
 
 
 def test_a_scheduler_of_another_kind_is_refused(folder: Path, tmp_path: Path) -> None:
