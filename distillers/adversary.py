@@ -49,7 +49,7 @@ from distillers.eyes import PictureEye, TeacherEye
 from distillers.losses.adversarial import approximate_r1, hinge_discriminator_loss, hinge_generator_loss
 from distillers.methods.base import OptimizerSettings, Setup, Trained, TurnLoss
 from distillers.rollout import draw_noise
-from weights.denoiser import Cond, cond_cat, cond_repeat, cond_rows
+from weights.denoiser import GUIDANCE, Cond, cond_cat, cond_repeat, cond_rows
 
 LABELS = 64
 """Number of classes that a matcher distinguishes if conditions are labels."""
@@ -123,7 +123,8 @@ class Matcher(nn.Module):
 def prompt_vectors(cond: Cond) -> Tensor:
     """One vector per prompt, ``(B, D)`` float32: the mean of text states ``(B, L, D)``, or labels ``(B,)`` one-hot.
 
-    If the states come with an attention mask ``(B, L)``, bool, the mean is over the tokens where it is True.
+    If the states come with an attention mask ``(B, L)``, bool, the mean is over the tokens where it is True. A guidance
+    scale is no part of a prompt.
     """
     mask = next((value for value in cond.values() if value.dtype == torch.bool), None)
 
@@ -135,7 +136,8 @@ def prompt_vectors(cond: Cond) -> Tensor:
             return (value.float() * counts).sum(dim=1) / counts.sum(dim=1).clamp_min(1)
         return value.float().mean(dim=1) if value.ndim == 3 else value.float()
 
-    return torch.cat([vector(value) for value in cond.values() if value is not mask], dim=1)
+    prompts = [value for name, value in cond.items() if name != GUIDANCE and value is not mask]
+    return torch.cat([vector(value) for value in prompts], dim=1)
 
 
 class Adversary:

@@ -132,6 +132,11 @@ class Builder:
         spec = self.job.guide
         if spec is None:
             return None
+        if self.base.denoiser.embeds_guidance:
+            raise ValueError(
+                f"guide: the networks of base {self.job.base!r} are told their guidance scale, and autoguidance is for "
+                "networks that are told none; leave it out"
+            )
         folder = self.store.open(spec.student)
         check_base(folder, self.reference.sha256)
         model = load_student(folder, self.base)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from weights.denoiser import Cond, Denoiser, cond_cat, cond_repeat, cond_rows
+from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, cond_rows
 from weights.diffusion.schedules import expand
 
 
@@ -68,7 +68,8 @@ def guided_x0(
     """``uncond + w (cond - uncond)`` in one call, whose unconditional half contains only the rows inside ``interval``.
 
     Unlike `weights.diffusion.guidance.Guided`, which doubles the whole batch, rows outside the interval cost one
-    evaluation instead of two, since times in training differ between rows.
+    evaluation instead of two, since times in training differ between rows. A denoiser that embeds guidance is given the
+    scale (1.0 outside the interval) and evaluated once; ``uncond`` is not used.
 
     Args:
         denoiser: the teacher.
@@ -79,6 +80,11 @@ def guided_x0(
         scale: w; 1.0 is off. A number, or ``(B,)``, which costs the unconditional evaluation of every row.
         interval: guide only where ``low <= t <= high``; everywhere when left out.
     """
+    if denoiser.embeds_guidance:
+        told = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        if interval is not None:
+            told = torch.where((t >= interval[0]) & (t <= interval[1]), told, torch.ones_like(told))
+        return denoiser(x_t, t, {**cond, GUIDANCE: told})
     if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
     if interval is None:

@@ -23,7 +23,7 @@ from distillers.folder import BadData
 from distillers.methods.base import Batch
 from distillers.processes import Tick
 from distillers.seeds import generator_of
-from weights.denoiser import Cond
+from weights.denoiser import GUIDANCE, Cond
 from weights.families.base import TextToImage
 from weights.student_files import readable
 
@@ -46,6 +46,7 @@ class Feed:
         batch_size: int,
         seed: int,
         with_pictures: bool,
+        told_scale: float | None = None,
     ) -> None:
         """
         Args:
@@ -55,6 +56,7 @@ class Feed:
             batch_size: B.
             seed: the job's.
             with_pictures: whether batches contain real latents.
+            told_scale: guidance scale among the conditions, for networks that embed it; none when left out.
 
         Raises:
             BadData: images are needed, and the corpus has none.
@@ -67,6 +69,7 @@ class Feed:
         self.batch_size = batch_size
         self.seed = seed
         self.with_pictures = with_pictures
+        self.told_scale = told_scale
         self._cumulative = corpus.weights.cumsum(0)
         drawn = corpus.prompts if corpus.drawn is None else corpus.drawn
         self._drawn = None if corpus.prompts is None or drawn is None else torch.tensor(drawn)
@@ -133,10 +136,18 @@ class Feed:
         if self._conditions is not None:
             # Converted to float32 on the device, which halves the copy.
             kept = self._conditions.items()
-            return floats({name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in kept})
+            return self.told({name: tensor[rows.to(tensor.device)].to(self.device) for name, tensor in kept})
         encoded = self.base.encode_prompts([self.corpus.captions[row] for row in rows.tolist()])
         # Rounded like cached values: the length of a job decides about caching, but must not change its inputs.
-        return floats({name: _kept(tensor).to(self.device) for name, tensor in encoded.items()})
+        return self.told({name: _kept(tensor).to(self.device) for name, tensor in encoded.items()})
+
+    def told(self, cond: Cond) -> Cond:
+        """Conditions in float32, with the guidance scale if networks take one."""
+        wide = floats(cond)
+        if self.told_scale is None:
+            return wide
+        rows = len(next(iter(wide.values())))
+        return {**wide, GUIDANCE: torch.full((rows,), self.told_scale, device=self.device)}
 
     def prompt_conditions(self, numbers: Tensor) -> Cond:
         """Conditions of prompts by index, in 0..`prompts` - 1: of all prompts, even if batches draw only a subset."""

@@ -28,7 +28,7 @@ from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.stopwatch import Stopwatch
 from distillers.trainer import Diverged, Trainer
-from weights.contracts import BaseReference, DistillJob, Failed, Finished, StudentManifest
+from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, StoreError
@@ -188,6 +188,7 @@ class JobRun:
             batch_size=job.train.batch_size,
             seed=job.train.seed,
             with_pictures=self.with_pictures,
+            told_scale=self.config.teacher_scale if base.denoiser.embeds_guidance else None,
         )
         train = job.train
         draws: float = train.iterations * train.batch_size * train.gradient_accumulation
@@ -199,7 +200,7 @@ class JobRun:
             feed.prepare(self.cache, self.reference.sha256, draws, tick)
 
         main_first(prepare, self._tick, device)
-        self.uncond = floats(base.encode_prompts([""]))
+        self.uncond = feed.told(base.encode_prompts([""]))
         builder = self._builder(base)
         built = builder.method(chosen, self.config, self.uncond)
         trainer = self.trainer = Trainer(
@@ -263,8 +264,15 @@ class JobRun:
         prompts = feed.corpus.sheet
         encoded = floats(feed.base.encode_prompts(prompts))
         cond = {name: tensor.to(self.accelerator.device) for name, tensor in encoded.items()}
-        scale = built.guidance().default_scale
+        scale = self._guidance(built).default_scale
         return Sheet(prompts, cond, built.schedules(), self.job.train.seed, scale, self.uncond)
+
+    def _guidance(self, built: Method) -> GuidanceConvention:
+        """The student's; one that embeds guidance, as its base does, was told the teacher's scale and no other."""
+        own, scale = built.guidance(), self.config.teacher_scale
+        if own.embedded is not None or not built.student.denoiser.embeds_guidance:
+            return own
+        return GuidanceConvention(trained_scale=scale, default_scale=scale, embedded=(scale, scale))
 
     def _workspace(self, feed: Feed, builder: Builder) -> Workspace:
         """The workspace of `Method.prepare`; other prompts, seeds or teachers get other folders."""
@@ -305,7 +313,7 @@ class JobRun:
             adapter="full" if self.job.lora is None else "lora",
             lora_alpha=None if self.job.lora is None else self.job.lora.alpha or self.job.lora.rank,
             schedules=trainer.method.schedules(),
-            guidance=trainer.method.guidance(),
+            guidance=self._guidance(trainer.method),
             job=self.job,
             metrics={
                 "iterations": trainer.iteration,

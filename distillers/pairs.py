@@ -9,8 +9,8 @@ from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.methods.base import Setup, Workspace
 from distillers.processes import agreed, place, together
 from weights.denoiser import Cond
-from weights.diffusion.guidance import Guided
 from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
+from weights.drawing import guided
 
 SHARD = 64
 LATENTS_AT_ONCE = 16 * 64 * 64
@@ -66,7 +66,7 @@ class TeacherPairs:
     def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:
         generator = torch.Generator().manual_seed(self.workspace.seed("pair rows", int(pairs[0])))
         rows = torch.randint(self.workspace.prompts, (len(pairs),), generator=generator)
-        teacher = Guided(self.setup.teacher, self.setup.uncond, guidance_scale)
+        teacher = guided(self.setup.teacher, self.setup.uncond, guidance_scale)
         parts = []
         for own, asked in zip(*(torch.split(each, self._at_once()) for each in (pairs, rows)), strict=True):
             x_t = initial_state(self.noise(own), teacher.schedule)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weights.contracts import Diversity, StepSchedule
-from weights.denoiser import Cond, Denoiser
+from weights.denoiser import Cond, Denoiser, cond_repeat
 from weights.diffusion.guidance import EmbeddedGuidance, Guided
 from weights.diffusion.samplers import ImageNoise, OnStep
 from weights.families.base import TextToImage
@@ -80,7 +80,7 @@ def draw_base(
     """
     denoiser = base.denoiser
     trajectory = base_trajectory(denoiser.schedule, steps, guidance_scale, tells_guidance=denoiser.embeds_guidance)
-    return _follow(trajectory, {"base": denoiser}, base.latent_shape(), cond, uncond, seeds, on_step)
+    return _follow(trajectory, {"base": denoiser}, base, cond, uncond, seeds, on_step)
 
 
 def draw(
@@ -131,13 +131,13 @@ def draw(
         skip_only=skip_only,
         base_tells_guidance=base is not None and base.denoiser.embeds_guidance,
     )
-    return _follow(trajectory, denoisers, student.latent_shape(), cond, uncond, seeds, on_step, empty)
+    return _follow(trajectory, denoisers, student, cond, uncond, seeds, on_step, empty)
 
 
 def _follow(
     trajectory: Trajectory,
     denoisers: Mapping[Leg, Denoiser],
-    shape: tuple[int, ...],
+    model: TextToImage,
     cond: Cond,
     uncond: Cond | None,
     seeds: Sequence[int],
@@ -146,14 +146,19 @@ def _follow(
 ) -> Drawing:
     """Take all images along one trajectory, from their seeds' noise to clean latents."""
     device = next(iter(cond.values())).device
-    noise = ImageNoise(seeds, shape, device)
+    noise = ImageNoise(seeds, model.latent_shape(), device)
     x = trajectory.first_state(noise())
     for _ in range(trajectory.skipped_draws):
         noise()
     for index, step in enumerate(trajectory.steps):
         without = empty if step.unprompted and empty is not None else uncond
         denoiser = guided(denoisers[step.leg], without, step.guidance_scale)
-        x0 = denoiser(x, torch.full((len(x),), step.t, device=device), cond)
+        told = cond
+        if step.unprompted and step.tells_guidance:
+            if without is None:
+                raise CannotDraw("a step without the prompt needs the empty prompt's condition; give uncond or empty")
+            told = cond_repeat(without, len(x))
+        x0 = denoiser(x, torch.full((len(x),), step.t, device=device), told)
         x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
         if on_step is not None:
             on_step(index, x0)

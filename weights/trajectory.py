@@ -248,19 +248,20 @@ def _ddim_steps(
     """DDIM steps through falling times, each with its own guidance scale.
 
     At time 0 the image is the last x_0 itself, even if the schedule keeps some noise there. With ``unprompted``, steps
-    at scale 0 are conditioned on the empty prompt.
+    at scale 0 are conditioned on the empty prompt, for a network that embeds guidance at scale 1 (off).
     """
     steps = []
     for (t, s), guidance_scale in zip(pairwise(times), scales, strict=True):
         now, then = (torch.full((3,), time, dtype=torch.float64) for time in (t, s))
+        left_out = unprompted and guidance_scale == 0
         weights = (0.0, 1.0, 0.0) if s == 0 else ddim_step(_UNIT[0], _UNIT[1], now, then, diffusion)
         steps.append(
             TrajectoryStep(
                 leg=leg,
                 t=t,
-                guidance_scale=guidance_scale,
+                guidance_scale=1.0 if left_out and tells_guidance else guidance_scale,
                 tells_guidance=tells_guidance,
-                unprompted=unprompted and guidance_scale == 0,
+                unprompted=left_out,
                 **_weights(*(torch.as_tensor(weight) for weight in weights)),
             )
         )

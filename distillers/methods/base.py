@@ -34,6 +34,11 @@ class MethodConfig(BaseModel):
         """The shortest run that reaches the method's last phase; shorter runs are rejected."""
         return 1
 
+    @property
+    def teacher_scale(self) -> float:
+        """The teacher's guidance scale, which a network that embeds guidance is told at every call in training."""
+        return float(getattr(self, "guidance_scale", 1.0))
+
     def scaled(self, factor: float) -> Self:
         """These settings for a run of ``factor`` times as many iterations; phases keep their share of the run.
 

@@ -60,6 +60,10 @@ class DisBackConfig(MethodConfig):
     def least_iterations(self) -> int:
         return self.degradation_iterations + self.backtrack_every * (self.path_points - 1) + 1
 
+    @property
+    def teacher_scale(self) -> float:
+        return self.inner().teacher_scale
+
     def scaled(self, factor: float) -> Self:
         return self.model_copy(
             update={

@@ -132,6 +132,8 @@ class ModelInfo:
     default_guidance: float
     size: int | None
     """Side length in pixels; None until the student's base is loaded."""
+    embeds_guidance: bool = False
+    """Whether a base takes the guidance scale as an input, and so needs one evaluation a step at any scale."""
     base: str | None = None
     method: str | None = None
     diversity: Diversity | None = None

@@ -44,6 +44,7 @@ def base_info(name: str, base: TextToImage) -> ModelInfo:
         default_steps=base.default_steps,
         default_guidance=base.default_guidance,
         size=base.size,
+        embeds_guidance=base.denoiser.embeds_guidance,
         licence=base.licence,
     )
 

@@ -105,10 +105,10 @@ class ActiveRequest:
 
     def told(self, step: TrajectoryStep) -> tuple[Prompt, ...]:
         """The prompts of a step's rows: the image's own, the unconditional one, or both, unconditional first."""
-        if step.tells_guidance or step.guidance_scale == 1:
-            return (self.cond,)
         if step.unprompted:
             return (self.empty,)
+        if step.tells_guidance or step.guidance_scale == 1:
+            return (self.cond,)
         return (self.uncond,) if step.guidance_scale == 0 else (self.uncond, self.cond)
 
     @property
@@ -177,8 +177,9 @@ class Picture:
 
     def __init__(self, request: ActiveRequest, index: int, order: Order) -> None:
         self.request, self.index, self.order = request, index, order
-        shape, device = request.resident.base.latent_shape(), request.resident.base.device
-        self.noise = ImageNoise([request.ticket.request.seeds[index]], shape, device)
+        base = request.resident.base
+        seeds = [request.ticket.request.seeds[index]]
+        self.noise = ImageNoise(seeds, base.latent_shape(), base.device)
         self.x = request.trajectory.first_state(self.noise()[0])
         """State ``(C, h, w)``; after the last step, the clean latents."""
         for _ in range(request.trajectory.skipped_draws):

@@ -24,7 +24,7 @@ class Plan:
     evaluations: int
     """Network evaluations per image."""
     embeds_guidance: bool = False
-    """Whether the student takes the guidance scale as an input, and so needs no unconditional prompt."""
+    """Whether the network takes the guidance scale as an input, and so needs no unconditional prompt."""
 
     @property
     def needs_uncond(self) -> bool:
@@ -56,7 +56,8 @@ def plan_base(request: DrawRequest, info: ModelInfo) -> Plan:
         guidance_scale=scale,
         schedule=None,
         diversity=None,
-        evaluations=steps * evaluations_per_call(scale),
+        evaluations=steps if info.embeds_guidance else steps * evaluations_per_call(scale),
+        embeds_guidance=info.embeds_guidance,
     )
 
 

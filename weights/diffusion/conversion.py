@@ -25,6 +25,10 @@ class Converted(Denoiser):
         super().__init__()
         self.denoiser, self.schedule = denoiser, schedule
 
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.denoiser.embeds_guidance
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The estimate of x_0; shapes as in `Denoiser.forward`."""
         x0: Tensor = self.denoiser(*convert(x_t, t, self.schedule, self.denoiser.schedule), cond)
