@@ -16,6 +16,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
@@ -347,6 +349,56 @@ def tiny_sana_pipeline(folder: Path, seed: int = 0, **changes: Any) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def tiny_flux_pipeline(folder: Path, seed: int = 0, guidance_embeds: bool = True, **changes: Any) -> Path:
+    """Writes one of FLUX.1's classes: a transformer on packed latents, a CLIP and a T5, 32x32 pictures; its folder.
+
+    Args:
+        folder: made where it is not there.
+        seed: of all weights.
+        guidance_embeds: whether the network is told a scale and the shift follows from the size, as dev's; schnell's is not.
+        changes: settings of the transformer.
+    """
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = clip_tokenizer(folder)
+    t5 = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    network: dict[str, Any] = {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+        "guidance_embeds": guidance_embeds,
+    }
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
+    pipeline = FluxPipeline(
+        transformer=FluxTransformer2DModel(**{**network, **changes}),
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        vae=kl_autoencoder(
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **clip_settings(tokenizer))),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=t5_tokenizer(),
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "fewstep.json").write_text(json.dumps({"size": 32}))
+    return folder
+
+
+def tiny_schnell_pipeline(folder: Path, seed: int = 0) -> Path:
+    """FLUX.1-schnell's classes; see `tiny_flux_pipeline`."""
+    return tiny_flux_pipeline(folder, seed, guidance_embeds=False)
 
 
 def student_manifest(base_folder: Path, **changes: object) -> StudentManifest:

@@ -146,7 +146,7 @@ def _follow(
 ) -> Drawing:
     """Take all images along one trajectory, from their seeds' noise to clean latents."""
     device = next(iter(cond.values())).device
-    noise = ImageNoise(seeds, model.latent_shape(), device)
+    noise = ImageNoise(seeds, model.latent_shape(), device, model.step_noise)
     x = trajectory.first_state(noise())
     for _ in range(trajectory.skipped_draws):
         noise()

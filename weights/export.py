@@ -16,8 +16,9 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
 
     ``DiffusionPipeline.from_pretrained(target)`` then generates, with ``num_inference_steps=steps, guidance_scale=1``
     (or the requested scale, if the student embeds guidance), the same pixels as the server from the same seed, within
-    the dtype's rounding. Diffusers' SD3 pipeline does not pass its generator on to the scheduler: for several steps,
-    seed it with ``torch.manual_seed``, on a CPU.
+    the dtype's rounding. Diffusers' SD3 and FLUX.1 pipelines do not pass their generator on to the scheduler: for
+    several steps, seed them with ``torch.manual_seed``, on a CPU. FLUX.1's also needs height and width, if they are not
+    1024 pixels, and ``max_sequence_length=256`` for a student of schnell.
 
     Args:
         store: where the student is.

@@ -22,7 +22,8 @@ from weights.quiet import quiet
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CARD_FILE = "fewstep.json"
-"""File beside model_index.json with a base's default_steps, default_guidance and licence, where they are unusual."""
+"""File beside model_index.json with a base's default_steps, default_guidance and licence, and a FLUX.1's size, where they
+are unusual."""
 
 
 class PipelineModel(TextToImage):
@@ -34,7 +35,7 @@ class PipelineModel(TextToImage):
     """Wraps the network to take the denoiser's inputs by position."""
     known_as: ClassVar[str]
     usual_steps: ClassVar[int] = 50
-    usual_guidance: ClassVar[float]
+    usual_guidance: ClassVar[float] = 1.0
     fixed: ClassVar[frozenset[str]]
     """Network settings that must not change: the latents, the text encoders and the samplers depend on them."""
     part_names: ClassVar[tuple[PartName, ...]] = ("network", "decoder")
@@ -56,7 +57,7 @@ class PipelineModel(TextToImage):
         for part in (self.vae, self.network):
             # The path that it was loaded from must not be published.
             cast(Any, part).register_to_config(_name_or_path="")
-        self.size = int(self._own_network.config.sample_size) * self.scale
+        self.size = self._usual_size()
         self.default_steps = int(self.card.get("default_steps", self.usual_steps))
         self.default_guidance = float(self.card.get("default_guidance", self.usual_guidance))
         self.licence = str(self.card.get("licence", "unspecified"))
@@ -64,6 +65,10 @@ class PipelineModel(TextToImage):
     @abstractmethod
     def _denoiser(self, network: nn.Module) -> NetworkDenoiser:
         """The network as a denoiser, run by the program that replaces it, if any."""
+
+    def _usual_size(self) -> int:
+        """Height and width in pixels where none are named."""
+        return int(self._own_network.config.sample_size) * self.scale
 
     @abstractmethod
     def _multiple(self) -> int:

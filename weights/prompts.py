@@ -1,4 +1,4 @@
-"""Encoding of prompts by CLIP, as in diffusers' pipelines with several text encoders."""
+"""Encoding of prompts by CLIP and T5, as in diffusers' pipelines with several text encoders."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,20 @@ def clip_states(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -
     device = next(encoder.parameters()).device
     output = encoder(tokens.input_ids.to(device), output_hidden_states=True)
     return output.hidden_states[-2], getattr(output, "text_embeds", None)
+
+
+def padded_states(tokenizer: Any, encoder: Any, prompts: list[str], length: int) -> Tensor:
+    """The states of a T5 encoder's last layer, ``(N, length, D)``, padding included, in the encoder's dtype."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    states: Tensor = encoder(tokens.input_ids.to(next(encoder.parameters()).device))[0]
+    return states.to(encoder.dtype)
+
+
+def keep_wide_layers(encoder: Any) -> None:
+    """Moves the layers of a T5 encoder whose activations overflow float16 back to float32, as transformers loads them."""
+    for name, module in encoder.named_modules():
+        if name.endswith(".wo"):
+            module.to(torch.float32)
 
 
 def in_parts(encode: Callable[[list[str]], tuple[Tensor, ...]], prompts: list[str]) -> tuple[Tensor, ...]:

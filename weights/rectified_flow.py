@@ -77,7 +77,9 @@ def _refuse(config: Any, settings: Sequence[str]) -> None:
         )
 
 
-def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMatchEulerDiscreteScheduler:
+def student_scheduler(
+    schedule: RectifiedFlow, times: Sequence[float], *, spaced_by_pipeline: bool = False
+) -> FlowMatchEulerDiscreteScheduler:
     """A scheduler that, asked for ``len(times)`` steps, samples at these times as the consistency sampler does.
 
     With ``stochastic_sampling``, a step goes to ``(1 - sigma') x_0 + sigma' eps`` with fresh noise, as in consistency
@@ -90,6 +92,8 @@ def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMa
     Args:
         schedule: the noise schedule.
         times: falling, in (0, 1].
+        spaced_by_pipeline: whether the pipeline hands over n evenly spaced numbers from 1 to 1 / n itself, as FLUX's does.
+            The schedule's own shift then makes them its times.
 
     Raises:
         ValueError: the scheduler cannot sample at these times.
@@ -97,13 +101,14 @@ def student_scheduler(schedule: RectifiedFlow, times: Sequence[float]) -> FlowMa
     sigmas = schedule.sigma(torch.tensor(list(times), dtype=torch.float64))
     settings: dict[str, Any] = {
         "num_train_timesteps": schedule.num_train,
-        "shift": _shift_before_stretching(schedule, len(times)),
+        "shift": schedule.shift if spaced_by_pipeline else _shift_before_stretching(schedule, len(times)),
         "stochastic_sampling": True,
     }
     if len(times) > 1:
         settings["shift_terminal"] = float(sigmas[-1])
     scheduler = FlowMatchEulerDiscreteScheduler(**settings)
-    scheduler.set_timesteps(len(times))
+    spaced = [1 - step / len(times) for step in range(len(times))]
+    scheduler.set_timesteps(len(times), sigmas=spaced if spaced_by_pipeline else None)
     theirs = scheduler.sigmas[:-1].double()
     if not torch.allclose(theirs, sigmas, rtol=0, atol=TOLERANCE):
         shown = ", ".join(f"{schedule.time_of_index(sigma * schedule.num_train):.4g}" for sigma in theirs)

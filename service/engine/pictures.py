@@ -179,7 +179,7 @@ class Picture:
         self.request, self.index, self.order = request, index, order
         base = request.resident.base
         seeds = [request.ticket.request.seeds[index]]
-        self.noise = ImageNoise(seeds, base.latent_shape(), base.device)
+        self.noise = ImageNoise(seeds, base.latent_shape(), base.device, base.step_noise)
         self.x = request.trajectory.first_state(self.noise()[0])
         """State ``(C, h, w)``; after the last step, the clean latents."""
         for _ in range(request.trajectory.skipped_draws):

@@ -37,7 +37,7 @@ class Recorder(Denoiser):
 
 
 def model(**fields: Any) -> Any:
-    return SimpleNamespace(denoiser=Recorder(**fields), latent_shape=lambda: SHAPE)
+    return SimpleNamespace(denoiser=Recorder(**fields), latent_shape=lambda: SHAPE, step_noise=lambda noise: noise)
 
 
 def cond(rows: int, push: float = 0.0) -> dict[str, Tensor]:

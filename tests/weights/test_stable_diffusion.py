@@ -1,7 +1,7 @@
 """The families of pipelines against diffusers itself: the same pixels, from a base, a student and an export.
 
-What only UNets have is checked on UNets' families; what only SD3's or SANA's has, in test_stable_diffusion_3.py and
-test_sana.py.
+What only UNets have is checked on UNets' families; what only SD3's, SANA's or FLUX.1's has, in test_stable_diffusion_3.py,
+test_sana.py and test_flux.py.
 """
 
 import json
@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -27,6 +28,7 @@ from peft.utils import get_peft_model_state_dict
 
 from tests.helpers import (
     student_manifest,
+    tiny_flux_pipeline,
     tiny_pipeline,
     tiny_sana_pipeline,
     tiny_sd3_pipeline,
@@ -37,12 +39,12 @@ from weights import autoencoder
 from weights.contracts import BaseReference, GuidanceConvention, StepSchedule
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.diffusion.samplers import trailing_times
+from weights.diffusion.schedules import RectifiedFlow
 from weights.drawing import draw, draw_base
 from weights.export import export
 from weights.families import load
 from weights.families.sana import Sana
 from weights.families.stable_diffusion import StableDiffusion
-from weights.families.stable_diffusion_3 import StableDiffusion3
 from weights.pipelines import LORA_FILE, PipelineModel
 from weights.store import NotFound, Store, digest_base
 from weights.students import WrongBase, check_base, load_student
@@ -56,10 +58,11 @@ FAMILIES = {
     StableDiffusionXLPipeline.__name__: "stable_diffusion_xl",
     StableDiffusion3Pipeline.__name__: "stable_diffusion_3",
     SanaPipeline.__name__: "sana",
+    FluxPipeline.__name__: "flux",
 }
 UNETS = {"bundled": tiny_pipeline, "sd15": tiny_sd15_pipeline, "sdxl": tiny_sdxl_pipeline}
 """Of the bundled teacher's classes, of Stable Diffusion 1's, and of SDXL's."""
-EVERY = {**UNETS, "sd3": tiny_sd3_pipeline, "sana": tiny_sana_pipeline}
+EVERY = {**UNETS, "sd3": tiny_sd3_pipeline, "sana": tiny_sana_pipeline, "flux": tiny_flux_pipeline}
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +122,14 @@ def diffusers_pixels(
 ) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator: torch.Generator | None = torch.Generator().manual_seed(seed)
-    if isinstance(pipeline, StableDiffusion3Pipeline):  # which hands no generator on to its scheduler
+    if isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline):  # which hand no generator on to their scheduler
         torch.manual_seed(seed)
         generator = None
     if isinstance(pipeline, SanaPipeline):  # which draws 1024 pixels unless told, and sizes of its table alone
         more = {"height": 32, "width": 32, "use_resolution_binning": False, **more}
     asked = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generator, "output_type": "pt"}
+    if isinstance(pipeline, FluxPipeline):  # which knows no usual size of its own
+        asked |= {"height": 32, "width": 32}
     return pipeline(PROMPT, **{**asked, **more}).images
 
 
@@ -134,13 +139,13 @@ def test_the_base_draws_what_diffusers_draws(base: PipelineModel, base_folder: P
     times: dict[str, object] = {}
     if isinstance(base, Sana):  # whose own scheduler is of second order
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipeline.scheduler.config.flow_shift)
-    if isinstance(base, StableDiffusion3 | Sana):
+    if isinstance(base.denoiser.schedule, RectifiedFlow):
         times["sigmas"] = trailing_times(5)[:-1]  # before their shift
     else:
         ending_clean = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **ending_clean)
     theirs = diffusers_pixels(pipeline, 5, 3.0, seed=5, **times)
-    assert drawing.evaluations == 10
+    assert drawing.evaluations == (5 if isinstance(pipeline, FluxPipeline) else 10)
     assert torch.allclose((base.decode(drawing.latents) + 1) / 2, theirs, atol=1e-4)
 
 
@@ -242,7 +247,8 @@ def test_an_export_finds_a_base_that_has_moved(base: PipelineModel, base_folder:
         ("stable_diffusion", "StableDiffusionXLPipeline", r"fine-tunes\): family 'stable_diffusion_xl' takes it$"),
         ("stable_diffusion_xl", "StableDiffusionPipeline", r"not its refiner\): family 'stable_diffusion' takes it$"),
         ("stable_diffusion_xl", "StableDiffusion3Pipeline", r"refiner\): family 'stable_diffusion_3' takes it$"),
-        ("stable_diffusion_xl", "FluxPipeline", r"holds a FluxPipeline, and family 'stable_diffusion_xl' .*refiner\)$"),
+        ("stable_diffusion_xl", "FluxPipeline", r"refiner\): family 'flux' takes it$"),
+        ("flux", "FluxKontextPipeline", r"holds a FluxKontextPipeline, and family 'flux' .* fine-tunes\)$"),
     ],
 )
 def test_another_kind_of_pipeline_is_refused_by_its_name(tmp_path: Path, family: str, kind: str, says: str) -> None:

@@ -47,17 +47,30 @@ class ImageNoise:
         seeds: one per image, each in 0..2^64-1.
         shape: shape of one image's latent, without the batch.
         device: where the noise is returned; it is always drawn on the CPU.
+        later: puts every draw ``(B, *shape)`` but the first in the order wanted (`TextToImage.step_noise`).
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        later: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.shape = tuple(shape)
         self.device = torch.device(device)
         self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._later = later
+        self._first = True
 
     def __call__(self) -> Tensor:
         """The next draw for every image, ``(B, *shape)`` float32."""
         draws = [torch.randn(self.shape, generator=generator) for generator in self._generators]
-        return torch.stack(draws).to(self.device)
+        noise = torch.stack(draws)
+        if self._later is not None and not self._first:
+            noise = self._later(noise)
+        self._first = False
+        return noise.to(self.device)
 
 
 def initial_state(noise: Tensor, schedule: Schedule, t: float = 1.0) -> Tensor:

@@ -81,6 +81,17 @@ class TextToImage(ABC):
             ValueError: the model cannot generate images of that height and width.
         """
 
+    def step_noise(self, noise: Tensor) -> Tensor:
+        """Unit normal noise that a step adds, in the order in which diffusers' pipeline draws it for an exported student.
+
+        Args:
+            noise: ``(B, C, h, w)``, as it comes from the generator.
+
+        Returns:
+            The same numbers, ``(B, C, h, w)``. Only a pipeline that packs its latents has another order than theirs.
+        """
+        return noise
+
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """The denoiser's conditions, one row per prompt; the empty prompt is the unconditional one."""

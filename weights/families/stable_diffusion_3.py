@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weights.diffusion.schedules import RectifiedFlow
 from weights.families.base import Programs
 from weights.pipelines import LORA_FILE, PipelineModel
-from weights.prompts import clip_states, in_parts
+from weights.prompts import clip_states, in_parts, keep_wide_layers, padded_states
 from weights.quiet import quiet
 from weights.rectified_flow import read_schedule, student_scheduler
 from weights.transformer import T5_LENGTH, T5_STATES, Transformer, TransformerDenoiser
@@ -100,9 +100,7 @@ class StableDiffusion3(PipelineModel):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         super().to(device, dtype)
         if dtype == torch.float16 and self.text_encoder_3 is not None:
-            for name, module in self.text_encoder_3.named_modules():
-                if name.endswith(".wo"):  # as transformers does on loading, since they overflow
-                    module.to(torch.float32)
+            keep_wide_layers(self.text_encoder_3)
         return self
 
     def _multiple(self) -> int:
@@ -131,11 +129,7 @@ class StableDiffusion3(PipelineModel):
         clips = torch.cat([first, second], dim=-1), torch.cat([one, other], dim=-1)
         if self.text_encoder_3 is None:
             return clips
-        tokens = self.pipeline.tokenizer_3(
-            prompts, padding="max_length", max_length=T5_LENGTH, truncation=True, return_tensors="pt"
-        )
-        states = self.text_encoder_3(tokens.input_ids.to(self.device))[0]
-        return *clips, states.to(self.text_encoder_3.dtype)
+        return *clips, padded_states(self.pipeline.tokenizer_3, self.text_encoder_3, prompts, T5_LENGTH)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
