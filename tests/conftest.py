@@ -16,7 +16,10 @@ for _variable in [name for name in os.environ if name.startswith("FEWSTEP_")]:
 
 import pytest
 import torch
+from hypothesis import settings
 
+settings.register_profile("fewstep", deadline=None)  # a busy machine is no failure
+settings.load_profile("fewstep")
 torch.set_num_threads(1)  # the networks of tests are too small to share
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")

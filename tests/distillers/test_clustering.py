@@ -26,7 +26,7 @@ def total(scores: Tensor, labels: Tensor) -> float:
     return float(scores.gather(1, labels[:, None]).sum())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(9, 60), st.integers(1, 9), st.integers(0, 1000))
 def test_sizes_differ_by_at_most_one(count: int, parts: int, seed: int) -> None:
     scores = torch.randn(count, parts, generator=torch.Generator().manual_seed(seed)).double()
@@ -94,7 +94,7 @@ def test_more_parts_than_points_are_refused() -> None:
         balanced_kmeans(points(3), 4, torch.Generator())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 7))
 def test_runs_of_neighbours_are_as_even_as_can_be(sizes: list[int], parts: int) -> None:
     if parts > len(sizes):

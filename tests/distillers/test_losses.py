@@ -79,7 +79,7 @@ def test_matching_gradient_descends_the_kl_of_two_gaussians() -> None:
 
 @pytest.mark.parametrize("schedule", [VP, RectifiedFlow()], ids=["vp", "flow"])
 @pytest.mark.parametrize("weighting", ["eps", "v", "flow", "x0"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(step=st.integers(20, 980))
 def test_score_weight_is_the_prediction_squared_error(schedule: Schedule, weighting: Weighting, step: int) -> None:
     t = torch.full((1,), step / 1000, dtype=torch.float64)

@@ -27,7 +27,7 @@ from tests.service.served import Served, served
 
 DRAW, TRACE = "/v1/images/generations", "/v1/images/trace"
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-FUZZED = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZED = settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

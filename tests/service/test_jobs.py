@@ -202,7 +202,7 @@ LINES = [
 
 
 @given(cuts=st.lists(st.integers(0, 600), max_size=8), torn=st.booleans())
-@hypothesis_settings(max_examples=40, deadline=None)
+@hypothesis_settings(max_examples=40)
 def test_events_are_read_once_however_they_were_written(
     cuts: list[int], torn: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
@@ -21,7 +21,6 @@ def read(file: bytes) -> PngImageFile:
     return image
 
 
-@settings(deadline=None)
 @given(width=SIZES, height=SIZES, seed=st.integers(0, 2**32 - 1), flat=st.booleans())
 def test_every_pixel_comes_back(width: int, height: int, seed: int, flat: bool) -> None:
     random = np.random.default_rng(seed)
@@ -33,7 +32,6 @@ def test_every_pixel_comes_back(width: int, height: int, seed: int, flat: bool) 
     assert np.array_equal(np.asarray(image), pixels)
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 def test_a_text_comes_back(text: str) -> None:
     assert read(encode_png(Image.new("RGB", (3, 2)), "fewstep", text)).info == {"fewstep": text}

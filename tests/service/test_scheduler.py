@@ -62,7 +62,7 @@ def is_end(piece: Piece) -> bool:
     return piece.group.part.call != "network"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     ready=st.lists(pieces(), min_size=1, max_size=12),
     profile=profiles(),
@@ -85,7 +85,7 @@ def test_a_call_is_one_that_its_pictures_share_and_hold(
         assert (len(chosen), batch) == (1, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ready=st.lists(pieces(), min_size=1, max_size=12), largest=st.integers(2, 9))
 def test_a_batch_is_as_full_as_is_best(ready: list[Piece], largest: int) -> None:
     """Where bigger batches cost nothing, nobody who fits is left out."""
@@ -108,7 +108,7 @@ def test_ends_and_networks_take_turns() -> None:
     assert choose([steps], profile, "network") == [steps]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(arrivals=st.lists(st.tuples(st.integers(0, 30), pieces()), min_size=1, max_size=12), profile=profiles())
 def test_nobody_starves(arrivals: list[tuple[int, Piece]], profile: CostProfile) -> None:
     """Of any two calls one is for a picture or for somebody before it, whatever comes later: who comes joins at once."""

@@ -24,7 +24,7 @@ from weights.families.gaussian_mixture import (
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 GRID = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
-levels = settings(deadline=None, max_examples=15)
+levels = settings(max_examples=15)
 
 
 def normal(x: torch.Tensor, mean: float, std: float) -> torch.Tensor:

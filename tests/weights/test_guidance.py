@@ -47,7 +47,7 @@ def test_scale_zero_is_the_unconditional_one_in_a_single_call() -> None:
     assert plain.batches == [3]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(w=st.floats(0, 20, width=32, allow_subnormal=False))
 def test_the_estimate_is_linear_in_the_scale_and_costs_one_doubled_call(w: float) -> None:
     plain = Recorder()
@@ -126,7 +126,7 @@ def test_autoguidance_at_scale_one_is_the_plain_denoiser() -> None:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(w=st.floats(1, 10), worse=st.floats(1.05, 4))
 def test_autoguidance_leads_away_from_what_is_spread_too_far(w: float, worse: float) -> None:
     """The worse model believes in wider data, and so pulls less to the middle: the guided one pulls more, in proportion."""
@@ -137,7 +137,7 @@ def test_autoguidance_leads_away_from_what_is_spread_too_far(w: float, worse: fl
     assert inside, "never farther from the middle than the plain estimate"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(w=st.floats(1, 5), scale=st.floats(1, 10))
 def test_autoguidance_and_guidance_by_the_prompt_add_up(w: float, scale: float) -> None:
     """The unconditional estimate is left alone: that of a mixed batch's rows, too."""

@@ -36,7 +36,7 @@ def state(
 
 @every_schedule
 @every_prediction
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(ts=st.lists(st.floats(1e-5, 1 - 1e-5), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_round_trip(schedule: Schedule, prediction: Prediction, ts: list[float], seed: int) -> None:
     x0, eps = pair(seed, len(ts))

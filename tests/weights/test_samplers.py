@@ -73,7 +73,7 @@ def test_a_point_is_reached_exactly(schedule: Schedule, solver: str, steps: int)
 
 
 @every_schedule
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(t=st.floats(0.3, 1), s=st.floats(0.01, 0.25), eta=st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_ddim_step_on_a_point_lands_on_its_marginal(schedule: Schedule, t: float, s: float, eta: float) -> None:
     """x_s - alpha_s x_0 has the standard deviation sigma_s, whatever part of it is fresh noise."""

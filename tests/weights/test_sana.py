@@ -157,7 +157,7 @@ def test_a_multistep_solvers_shift_is_read(base: Sana, folder: Path) -> None:
     torch.testing.assert_close(scheduler.sigmas[:-1].double(), schedule.sigma(times), atol=1e-6, rtol=0)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(shift=st.floats(0.2, 8))
 def test_a_flow_matching_schedulers_shift_is_read(base: Sana, shift: float) -> None:
     parts = {**base.pipeline.components, "scheduler": FlowMatchEulerDiscreteScheduler(shift=shift)}

@@ -25,7 +25,7 @@ from weights.diffusion.schedules import (
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 times = st.lists(st.just(0.0) | st.floats(1e-300, 1), min_size=2, max_size=20, unique=True)
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
 def double(values: list[float]) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_trigflow_keeps_the_papers_angle_and_noise_scale() -> None:
 
 @pytest.mark.parametrize("source", SCHEDULES.values(), ids=SCHEDULES.keys())
 @pytest.mark.parametrize("target", SCHEDULES.values(), ids=SCHEDULES.keys())
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(log_snr=st.lists(st.floats(-2.5, 4), min_size=1, max_size=5), seed=st.integers(0, 999))
 def test_conversion_at_equal_snr_keeps_the_analytic_x0(
     source: Schedule, target: Schedule, log_snr: list[float], seed: int

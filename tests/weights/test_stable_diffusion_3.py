@@ -194,7 +194,7 @@ def test_a_scheduler_of_another_kind_is_refused(folder: Path, tmp_path: Path) ->
         opened(other)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(shift=st.floats(0.2, 8), steps=st.integers(1, 12), num_train=st.sampled_from([500, 1000]))
 def test_an_exported_scheduler_draws_evenly_spaced_times_at_any_shift(shift: float, steps: int, num_train: int) -> None:
     schedule = RectifiedFlow(shift, num_train)

@@ -204,7 +204,7 @@ def test_a_name_cannot_leave_the_folder(published: Store, name: str) -> None:
     assert value(published) == 1
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(name=st.text(max_size=12))
 def test_any_text_is_a_name_inside_the_folder_or_refused(name: str) -> None:
     with pytest.raises((Forbidden, NotFound)):

@@ -59,7 +59,7 @@ def falling(count: int) -> st.SearchStrategy[list[float]]:
 
 
 @pytest.mark.parametrize("diffusion", SCHEDULES, ids=lambda each: type(each).__name__)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(times=st.integers(1, 5).flatmap(falling), way=st.sampled_from([("consistency", 0), ("ddim", 0), ("ddim", 0.7)]))
 def test_a_students_trajectory_is_its_sampler(diffusion: Schedule, times: list[float], way: tuple[str, float]) -> None:
     schedule = StepSchedule(timesteps=times, sampler=way[0], eta=way[1])  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def step(keep: float, estimate: float, fresh: float) -> TrajectoryStep:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     weights=st.lists(st.tuples(*[st.floats(-2, 2)] * 3), min_size=1, max_size=9),
     seed=st.integers(0, 1000),

@@ -59,7 +59,7 @@ def brute_kernel_distance(x: Tensor, y: Tensor) -> float:
     return within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(n=st.integers(4, 12), m=st.integers(4, 12), dimensions=st.integers(1, 5), seed=st.integers(0, 999))
 def test_the_kernel_distance_is_its_sum_over_pairs(n: int, m: int, dimensions: int, seed: int) -> None:
     x, y = normal(n, dimensions, seed=seed), normal(m, dimensions, seed=seed + 1) + 0.5
