@@ -89,5 +89,5 @@ def test_what_cannot_be_had_is_refused(folder: Path) -> None:
 def test_a_network_that_has_none_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ModelMixin, "enable_gradient_checkpointing")
     raw = spec(folder, "none", "dmd2", gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="networks of family 'stable_diffusion' have none"):
+    with pytest.raises(ValueError, match="the family 'stable_diffusion' does not support it"):
         JobRun(raw, folder / "none", Store(folder / "store"))._build(resume=False)

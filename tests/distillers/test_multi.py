@@ -324,7 +324,7 @@ def test_smaller_students_are_taught_first_and_then_distilled_each_from_its_own(
     assert not same(published(store, "taught-0"), published(store, "taught-1"))
     run = MultiRun(second | {"student": "else", "partition": {"students": 3}}, tmp_path / "other", store)
     assert run.run(resume=False) == 1
-    assert "the 2 students of 'msd' are for other parts than this job's 3" in events(tmp_path / "other")[-1].message
+    assert "the 2 students of 'taught' are for other parts than this job's 3" in events(tmp_path / "other")[-1].message
 
 
 # Merged events
