@@ -63,7 +63,7 @@ def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
 
 def test_it_needs_pictures_and_says_what_it_baked_in() -> None:
     method = build(guidance_scale=4.0, lr=2e-4, warmup=3)
-    assert "pictures" in str(Consistency.needs_pictures(method.config))
+    assert "images" in str(Consistency.needs_pictures(method.config))
     assert (method.guidance().trained_scale, method.guidance().default_scale) == (4.0, 1.0)
     assert method.turns(5) == [TURN]
     optimizer = method.trained()["student"].optimizer

@@ -82,7 +82,7 @@ def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
 
 def test_it_needs_pictures_and_says_what_it_baked_in_and_trains() -> None:
     method = build(guidance_scale=4.0, lr=2e-4, warmup=3)
-    assert "pictures" in str(SCM.needs_pictures(method.config))
+    assert "images" in str(SCM.needs_pictures(method.config))
     assert (method.guidance().trained_scale, method.guidance().default_scale) == (4.0, 1.0)
     assert method.turns(5) == [TURN]
     optimizer = method.trained()["student"].optimizer

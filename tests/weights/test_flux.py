@@ -132,7 +132,7 @@ def test_schnell_is_told_no_scale_and_drawn_as_diffusers_does(
     model, store = models["schnell"], Store(tmp_path / "store")
     assert (model.default_steps, model.default_guidance) == (4, 1.0)
     assert not model.denoiser.embeds_guidance
-    with pytest.raises(TypeError, match="'flux' cannot be told a guidance scale"):
+    with pytest.raises(TypeError, match="'flux' cannot be conditioned on a guidance scale"):
         model.with_guidance_embedding()
     student = model.copy()
     with torch.no_grad():
