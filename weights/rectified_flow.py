@@ -113,7 +113,7 @@ def student_scheduler(
     if not torch.allclose(theirs, sigmas, rtol=0, atol=TOLERANCE):
         shown = ", ".join(f"{schedule.time_of_index(sigma * schedule.num_train):.4g}" for sigma in theirs)
         raise ValueError(
-            f"diffusers' FlowMatchEulerDiscreteScheduler draws {len(times)} steps at {shown}, this student at "
+            f"diffusers' FlowMatchEulerDiscreteScheduler runs {len(times)} steps at {shown}, but this student at "
             f"{list(times)}: export a step count whose times are evenly spaced from 1 down"
         )
     return scheduler
