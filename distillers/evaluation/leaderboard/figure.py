@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from distillers.evaluation.leaderboard.document import ranking
 from distillers.evaluation.leaderboard.records import UNTRAINED, Result, Row, Settings, Teacher
 from distillers.evaluation.subjects import counted
@@ -62,6 +64,8 @@ def plot(path: Path, settings: Settings, teacher: Teacher, results: Sequence[Res
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+    # The file is committed again with every row that is measured: with a palette it takes a third of the space.
+    Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 
