@@ -137,6 +137,7 @@ def test_the_autoencoder_has_its_shape_and_its_loss_sees_edges() -> None:
     assert autoencoder.learning_rate(0.5, 1.0) > autoencoder.learning_rate(1.0, 1.0) > 0
 
 
+@pytest.mark.slow
 def test_the_autoencoder_goes_on_from_its_checkpoint_and_can_leave_its_encoder_alone(tmp_path: Path) -> None:
     bundled = Path(autoencoder.__file__).parents[2] / "weights/bundled/emoji-base/vae"
     output, work = tmp_path / "vae", tmp_path / "work"

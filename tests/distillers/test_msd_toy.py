@@ -79,6 +79,7 @@ def distance(parts: int, folder: Path) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_more_small_students_come_closer_to_the_data(tmp_path: Path) -> None:
     assert distance(4, tmp_path) < 0.75 * distance(1, tmp_path)  # 0.23 and 0.39
 
