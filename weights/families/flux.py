@@ -15,19 +15,18 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
-from weights.diffusion.schedules import RectifiedFlow
 from weights.families.base import Programs
+from weights.flow_pipelines import FlowModel
 from weights.flux import PATCH, FluxDenoiser, FluxNetwork, unpacked
-from weights.pipelines import LORA_FILE, PipelineModel
+from weights.pipelines import LORA_FILE
 from weights.prompts import in_parts, keep_wide_layers, padded_states
 from weights.quiet import quiet
-from weights.rectified_flow import read_schedule, student_scheduler
 
 LENGTHS = {True: 512, False: 256}
 """T5's tokens, by whether the network embeds guidance: dev's and schnell's, as their authors' code has them."""
 
 
-class Flux(PipelineModel):
+class Flux(FlowModel):
     """A `FluxPipeline` in parts."""
 
     family = "flux"
@@ -35,7 +34,7 @@ class Flux(PipelineModel):
     network_class: ClassVar[type[ModelMixin]] = FluxTransformer2DModel
     network_module: ClassVar[type[nn.Module]] = FluxNetwork
     known_as: ClassVar[str] = "FLUX.1-dev, FLUX.1-schnell, and their fine-tunes"
-    network_name = "transformer"
+    spaced_by_pipeline: ClassVar[bool] = True
     fixed: ClassVar[frozenset[str]] = frozenset(
         {
             "patch_size",
@@ -92,8 +91,7 @@ class Flux(PipelineModel):
         return usual
 
     def _denoiser(self, network: nn.Module) -> FluxDenoiser:
-        schedule = read_schedule(self.pipeline.scheduler, (self._usual_size() // self._multiple()) ** 2)
-        return FluxDenoiser(network, schedule, "flow", self._programs.get("network"))
+        return FluxDenoiser(network, self._schedule(), "flow", self._programs.get("network"))
 
     def components(self) -> dict[str, nn.Module]:
         encoders = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
@@ -156,8 +154,3 @@ class Flux(PipelineModel):
             folder, weight_name=LORA_FILE, use_safetensors=True, return_alphas=True, return_lora_metadata=True
         )
         pipeline.load_lora_into_transformer(state, alphas, network, metadata=metadata)
-
-    def _student_scheduler(self, times: list[float]) -> Any:
-        schedule = self.denoiser.schedule
-        assert isinstance(schedule, RectifiedFlow)
-        return student_scheduler(schedule, times, spaced_by_pipeline=True)

@@ -13,19 +13,17 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from weights.diffusion.schedules import RectifiedFlow
 from weights.families.base import Programs
+from weights.flow_pipelines import FlowModel
 from weights.linear_transformer import MASK, LinearTransformer, LinearTransformerDenoiser
-from weights.pipelines import LORA_FILE, PipelineModel
 from weights.prompts import in_parts
 from weights.quiet import quiet
-from weights.rectified_flow import read_schedule, student_scheduler
 
 WIDE = ("vae", "text_encoder")
 """Components that run in bfloat16 if float16 is requested, for its range: large activations overflow in float16."""
 
 
-class Sana(PipelineModel):
+class Sana(FlowModel):
     """A `SanaPipeline` in parts."""
 
     family = "sana"
@@ -35,7 +33,6 @@ class Sana(PipelineModel):
     known_as: ClassVar[str] = "SANA 0.6B and 1.6B, and their fine-tunes"
     usual_steps: ClassVar[int] = 20
     usual_guidance: ClassVar[float] = 4.5
-    network_name = "transformer"
     fixed: ClassVar[frozenset[str]] = frozenset(
         {
             "sample_size",
@@ -86,8 +83,7 @@ class Sana(PipelineModel):
                 "for 2K and 4K images do, which students of this family cannot store; use a model whose "
                 "transformer/config.json has null there, such as those for 512 and 1024 pixels"
             )
-        schedule = read_schedule(self.pipeline.scheduler, (config.sample_size // config.patch_size) ** 2)
-        return LinearTransformerDenoiser(network, schedule, "flow", self._programs.get("network"))
+        return LinearTransformerDenoiser(network, self._schedule(), "flow", self._programs.get("network"))
 
     def components(self) -> dict[str, nn.Module]:
         return {**super().components(), "text_encoder": self.text_encoder}
@@ -104,9 +100,6 @@ class Sana(PipelineModel):
             for weight in module.parameters():
                 weight.data = weight.data.to(own)
         return self
-
-    def _multiple(self) -> int:
-        return int(self.scale * self._own_network.config.patch_size)
 
     def _encode_alike(self, prompts: list[str], instruction: list[str] | None) -> tuple[Tensor, Tensor]:
         """Hidden states ``(N, L, D)`` and attention mask ``(N, L)`` of prompts after the instruction, if one is given."""
@@ -166,18 +159,6 @@ class Sana(PipelineModel):
     def _completed(self, config: dict[str, Any]) -> dict[str, Any]:
         # The prompt's hidden states are projected to the width of the image's tokens.
         return {**config, "cross_attention_dim": config["num_attention_heads"] * config["attention_head_dim"]}
-
-    def _merge_adapters(self, network: Any, folder: Path) -> None:
-        pipeline = cast(Any, self.pipeline_class)
-        state, metadata = pipeline.lora_state_dict(
-            folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
-        )
-        pipeline.load_lora_into_transformer(state, network, metadata=metadata)
-
-    def _student_scheduler(self, times: list[float]) -> Any:
-        schedule = self.denoiser.schedule
-        assert isinstance(schedule, RectifiedFlow)
-        return student_scheduler(schedule, times)
 
     def export(self, folder: Path, times: list[float]) -> None:
         if self.denoiser.embeds_guidance:

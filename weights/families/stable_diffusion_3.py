@@ -7,22 +7,20 @@ requested precision, as in diffusers, except for T5's layers that overflow in fl
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from weights.diffusion.schedules import RectifiedFlow
 from weights.families.base import Programs
-from weights.pipelines import LORA_FILE, PipelineModel
+from weights.flow_pipelines import FlowModel
 from weights.prompts import clip_states, in_parts, keep_wide_layers, padded_states
 from weights.quiet import quiet
-from weights.rectified_flow import read_schedule, student_scheduler
 from weights.transformer import T5_LENGTH, T5_STATES, Transformer, TransformerDenoiser
 
 
-class StableDiffusion3(PipelineModel):
+class StableDiffusion3(FlowModel):
     """A `StableDiffusion3Pipeline` in parts."""
 
     family = "stable_diffusion_3"
@@ -32,7 +30,6 @@ class StableDiffusion3(PipelineModel):
     known_as: ClassVar[str] = "Stable Diffusion 3 and 3.5, and their fine-tunes"
     usual_steps: ClassVar[int] = 28
     usual_guidance: ClassVar[float] = 7.0
-    network_name = "transformer"
     fixed: ClassVar[frozenset[str]] = frozenset(
         {
             "sample_size",
@@ -87,9 +84,7 @@ class StableDiffusion3(PipelineModel):
         return {} if (folder / third[0]).is_dir() else dict.fromkeys(third)
 
     def _denoiser(self, network: nn.Module) -> TransformerDenoiser:
-        config = self._own_network.config
-        schedule = read_schedule(self.pipeline.scheduler, (config.sample_size // config.patch_size) ** 2)
-        return TransformerDenoiser(network, schedule, "flow", self._programs.get("network"))
+        return TransformerDenoiser(network, self._schedule(), "flow", self._programs.get("network"))
 
     def components(self) -> dict[str, nn.Module]:
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -102,9 +97,6 @@ class StableDiffusion3(PipelineModel):
         if dtype == torch.float16 and self.text_encoder_3 is not None:
             keep_wide_layers(self.text_encoder_3)
         return self
-
-    def _multiple(self) -> int:
-        return int(self.scale * self._own_network.config.patch_size)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """See `TextToImage.latent_shape`; the size is also limited by the network's position embedding."""
@@ -145,15 +137,3 @@ class StableDiffusion3(PipelineModel):
     def _completed(self, config: dict[str, Any]) -> dict[str, Any]:
         # Image and prompt tokens have the same width.
         return {**config, "caption_projection_dim": config["num_attention_heads"] * config["attention_head_dim"]}
-
-    def _merge_adapters(self, network: Any, folder: Path) -> None:
-        pipeline = cast(Any, self.pipeline_class)
-        state, metadata = pipeline.lora_state_dict(
-            folder, weight_name=LORA_FILE, use_safetensors=True, return_lora_metadata=True
-        )
-        pipeline.load_lora_into_transformer(state, network, metadata=metadata)
-
-    def _student_scheduler(self, times: list[float]) -> Any:
-        schedule = self.denoiser.schedule
-        assert isinstance(schedule, RectifiedFlow)
-        return student_scheduler(schedule, times)
