@@ -4,22 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from distillers.evaluation.models import load_models
-from distillers.extraction import extract
 from distillers.job import JobRun
 from distillers.methods import methods
-from tests.helpers import picture_folder, student_manifest, tiny_sd3_pipeline
-from weights.contracts import EVENTS, StepSchedule
-from weights.drawing import draw
+from tests.distillers.jobs import extracted_from_every_layer, trained_as_stored
+from tests.helpers import picture_folder, tiny_sd3_pipeline
+from weights.contracts import EVENTS
 from weights.families import TextToImage, load
 from weights.pipelines import LORA_FILE
 from weights.store import Store
-from weights.students import load_student
 
-TWO_STEPS = StepSchedule(timesteps=[1.0, 0.5])
 FAST = {"student_lr": 1e-2, "warmup": 0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "add": {"features": "random"},
@@ -77,24 +73,7 @@ def job(folder: Path, name: str, wanted: dict[str, Any] | None = None) -> JobRun
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_ends_in_a_student_that_draws_as_it_was_trained(folder: Path, base: TextToImage, name: str) -> None:
-    run = job(folder, name)
-    assert run.run(resume=False) == 0
-    lines = (run.folder / "events.jsonl").read_text().splitlines()
-    told = [event for line in lines if (event := EVENTS.validate_json(line)).kind == "progress"]
-    steps = [event for event in told if event.step > 0]  # preparation is told as well
-    assert [event.step for event in steps] == [1, 2, 3, 4]
-    assert all(torch.tensor(list(event.metrics.values())).isfinite().all() for event in steps)
-    assert run.trainer is not None
-    trained = run.trainer.method.student
-    stored = run.store.open(run.job.student)
-    cond, uncond = base.encode_prompts(["red apple"]), base.encode_prompts([""])
-    with run.trainer.averaged(), torch.no_grad():
-        scale = stored.manifest.guidance.default_scale
-        trained.network.eval()
-        ours = draw(trained, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
-    theirs = draw(load_student(stored, base), cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents
-    torch.testing.assert_close(theirs, ours, atol=2e-2, rtol=0)  # stored in half precision
-    assert (theirs - draw(base, cond, uncond, [5], TWO_STEPS, guidance_scale=scale).latents).abs().max() > 1e-5
+    trained_as_stored(job(folder, name), base, 4)
 
 
 def test_adapters_are_named_as_diffusers_names_them(folder: Path) -> None:
@@ -107,20 +86,7 @@ def test_adapters_are_named_as_diffusers_names_them(folder: Path) -> None:
 
 
 def test_a_students_change_is_extracted_from_every_layer(folder: Path, base: TextToImage, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    student, store = base.copy(), Store(tmp_path / "store")
-    with torch.no_grad():
-        for weight in student.network.parameters():
-            weight.add_(0.02 * torch.randn(weight.shape))
-    student.save_network(tmp_path / "work", torch.float32)
-    store.publish(student_manifest(folder / "base", family=base.family), tmp_path / "work")
-    extract(store, "extracted", "student", rank=16)
-    cond = base.encode_prompts(["red apple"])
-    whole, adapted, plain = (
-        draw(each, cond, None, [1], TWO_STEPS).latents
-        for each in (student, load_student(store.open("extracted"), base), base)
-    )
-    assert (adapted - whole).abs().max() < 0.3 * (plain - whole).abs().max()
+    extracted_from_every_layer(folder / "base", base, tmp_path)
 
 
 def test_a_base_alone_is_measured_as_its_own_family(folder: Path) -> None:
