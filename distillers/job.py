@@ -308,7 +308,7 @@ class JobRun:
             name=self.job.student,
             created_at=now(),
             method=self.job.method,
-            family=self.job.family,
+            family=student.family,
             base=self.reference,
             adapter="full" if self.job.lora is None else "lora",
             lora_alpha=None if self.job.lora is None else self.job.lora.alpha or self.job.lora.rank,

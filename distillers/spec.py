@@ -16,6 +16,7 @@ import weights.families
 from distillers.methods import UnknownMethod, method, methods
 from distillers.methods.base import Method, MethodConfig
 from weights.contracts import DistillJob, check_name
+from weights.families import AUTO
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 FREE = {
@@ -102,8 +103,9 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     except ValidationError as error:
         raise BadSpec(_errors(error)) from error
     errors = []
-    if job.family not in family_names():
-        errors.append(_error("family", f"unknown family {job.family!r}: use one of {', '.join(family_names())}"))
+    known = [AUTO, *family_names()]
+    if job.family not in known:
+        errors.append(_error("family", f"unknown family {job.family!r}: use one of {', '.join(known)}"))
     try:
         chosen = method(job.method)
         config = chosen.Config.model_validate(job.config)

@@ -103,7 +103,9 @@ class Settings(BaseSettings):
         min_length=1,
         description="Base models to load at the start: bundled names, folders of diffusers pipelines, or hub ids.",
     )
-    family: str = Field("stable_diffusion", min_length=1, description="Model family of the bases.")
+    family: str = Field(
+        "auto", min_length=1, description="Model family of the bases; auto: of each the one that loads its pipeline."
+    )
     default_model: str | None = Field(
         None,
         min_length=1,

@@ -151,7 +151,7 @@ class DistillJob(Contract):
     student: Name = Field(description="name to publish the student under")
     method: str = Field(description="name of a method in distillers/methods")
     base: str = Field("emoji-base", description="bundled base, a diffusers pipeline folder, or a hub id")
-    family: str = Field("stable_diffusion", description="name of a family in weights/families")
+    family: str = Field("auto", description="family in weights/families; auto: the one that loads the base's pipeline")
     network: dict[str, Any] | None = Field(
         None,
         description="the student's network, if it is not the base's: the settings of its configuration that differ, such "

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from weights.autoencoder import Decoder, decoded, encoded, scale_of, split
-from weights.bundled import resolve_base
+from weights.bundled import pipeline_class_name, resolve_base
 from weights.denoiser import GUIDANCE, cond_repeat
-from weights.families import families
+from weights.families import taker_of
 from weights.families.base import Part, PartName, Programs, TextToImage
 from weights.network_denoiser import NetworkDenoiser
 from weights.networks import read_network
@@ -95,6 +95,10 @@ class PipelineModel(TextToImage):
     def _dtypes(cls, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
         """The components' dtypes when ``dtype`` is requested: one for all, or by component name with a ``default``."""
         return dtype
+
+    @classmethod
+    def pipeline_name(cls) -> str:
+        return cls.pipeline_class.__name__
 
     @classmethod
     @quiet
@@ -265,37 +269,14 @@ def _weightless(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
-def family_of(folder: Path) -> str | None:
-    """The family of the pipeline in a folder, by the class named in its index; None if no family matches.
-
-    Raises:
-        ValueError: the index cannot be read.
-        FileNotFoundError: there is no index.
-    """
-    return _takers().get(_kind(folder))
-
-
-def _takers() -> dict[str, str]:
-    """Family names by the class name of their pipeline."""
-    return {each.pipeline_class.__name__: name for name, each in families().items() if issubclass(each, PipelineModel)}
-
-
-def _kind(folder: Path) -> str:
-    index = folder / "model_index.json"
-    try:
-        return str(dict(json.loads(index.read_text(encoding="utf-8"))).get("_class_name"))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{index} is not a pipeline's index ({error}): copy the pipeline again") from error
-
-
 def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
     """Reject other pipeline classes, which diffusers would load as far as the component names match."""
-    kind = _kind(folder)
-    if kind == family.pipeline_class.__name__:
+    kind = pipeline_class_name(folder)
+    if kind == family.pipeline_name():
         return
-    taker = _takers().get(kind)
+    taker = taker_of(kind)
     fix = f": family {taker!r} takes it" if taker is not None else ""
     raise ValueError(
-        f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_class.__name__} alone "
+        f"{folder} holds a {kind}, and family {family.family!r} takes a {family.pipeline_name()} alone "
         f"({family.known_as}){fix}"
     )

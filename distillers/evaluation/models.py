@@ -5,14 +5,11 @@ from pathlib import Path
 
 from distillers.evaluation.subjects import Model
 from weights.bundled import STUDENTS, bundled_bases, resolve_base
-from weights.families import TextToImage, load
-from weights.pipelines import family_of
+from weights.families import AUTO, TextToImage, load
 from weights.store import Store, StudentFolder, digest_base
 from weights.students import check_base, load_routed, load_student
 
 DEFAULT_BASE = "emoji-base"
-DEFAULT_FAMILY = "stable_diffusion"
-"""Of a pipeline that no family takes, whose error says which are taken."""
 
 
 def load_models(
@@ -41,7 +38,7 @@ def load_models(
     folders = [found.open(name) for name in students]
     source = choose_base([*([base] if base else []), *bases], folders)
     lies = resolve_base(source)
-    family = folders[0].manifest.family if folders else family_of(lies) or DEFAULT_FAMILY
+    family = folders[0].manifest.family if folders else AUTO
     for folder in folders:
         check_base(folder, digest_base(lies))
     pipeline = load(family, source, device)

@@ -43,8 +43,7 @@ class Residency:
 
     Args:
         store: the students; it is read again and again, so that a new student needs no restart.
-        bases: bases that always stay in memory.
-        family: their family.
+        listed: bases that always stay in memory, each with its family.
         device: where models are loaded.
         dtype: precision of their weights.
         budget: bytes for all models; the least recently used one is evicted, except for bases and pinned students.
@@ -58,8 +57,7 @@ class Residency:
     def __init__(
         self,
         store: Store,
-        bases: list[str],
-        family: str,
+        listed: Mapping[str, str],
         device: torch.device,
         dtype: torch.dtype,
         budget: int,
@@ -73,7 +71,7 @@ class Residency:
         self._store, self._recent = store, recent
         asked = store if recent is None else recent
         self._find_student, self._open_student = asked.find, asked.open
-        self._listed = dict.fromkeys(bases, family)
+        self._listed = dict(listed)
         self._maker = Maker(device, dtype, prepare, gate if gate is not None else Gate())
         self._aliases = dict(aliases or {})
         self._catalog = Catalog(store, self._listed, self._aliases)

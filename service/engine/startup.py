@@ -5,32 +5,35 @@ from typing import Any, cast
 
 import torch
 
-from service.engine.names import check_names
 from service.settings import BadSettings, Settings
 from weights.bundled import resolve_base
-from weights.families import families
-from weights.pipelines import PipelineModel
-from weights.store import Store
+from weights.families import AUTO, families, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_models(settings: Settings, store: Store) -> None:
-    """Make sure that the models which the settings name exist.
+def families_of_bases(settings: Settings) -> dict[str, str]:
+    """The family of each base that the settings name, after checking that the base exists.
 
     Raises:
-        BadSettings: the family, a base, or another model does not exist.
+        BadSettings: the family or a base does not exist, or no family loads the base.
     """
-    if settings.family not in families():
-        known_families = ", ".join(families())
-        raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; available: {known_families}")
-    if issubclass(families()[settings.family], PipelineModel):
-        for name in settings.bases:
-            try:
-                resolve_base(name)
-            except FileNotFoundError as error:
-                raise BadSettings(f"FEWSTEP_BASES: {error}") from None
-    check_names(settings, store)
+    known = [AUTO, *families()]
+    if settings.family not in known:
+        raise BadSettings(f"FEWSTEP_FAMILY: no family is named {settings.family!r}; available: {', '.join(known)}")
+    return {name: _family(settings.family, name) for name in settings.bases}
+
+
+def _family(asked: str, base: str) -> str:
+    """The family of a base: the one asked for, which its loader checks against the pipeline, or the pipeline's own."""
+    try:
+        if asked == AUTO:
+            return family_of(base)
+        if families()[asked].pipeline_name() is not None:
+            resolve_base(base)
+    except (FileNotFoundError, ValueError) as error:
+        raise BadSettings(f"FEWSTEP_BASES: {error}") from None
+    return asked
 
 
 def device_of(settings: Settings) -> torch.device:

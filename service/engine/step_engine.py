@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from service.engine.gate import Gate
 from service.engine.line import Line
 from service.engine.loop import DrawingLoop
 from service.engine.memory import default_budget
+from service.engine.names import check_names
 from service.engine.observer import Observer, Outcome, Silence
 from service.engine.parts import UNKNOWN
 from service.engine.pictures import Painted, Ticket
@@ -41,7 +42,7 @@ from service.engine.plan import Plan, check_time
 from service.engine.planner import Planner
 from service.engine.recent import Recent
 from service.engine.residency import Residency
-from service.engine.startup import check_models, device_of, dtype_of
+from service.engine.startup import device_of, dtype_of, families_of_bases
 from service.engine.text import PromptCache
 from service.engine.thread import EngineThread
 from service.settings import Settings
@@ -62,6 +63,7 @@ class StepEngine:
         settings: bases, device, precision, limits.
         store: the students.
         bundled: folder of the bundled students; by default, the first whose base is served is the default model.
+        listed: the bases of the settings, each with its family.
         backend: runs the models.
         costs: costs of calls, updated here.
         line: the request queue.
@@ -74,6 +76,7 @@ class StepEngine:
         store: Store,
         bundled: Path | None = None,
         *,
+        listed: Mapping[str, str],
         backend: Backend,
         costs: Costs,
         line: Line,
@@ -86,8 +89,7 @@ class StepEngine:
         self._recent, self._aside, self._lists = Recent(store), Aside(LOOKS), Aside(LISTS)
         self._residency = Residency(
             store,
-            settings.bases,
-            settings.family,
+            listed,
             device,
             dtype,
             settings.memory_bytes or default_budget(device),
@@ -117,12 +119,13 @@ class StepEngine:
             BadSettings: a base, the family, a named model, the device or the backend is not available.
         """
         store = Store(settings.store, STUDENTS)
-        check_models(settings, store)
+        listed = families_of_bases(settings)
+        check_names(settings, store)
         device = device_of(settings)
         backend = make_backend(settings, device, dtype_of(settings, device))
         batches = [batch for batch in backend.batches if batch <= settings.max_batch]
         costs, line = Costs(batches, settings.tick_seconds), Line(settings.queue_seconds)
-        return cls(settings, store, STUDENTS, backend=backend, costs=costs, line=line, observer=observer)
+        return cls(settings, store, STUDENTS, listed=listed, backend=backend, costs=costs, line=line, observer=observer)
 
     @property
     def ready(self) -> bool:

@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="emoji-base", help="bundled base, pipeline folder or hub id (%(default)s)")
-    parser.add_argument("--family", default="stable_diffusion")
+    parser.add_argument("--family", default="auto")
     parser.add_argument("--data", default="emoji", help="'emoji', or a folder with pictures; scaled to the base's size")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-memory.json"))
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))

@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="emoji-base", help="bundled base, pipeline folder or hub id (%(default)s)")
-    parser.add_argument("--family", default="stable_diffusion")
+    parser.add_argument("--family", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

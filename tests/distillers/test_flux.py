@@ -67,7 +67,6 @@ def job(folder: Path, name: str, wanted: dict[str, Any], base: str = "dev") -> J
     student = f"{base}-{name.replace(' ', '-')}"
     raw = {
         "student": student,
-        "family": "flux",
         "base": str(folder / base),
         "data": {"source": str(folder / "data")},
         "train": {"iterations": 2, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1},

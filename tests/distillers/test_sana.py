@@ -53,7 +53,6 @@ def job(folder: Path, name: str) -> JobRun:
     train = {"iterations": 2, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1}
     raw = {
         "student": student,
-        "family": "sana",
         "base": str(folder / "base"),
         "data": {"source": str(folder / "data")},
         **wanted,

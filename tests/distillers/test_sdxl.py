@@ -49,7 +49,7 @@ def draws_what_it_learned(folder: Path, run: JobRun, steps: int) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_it_as_any_other(folder: Path, method: str) -> None:
-    raw = job_spec(folder, f"xl-{method}", method, family=FAMILY, config=METHODS[method])
+    raw = job_spec(folder, f"xl-{method}", method, config=METHODS[method])
     run = JobRun(raw, folder / method, Store(folder / "store"), cache=folder / "cache")
     assert run.run(resume=False) == 0
     assert draws_what_it_learned(folder, run, 2)

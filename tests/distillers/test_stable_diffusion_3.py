@@ -62,7 +62,6 @@ def job(folder: Path, name: str, wanted: dict[str, Any] | None = None) -> JobRun
     train = {"iterations": 4, "batch_size": 2, "threads": 1, "precision": "float32", "log_every": 1}
     raw = {
         "student": student,
-        "family": "stable_diffusion_3",
         "base": str(folder / "base"),
         "data": {"source": str(folder / "data")},
         **wanted,

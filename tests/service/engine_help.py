@@ -14,6 +14,7 @@ from service.engine.costs import CostProfile, Costs, Part
 from service.engine.line import Line
 from service.engine.observer import Call, Outcome
 from service.engine.recent import FRESH_SECONDS
+from service.engine.startup import families_of_bases
 from service.engine.step_engine import StepEngine
 from service.settings import Settings
 from tests.service.as_loaded import AsLoaded
@@ -135,6 +136,7 @@ class Harness:
             self.settings,
             self.store,
             bundled,
+            listed=families_of_bases(self.settings),
             backend=backend,
             costs=Still(backend.batches, math.inf),
             line=self.line,

@@ -37,7 +37,7 @@ def base(folder: Path) -> TextToImage:
 
 def test_the_engines_pictures_are_those_of_the_library(base: TextToImage, folder: Path, tmp_path: Path) -> None:
     """Also after a first step of the base's without the prompt, which a network that embeds guidance is told at scale 1."""
-    harness = Harness(TinyBase(folder, base), tmp_path, family="flux")
+    harness = Harness(TinyBase(folder, base), tmp_path)
     guidance = GuidanceConvention(trained_scale=3.5, default_scale=3.5, embedded=(3.5, 3.5))
     harness.publish(family="flux", guidance=guidance, schedules={4: FOUR})
     wish = DiversityWish(base_steps=2, base_guidance=2.5, unprompted=0.2)

@@ -61,7 +61,7 @@ class Place:
 
     def residency(self, budget: int = PLENTY, **fields: Any) -> Residency:
         made = Residency(
-            self.store, [self.base.id], "stable_diffusion", torch.device("cpu"), torch.float32, budget, **fields
+            self.store, {self.base.id: "stable_diffusion"}, torch.device("cpu"), torch.float32, budget, **fields
         )
         made.load_bases()
         return made

@@ -1,9 +1,11 @@
 """Settings come from the environment, and a bad one stops the start with a message that helps."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from service.engine.startup import families_of_bases
 from service.engine.step_engine import StepEngine
 from service.settings import BadSettings, Settings, markdown, read_settings
 
@@ -68,7 +70,7 @@ def test_half_precision_needs_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"family": "stable"}, "no family is named 'stable'; available: .*stable_diffusion"),
+        ({"family": "stable"}, "no family is named 'stable'; available: auto, .*stable_diffusion"),
         ({"bases": ["/no/such/folder"]}, "FEWSTEP_BASES: base '/no/such/folder' is not bundled"),
         ({"device": "cuda:63"}, "FEWSTEP_DEVICE: cuda:63 was requested"),
     ],
@@ -77,6 +79,19 @@ def test_the_engine_refuses_what_is_not_there(fields: dict[str, object], says: s
     known = {"bases": [tiny_base.id], **fields}  # type: ignore[attr-defined]
     with pytest.raises(BadSettings, match=says):
         StepEngine.from_settings(Settings(**known))
+
+
+def test_each_base_has_the_family_of_its_pipeline(tmp_path: Path) -> None:
+    kinds = {"a": "FluxPipeline", "b": "StableDiffusionXLPipeline", "c": "KolorsPipeline"}
+    folders = {kind: tmp_path / name for name, kind in kinds.items()}
+    for kind, folder in folders.items():
+        folder.mkdir()
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    *known, unknown = map(str, folders.values())
+    assert list(families_of_bases(Settings(bases=known)).values()) == ["flux", "stable_diffusion_xl"]
+    assert families_of_bases(Settings(bases=["ring"], family="gaussian_mixture")) == {"ring": "gaussian_mixture"}
+    with pytest.raises(BadSettings, match=r"FEWSTEP_BASES: .*c holds a KolorsPipeline, which no family loads"):
+        families_of_bases(Settings(bases=[*known, unknown]))
 
 
 def test_the_engine_refuses_an_unknown_default(tiny_base: object) -> None:

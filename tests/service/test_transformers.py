@@ -8,13 +8,12 @@ from torch import Tensor
 
 from service.engine.backends.cache import Cache
 from service.engine.backends.openvino_backend import OpenVinoBackend
-from service.engine.startup import check_models
+from service.engine.startup import families_of_bases
 from service.settings import BadSettings, Settings
 from tests.helpers import tiny_sana_pipeline, tiny_sd3_pipeline
 from weights.contracts import Diversity, StepSchedule
 from weights.drawing import draw
 from weights.families import TextToImage, load
-from weights.store import Store
 
 LEVEL = 2 / 255
 """One level of 8 bits, in pictures of [-1, 1]."""
@@ -69,8 +68,8 @@ def test_positions_are_those_of_the_size_that_is_drawn(base: TextToImage, prepar
         assert (prepared.decode(x_t) - base.decode(x_t)).abs().max() / LEVEL <= 2
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", *PIPELINES])
+@pytest.mark.parametrize("family", ["auto", "stable_diffusion_xl", *PIPELINES])
 def test_a_base_that_is_not_there_stops_the_start(tmp_path: Path, family: str) -> None:
     settings = Settings(family=family, bases=[str(tmp_path / "gone")], store=tmp_path / "store")
     with pytest.raises(BadSettings, match=r"FEWSTEP_BASES: .*gone"):
-        check_models(settings, Store(tmp_path / "store"))
+        families_of_bases(settings)

@@ -21,7 +21,6 @@ from diffusers import (
     SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -42,7 +41,7 @@ from weights.diffusion.samplers import trailing_times
 from weights.diffusion.schedules import RectifiedFlow
 from weights.drawing import draw, draw_base
 from weights.export import export
-from weights.families import load
+from weights.families import AUTO, load
 from weights.families.sana import Sana
 from weights.families.stable_diffusion import StableDiffusion
 from weights.pipelines import LORA_FILE, PipelineModel
@@ -53,13 +52,6 @@ PROMPT = "red apple, noto"
 FOUR = StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25])
 
 
-FAMILIES = {
-    StableDiffusionPipeline.__name__: "stable_diffusion",
-    StableDiffusionXLPipeline.__name__: "stable_diffusion_xl",
-    StableDiffusion3Pipeline.__name__: "stable_diffusion_3",
-    SanaPipeline.__name__: "sana",
-    FluxPipeline.__name__: "flux",
-}
 UNETS = {"bundled": tiny_pipeline, "sd15": tiny_sd15_pipeline, "sdxl": tiny_sdxl_pipeline}
 """Of the bundled teacher's classes, of Stable Diffusion 1's, and of SDXL's."""
 EVERY = {**UNETS, "sd3": tiny_sd3_pipeline, "sana": tiny_sana_pipeline, "flux": tiny_flux_pipeline}
@@ -98,12 +90,8 @@ def unet_base(unet_folder: Path, opened: Callable[[Path], PipelineModel]) -> Sta
     return model
 
 
-def family_of(folder: Path) -> str:
-    return FAMILIES[json.loads((folder / "model_index.json").read_text())["_class_name"]]
-
-
 def open_base(folder: Path) -> PipelineModel:
-    model = load(family_of(folder), folder)
+    model = load(AUTO, folder)
     assert isinstance(model, PipelineModel)
     return model
 
@@ -184,7 +172,7 @@ def test_a_base_of_another_scheduler_exports(base_folder: Path, tmp_path: Path, 
     shutil.copytree(base_folder, other)
     settings = other / "scheduler" / "scheduler_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
-    base = load(family_of(other), other)
+    base = load(AUTO, other)
     store = Store(tmp_path / "store")
     published(store, base, other, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 4), dtype=torch.float32)
@@ -193,12 +181,12 @@ def test_a_base_of_another_scheduler_exports(base_folder: Path, tmp_path: Path, 
     assert (ours - diffusers_pixels(pipeline, 4, 1.0, seed=7)).abs().mean() * 255 < 0.01
 
 
-def test_an_index_that_cannot_be_read_is_refused(base_folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(base_folder, other)
-    (other / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model_index\.json is not a pipeline's index"):
-        load(family_of(base_folder), other)
+@pytest.mark.parametrize("index", ["{", "[]", "{}", "null"])
+def test_an_index_that_names_no_class_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    for family in (AUTO, "stable_diffusion"):
+        with pytest.raises(ValueError, match=r"model_index\.json is not a pipeline's index"):
+            load(family, tmp_path)
 
 
 def test_an_unknown_prediction_is_refused(unet_folder: Path, tmp_path: Path) -> None:
@@ -207,7 +195,7 @@ def test_an_unknown_prediction_is_refused(unet_folder: Path, tmp_path: Path) -> 
     path = other / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "flow_prediction"}))
     with pytest.raises(ValueError, match="'flow_prediction': use one of eps"):
-        load(family_of(other), other)
+        load(AUTO, other)
 
 
 def test_a_scheduler_of_another_kind_of_noise_is_refused(unet_folder: Path, tmp_path: Path) -> None:
@@ -218,7 +206,7 @@ def test_a_scheduler_of_another_kind_of_noise_is_refused(unet_folder: Path, tmp_
     index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
     (other / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="EDMEulerScheduler, does not preserve variance: use one with alphas"):
-        load(family_of(other), other)
+        load(AUTO, other)
 
 
 def test_other_precisions_alone_are_no_base(base_folder: Path, tmp_path: Path) -> None:
@@ -249,6 +237,7 @@ def test_an_export_finds_a_base_that_has_moved(base: PipelineModel, base_folder:
         ("stable_diffusion_xl", "StableDiffusion3Pipeline", r"refiner\): family 'stable_diffusion_3' takes it$"),
         ("stable_diffusion_xl", "FluxPipeline", r"refiner\): family 'flux' takes it$"),
         ("flux", "FluxKontextPipeline", r"holds a FluxKontextPipeline, and family 'flux' .* fine-tunes\)$"),
+        ("auto", "FluxKontextPipeline", r"holds a FluxKontextPipeline, which no family loads; .*: FluxPipeline, Sana"),
     ],
 )
 def test_another_kind_of_pipeline_is_refused_by_its_name(tmp_path: Path, family: str, kind: str, says: str) -> None:

@@ -1,5 +1,6 @@
 """The models that ship with the repository, and the resolution of a base's name to a folder."""
 
+import json
 from pathlib import Path
 
 from weights.student_files import NOT_LOADED, WEIGHTS
@@ -38,3 +39,18 @@ def resolve_base(source: str | Path) -> Path:
             f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is not a folder with a model_index.json, "
             f"and could not be downloaded from the hub ({type(error).__name__}: {error})"
         ) from error
+
+
+def pipeline_class_name(folder: Path) -> str:
+    """The class that a diffusers pipeline's index names, such as ``StableDiffusionPipeline``.
+
+    Raises:
+        ValueError: the index cannot be read, or names no class.
+        FileNotFoundError: there is no index.
+    """
+    index = folder / "model_index.json"
+    try:
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{index} is not a pipeline's index ({problem}): copy the pipeline again") from error

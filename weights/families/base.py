@@ -60,6 +60,11 @@ class TextToImage(ABC):
     """Memory that its parts use besides parameters and buffers, such as for a compiled copy."""
 
     @classmethod
+    def pipeline_name(cls) -> str | None:
+        """The class name of the diffusers pipelines that the family loads; None if it loads no pipelines."""
+        return None
+
+    @classmethod
     @abstractmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         """Load the model in ``source``: a folder, or whatever else the family accepts."""
