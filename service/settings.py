@@ -153,6 +153,9 @@ class Settings(BaseSettings):
         le=256,
         description="Most rows in one call of a model; an image takes one row, or two under guidance.",
     )
+    deterministic: bool = Field(
+        False, description="Generate every image as if its request asked for `deterministic`: same seed, same bits."
+    )
     prompt_cache_bytes: int = Field(
         64 * 2**20, ge=0, description="Memory for encoded prompts; the least recently used go first."
     )

@@ -4,129 +4,63 @@ A model in memory is used at once. Any other is loaded by a thread of its own wh
 """
 
 import logging
-import queue
-import threading
-import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable
 
 import torch
 
-from service.engine.base import EngineError
-from service.engine.leaving import wait_at_the_end
+from service.engine.base import EngineError, Overloaded
+from service.engine.loading import Loads, Wait
 from service.engine.loop import DrawingLoop, told
 from service.engine.pictures import Ticket
 from service.engine.planner import Planner
+from service.engine.residency import Found
 from service.engine.resident import Resident
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, kw_only=True)
-class Wait:
-    """Requests that wait for one model, in order of arrival."""
-
-    wants: Hashable
-    tickets: list[Ticket]
-    """The engine's thread may append to it until the wait is handed back."""
-    outcome: Resident | EngineError | None = None
-    """None: nothing was loaded, since no request was waiting any more."""
-    threads: int | None = None
-    """Number of CPU threads for torch, as the backend left it on the loader's thread."""
-
-
-class Loader:
-    """A thread that loads models, one at a time.
-
-    Args:
-        planner: loads the models.
-        done: receives each wait when it is finished; called on the loader's thread.
-    """
-
-    def __init__(self, planner: Planner, done: Callable[[Wait], None]) -> None:
-        self._planner, self._done = planner, done
-        self._waits: queue.SimpleQueue[Wait | None] = queue.SimpleQueue()
-        self._stopping = False
-        self._turn = threading.Lock()
-        """Held while the thread starts: its `ident` is set before `Thread.start` returns, but joining must wait."""
-        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread, unless it was stopped already."""
-        with self._turn:
-            if not self._stopping:
-                self._thread.start()
-
-    def put(self, wait: Wait) -> None:
-        """Queue a wait whose model is to be loaded."""
-        self._waits.put(wait)
-
-    def stop(self, seconds: float) -> None:
-        """Stop after the model that is being loaded.
-
-        Blocks for up to ``seconds``; a thread that is still loading then is waited for when the interpreter exits.
-        """
-        with self._turn:
-            self._stopping = True
-        self._waits.put(None)
-        if self._thread.ident is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                log.warning("stopping while a model is still being loaded")
-                wait_at_the_end(self._thread)
-
-    def _work(self) -> None:
-        while (wait := self._waits.get()) is not None and not self._stopping:
-            ticket = next((ticket for ticket in list(wait.tickets) if not ticket.over), None)
-            if ticket is not None:
-                wait.outcome = self._load(ticket)
-                wait.threads = torch.get_num_threads()
-            self._done(wait)
-            del wait, ticket  # otherwise the idle thread would keep a model in memory
-
-    def _load(self, ticket: Ticket) -> Resident | EngineError:
-        started = time.perf_counter()
-        try:
-            resident = self._planner.load(ticket.request, ticket.model)
-        except Exception as error:  # noqa: BLE001 - foreign files can raise anything; `told` logs it
-            return told(error)
-        log.info("%r was loaded in %.1f s", ticket.model, time.perf_counter() - started)
-        return resident
-
-
 class Admission:
     """Tracks which requests wait for a model. Used only on the engine's thread.
 
-    Requests for one model are admitted in order of arrival: while a wait is pending, every request for the same model
-    joins it, even if the model has entered memory since.
+    Requests for one model are admitted in order of arrival: while any wait for it, every request for the same model
+    joins them, even if the model has entered memory since. A republished student makes nobody wait: the version in
+    memory is used until the new one is loaded.
 
     Args:
         planner: finds models in memory.
         loop: receives the requests whose model is in memory.
-        load: starts loading the model of a wait, which must then be passed to `back`.
+        loader: loads the models of waits, which must then be passed to `back`.
+        bound_seconds: bound on the predicted seconds of loading. A client that has no model to be loaded may exceed it,
+            up to twice the bound, so that others cannot keep it out.
     """
 
-    def __init__(self, planner: Planner, loop: DrawingLoop, load: Callable[[Wait], None]) -> None:
-        self._planner, self._loop, self._load = planner, loop, load
+    def __init__(self, planner: Planner, loop: DrawingLoop, loader: Loads, bound_seconds: float) -> None:
+        self._planner, self._loop, self._loader, self._bound = planner, loop, loader, bound_seconds
         self._waits: dict[Hashable, Wait] = {}
+        self._unusable: dict[Hashable, Hashable] = {}
+        """Republished versions that could not be loaded, and are not tried again."""
 
     def take(self, ticket: Ticket) -> None:
-        """Admit a request, or make it wait for its model."""
+        """Admit a request, or make it wait for its model; end it if too many models are to be loaded already."""
         if ticket.over:
             return
         try:
             found = self._planner.find(ticket.request, ticket.model)
-        except Exception as error:  # noqa: BLE001 - as above
-            ticket.end(told(error))
+        except Exception as error:  # noqa: BLE001 - foreign files can raise anything; `told` logs it
+            ticket.end(ticket.within(told, error))
             return
         wait = self._waits.get(found.wants)
-        if wait is not None:
-            wait.tickets.append(ticket)
-        elif found.resident is not None:
+        if found.resident is not None and (wait is None or not wait.tickets):
             self._loop.admit(ticket, found.resident)
+            if wait is None:
+                self._renew(found, ticket)
+        elif wait is not None:
+            wait.tickets.append(ticket)
+        elif (refusal := self._no_room(ticket)) is not None:
+            ticket.end(refusal)
         else:
-            wait = self._waits[found.wants] = Wait(wants=found.wants, tickets=[ticket])
-            self._load(wait)
+            self._start(Wait(wants=found.wants, tickets=[ticket]))
 
     def back(self, wait: Wait) -> None:
         """Admit the requests of a finished wait, with the model loaded for them even if it has been evicted since."""
@@ -134,6 +68,9 @@ class Admission:
         if wait.threads not in (None, torch.get_num_threads()):
             # The number is per thread, and a backend that falls back to torch for a part raises it.
             torch.set_num_threads(wait.threads)
+        if wait.renews is not None and isinstance(wait.outcome, EngineError):
+            self._unusable[wait.wants] = wait.version
+            log.error("republished %r cannot be loaded; the version in memory is kept", wait.renews.model)
         for ticket in wait.tickets:
             match wait.outcome:
                 case Resident():
@@ -142,3 +79,23 @@ class Admission:
                     ticket.end(wait.outcome)
                 case None:  # the loader found no live request, but one may have joined since
                     self.take(ticket)
+
+    def _start(self, wait: Wait) -> None:
+        self._waits[wait.wants] = wait
+        self._loader.put(wait)
+
+    def _renew(self, found: Found, ticket: Ticket) -> None:
+        """Have a newer version loaded, unless that has failed before."""
+        if found.newer is not None and self._unusable.get(found.wants) != found.newer:
+            self._unusable.pop(found.wants, None)
+            self._start(Wait(wants=found.wants, tickets=[], renews=ticket, version=found.newer))
+
+    def _no_room(self, ticket: Ticket) -> Overloaded | None:
+        """Why no further model can be loaded for this request; None if it can."""
+        seconds, own = self._loader.ahead(ticket.request.client)
+        bound = self._bound if own else 2 * self._bound
+        if seconds <= bound:
+            return None
+        again = max(1, math.ceil(seconds - bound))
+        why = f"{ticket.model!r} is not in memory, and loading those that others wait for takes about {seconds:.1f} s"
+        return Overloaded(f"{why}; try again in {again} s", again)

@@ -262,20 +262,24 @@ class Costs:
         """Record how long a call of this part took; see `CostProfile.observe`."""
         self.of(part).observe(batch, seconds)
 
-    def predict(self, work: Iterable[tuple[Part, int]]) -> float:
+    def predict(self, work: Iterable[tuple[Part, int]], alone: bool = False) -> float:
         """Predicted seconds for numbers of rows of each part, at the throughput of full batches.
+
+        With ``alone``, every call has one row, as for deterministic images.
 
         A request is (network, images times evaluations), (decoder, images) and (text encoder, prompts). If the base
         makes some of the steps, its network is listed separately.
         """
-        return sum(rows * self.of(part).seconds_per_row for part, rows in work)
+        return sum(rows * (self.of(part).seconds(1) if alone else self.of(part).seconds_per_row) for part, rows in work)
 
-    def least(self, work: Iterable[tuple[Part, int]]) -> float:
+    def least(self, work: Iterable[tuple[Part, int]], alone: bool = False) -> float:
         """`predict` by the measurements of warm-up.
 
         Refused requests make no calls, so that current costs could stay high long after a slowdown has ended.
         """
-        return sum(rows * self.of(part).measured_per_row for part, rows in work)
+        return sum(
+            rows * (self.of(part).measured[1] if alone else self.of(part).measured_per_row) for part, rows in work
+        )
 
     def _guess(self, part: Part) -> CostProfile:
         alike = {known: profile for known, profile in self._measured.items() if known.call == part.call}

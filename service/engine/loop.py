@@ -72,7 +72,7 @@ class DrawingLoop:
             if ticket.request.previews and not ticket.request.exact_previews:
                 self.preview_of(resident.base)
         except Exception as error:  # noqa: BLE001 - a bug of ours or of a foreign model; `told` logs it
-            ticket.end(told(error))
+            ticket.end(ticket.within(told, error))
             return
         for prompt in active.prompts:
             known = self._prompts.get(prompt)
@@ -174,8 +174,9 @@ class DrawingLoop:
             answers = self._timed(works, run)
         except Exception as error:  # noqa: BLE001 - as above
             if len(works) == 1:
-                failed, self.failed = told(error), True
-                for request in self._waiting(works[0]):
+                waiting, self.failed = self._waiting(works[0]), True
+                failed = waiting[0].ticket.within(told, error)
+                for request in waiting:
                     request.ticket.end(failed)
                 return
             log.warning(

@@ -88,12 +88,16 @@ class Shelf(Generic[V]):
     def get(self, key: Key, version: Any = None) -> Held[V] | None:
         """The entry of that version, now the most recently used, and what it needs; None if there is none."""
         with self._lock:
+            return self.any_version(key) if key in self._entries and self._versions[key] == version else None
+
+    def any_version(self, key: Key) -> Held[V] | None:
+        """Like `get`, for the entry of whatever version."""
+        with self._lock:
             held = self._entries.get(key)
-            if held is None or self._versions[key] != version:
-                return None
-            for used in (held.needs, key):
-                if used in self._entries:
-                    self._entries.move_to_end(used)
+            if held is not None:
+                for used in (held.needs, key):
+                    if used in self._entries:
+                        self._entries.move_to_end(used)
             return held
 
     def once(self, key: Key, version: Any, make: Callable[[], Held[V]]) -> Held[V]:

@@ -5,8 +5,10 @@ due, also for the decoder in between. Everything but `Ticket` is used only on th
 """
 
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import ParamSpec, TypeVar
 
 import torch
 from numpy import uint8
@@ -26,6 +28,9 @@ from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise
 from weights.diffusion.schedules import Schedule
 from weights.trajectory import Leg, Trajectory, TrajectoryStep, base_trajectory, student_trajectory
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WAYS = 256
 """Most trajectories that are cached, since clients may ask for any guidance scale."""
@@ -64,9 +69,15 @@ class Ticket:
     """Images that are not finished."""
     over: bool = False
     """There is nothing left to do: all images are finished, the request has failed, or nobody waits for it."""
+    context: Context = field(default_factory=copy_context)
+    """The context in which it was admitted, which has the request's id for the log."""
 
     def __post_init__(self) -> None:
         self.left = len(self.request.seeds)
+
+    def within(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a function on behalf of the request: its log lines have the request's id. Thread-safe."""
+        return self.context.copy().run(call, *args, **kwargs)  # a context can be entered by one thread at a time
 
     def end(self, error: EngineError) -> None:
         """End the request with an error, and free its place in the queue at once. Thread-safe."""
@@ -163,11 +174,12 @@ class ActiveRequest:
 
     def _seconds_left(self, costs: Costs) -> list[float]:
         """Predicted seconds left for an image, by the number of steps it has made, including the final decoding."""
-        decoding = costs.predict([(self.decoder.part, 1)])
+        alone = self.ticket.request.deterministic
+        decoding = costs.predict([(self.decoder.part, 1)], alone)
         left = [decoding]
         for number, step in reversed(list(enumerate(self.trajectory.steps, 1))):
             shown = self.ticket.request.exact_previews and number in self.preview_steps
-            own = costs.predict([(self.groups[step.leg].part, step.evaluations)])
+            own = costs.predict([(self.groups[step.leg].part, step.evaluations)], alone)
             left.append(left[-1] + own + shown * decoding)
         return left[::-1]
 

@@ -27,6 +27,9 @@ __all__ = ["Found", "Residency", "Resident"]
 
 log = logging.getLogger(__name__)
 
+PLANNED = ("base", "family", "schedules", "guidance", "diversity")
+"""The fields of a manifest that a request's plan depends on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -36,6 +39,8 @@ class Found:
     """Equal for requests that wait for the same model."""
     resident: Resident | None
     """None if the model has to be loaded first."""
+    newer: Hashable = None
+    """The version in the store, if the one in memory is older; None if it is not."""
 
 
 class Residency:
@@ -130,7 +135,9 @@ class Residency:
         return _told(held.value, wanted)
 
     def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:
-        """The model that `get` would return, if it is in memory. If there is a cache of the store, no disk is read.
+        """The model that `get` would return, or an older version of it, if either is in memory.
+
+        If there is a cache of the store, no disk is read.
 
         Raises:
             UnknownModel, ModelBroken, BadRequest: see `get`, as far as manifests tell.
@@ -144,8 +151,12 @@ class Residency:
         # of a routed student serves this prompt is unknown until its base is in memory.
         if wanted is None:
             return Found(wants=(name, loras, prompt), resident=None)
-        held = self._shelf.get(wanted.key, wanted.version)
-        return Found(wants=(name, wanted.key), resident=_told(held.value, wanted) if held is not None else None)
+        wants, held, newer = (name, wanted.key), self._shelf.get(wanted.key, wanted.version), None
+        if held is None:
+            held, newer = self._shelf.any_version(wanted.key), wanted.version
+            if held is None or not _replaceable(held.value, wanted):
+                return Found(wants=wants, resident=None)
+        return Found(wants=wants, resident=_told(held.value, wanted), newer=newer)
 
     def check_loras(self, name: str, loras: Loras) -> None:
         """Refuse LoRAs that `get` would refuse, as far as manifests tell: see `Catalog.check_loras`."""
@@ -256,6 +267,14 @@ class Residency:
 
     def _base_info(self, name: str) -> ModelInfo:
         return base_info(name, self._base(Key(name, self._listed[name])).raw_base)
+
+
+def _replaceable(resident: Resident, wanted: Wanted) -> bool:
+    """Whether an older version of a student does what was planned by the newer one's manifest."""
+    old, new = resident.manifest, None if wanted.folder is None else wanted.folder.manifest
+    if old is None or new is None:
+        return old is new
+    return all(getattr(old, name) == getattr(new, name) for name in PLANNED)
 
 
 def _told(resident: Resident, wanted: Wanted) -> Resident:

@@ -218,8 +218,9 @@ class StepEngine:
         parts = self._thread.parts.get(base, UNKNOWN)
         work = list(parts.work(plan, request))
         if parts is not UNKNOWN:
-            check_time(self._costs.least(work), limit)
-        place = self._line.join(request.client, self._costs.predict(work), deadline - loop.time())
+            check_time(self._costs.least(work, request.deterministic), limit)
+        seconds = self._costs.predict(work, request.deterministic)
+        place = self._line.join(request.client, seconds, deadline - loop.time())
 
         def send(answer: Painted | EngineError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits

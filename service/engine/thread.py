@@ -6,11 +6,12 @@ import threading
 
 import torch
 
-from service.engine.admission import Admission, Loader, Wait
+from service.engine.admission import Admission
 from service.engine.base import DrawRequest, EngineError
 from service.engine.costs import Costs
 from service.engine.gate import Gate
 from service.engine.line import Line
+from service.engine.loading import Loader, Wait
 from service.engine.loop import DrawingLoop
 from service.engine.parts import Parts, parts_of
 from service.engine.pictures import Painted, Ticket
@@ -59,7 +60,8 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Ticket | Wait | None] = queue.SimpleQueue()
         """Requests and finished loads to take in; None ends the thread."""
         self._loader = Loader(planner, self._inbox.put)
-        self._admission = Admission(planner, loop, self._loader.put)
+        bound = min(settings.queue_seconds, settings.request_timeout)
+        self._admission = Admission(planner, loop, self._loader, bound)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.warm = False
         """Whether the models are loaded and warmed up."""

@@ -123,7 +123,7 @@ def draw_request(body: ImageRequest, request: Request) -> DrawRequest:
         guidance_scale=body.guidance_scale,
         diversity=wish,
         size=None if width is None or height is None else (width, height),
-        deterministic=body.deterministic,
+        deterministic=body.deterministic or settings.deterministic,
         client=client_of(request),
         loras=tuple((lora.name, lora.scale) for lora in body.loras),
         previews=body.partial_images,

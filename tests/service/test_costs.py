@@ -192,7 +192,16 @@ def test_a_request_is_predicted_at_full_batches() -> None:
         costs.put(part, {batch: per_row * (2 + batch) for batch in BATCHES})
     network, decoder, text = 0.01 * 10 / 8, 0.002 * 18 / 16, 0.001 * 18 / 16  # 16 rows of the network take too long
     work = [(NETWORK, 5 * 4), (DECODER, 5), (TEXT, 1)]
-    assert costs.predict(work) == pytest.approx(20 * network + 5 * decoder + text)
+    assert costs.predict(work) == costs.least(work) == pytest.approx(20 * network + 5 * decoder + text)
+
+
+def test_a_deterministic_request_is_predicted_row_by_row() -> None:
+    costs = Costs(BATCHES, target=0.1)
+    costs.put(NETWORK, {1: 0.02, 8: 0.04})
+    for _ in range(64):
+        costs.observe(NETWORK, 1, 0.03)
+    assert costs.predict([(NETWORK, 20)], alone=True) == pytest.approx(20 * 0.03)
+    assert costs.least([(NETWORK, 20)], alone=True) == pytest.approx(20 * 0.02), "refused requests measure nothing"
 
 
 def test_a_part_that_was_never_measured() -> None:

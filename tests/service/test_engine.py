@@ -70,8 +70,8 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
         # One of them is published anew: its new weights draw, but no other kind of student.
         before = await engine.generate(request(model="msd"))
         await asyncio.to_thread(harness.publish, "msd-0", change=0.8)
-        await until_seen()
-        assert pixels(await engine.generate(request(model="msd"))) != pixels(before)
+        while pixels(await engine.generate(request(model="msd"))) == pixels(before):
+            pass
         await asyncio.to_thread(harness.publish, "msd-0", schedules={1: SCHEDULES[1]})
         await until_seen()
         with pytest.raises(ModelBroken, match="'msd'"):
@@ -242,9 +242,8 @@ def test_students_come_change_and_go_without_a_restart(harness: Harness) -> None
         assert [info.id for info in await engine.models()] == [harness.base.id, "another", "tiny"]
         assert pixels(await engine.generate(request(model="another"))) == pixels(before)
         await asyncio.to_thread(harness.publish, "tiny", change=0.9)
-        await until_seen()
-        after = await engine.generate(request())
-        assert pixels(after) != pixels(before)
+        while pixels(await engine.generate(request())) == pixels(before):
+            pass
         harness.store.delete("tiny")
         await until_seen()
         with pytest.raises(UnknownModel):

@@ -59,6 +59,13 @@ def test_every_extension_reaches_the_engine(client: TestClient, engine: FakeEngi
     assert (asked.guidance_scale, asked.negative_prompt, asked.deterministic) == (3, "blue", True)
 
 
+def test_a_server_can_be_deterministic(settings: Settings, engine: FakeEngine) -> None:
+    with TestClient(create_app(settings.model_copy(update={"deterministic": True}), engine)) as client:
+        ask(client)
+        ask(client, deterministic=False)
+    assert [asked.deterministic for asked in engine.asked] == [True, True]
+
+
 def test_openai_fields_and_nulls_are_accepted(client: TestClient) -> None:
     body = ask(
         client,

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import subprocess
 import sys
 import threading
@@ -17,11 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import logs
 from service.engine import making, thread
-from service.engine.admission import Admission, Loader, Wait
-from service.engine.base import Drawn, DrawRequest, EngineError, ModelBroken, NotReady, TimedOut
+from service.engine.admission import Admission
+from service.engine.base import Drawn, DrawRequest, EngineError, ModelBroken, NotReady, Overloaded, TimedOut
 from service.engine.gate import Gate
 from service.engine.line import Line
+from service.engine.loading import UNKNOWN_SECONDS, Loader, Wait
 from service.engine.making import Maker, Wanted
 from service.engine.pictures import Ticket
 from service.engine.residency import Found
@@ -30,6 +33,7 @@ from service.engine.step_engine import StepEngine
 from tests.helpers import tiny_pipeline
 from tests.service.conftest import TinyBase
 from tests.service.engine_help import Harness, pixels, request, until
+from weights.contracts import StepSchedule
 from weights.families import TextToImage, load
 from weights.modules import storages
 
@@ -279,7 +283,7 @@ def test_a_loader_is_stopped_while_its_thread_starts() -> None:
 
 LOADING_AT_THE_END = """
 import threading, time, torch
-from service.engine.admission import Loader, Wait
+from service.engine.loading import Loader, Wait
 begun = threading.Event()
 
 class Planner:
@@ -290,7 +294,14 @@ class Planner:
             numbers @ numbers
 
 class Ticket:
-    over, request, model = False, None, "m"
+    over, model, client = False, "m", ""
+
+    @property
+    def request(self):
+        return self
+
+    def within(self, call, *given):
+        return call(*given)
 
 loader = Loader(Planner(), lambda wait: print("loaded"))
 loader.start()
@@ -397,18 +408,32 @@ class World:
 
     def __init__(self) -> None:
         self.memory: dict[str, Resident] = {}
+        self.versions: Counter[str] = Counter()
+        """How often each model has been published again; a resident's LoRAs say which version it is."""
+        self.unusable: set[tuple[str, int]] = set()
         self.arrived: dict[str, list[Ticket]] = {}
         self.admitted: dict[str, list[Ticket]] = {}
         self.answers: dict[Ticket, EngineError] = {}
         self.out: list[Wait] = []
         self.done: list[Wait] = []
         self.loads: Counter[str] = Counter()
-        self.admission = Admission(cast(Any, self), cast(Any, self), self.out.append)
+        self.admission = Admission(cast(Any, self), cast(Any, self), self, 10)
 
-    # What it needs of a planner and of a loop
+    # What it needs of a planner, of a loop and of a loader
+
+    def put(self, wait: Wait) -> None:
+        self.out.append(wait)
+
+    def ahead(self, _client: str) -> tuple[float, bool]:
+        return 0.0, False
 
     def find(self, asked: DrawRequest, model: str) -> Found:
-        return Found(wants=model, resident=self.memory.get(model))
+        own, version = self.memory.get(model), self.versions[model]
+        newer = version if own is not None and own.loras != self.loras(model) else None
+        return Found(wants=model, resident=own, newer=newer)
+
+    def loras(self, model: str) -> tuple[tuple[str, float], ...]:
+        return ((model, self.versions[model]),)
 
     def admit(self, ticket: Ticket, resident: Resident) -> None:
         assert resident.member == ticket.model, "it is the model that was asked for"
@@ -422,9 +447,14 @@ class World:
         ticket = Ticket(request=request(model=model), model=model, place=place, send=lambda _: None)
         ticket.send = lambda answer: self.answers.update({ticket: cast(EngineError, answer)})
         self.arrived.setdefault(model, []).append(ticket)
-        there = model in self.memory and not any(wait.wants == model for wait in (*self.out, *self.done))
+        waits = [wait for wait in (*self.out, *self.done) if wait.wants == model]
+        there = model in self.memory and not any(wait.tickets for wait in waits)
         self.admission.take(ticket)
         assert (ticket in self.admitted.get(model, [])) == there, "at once where nobody waits and it is in memory"
+        if there and self.memory[model].loras != self.loras(model):
+            renewing = any(wait.wants == model for wait in (*self.out, *self.done))
+            assert renewing or (model, self.versions[model]) in self.unusable, "the newer version is on its way"
+        assert len([wait for wait in (*self.out, *self.done) if wait.wants == model]) <= 1
 
     def leaves(self, model: str) -> None:
         waiting = [each for each in self.arrived.get(model, []) if each not in self.admitted.get(model, [])]
@@ -436,13 +466,17 @@ class World:
         if not self.out:
             return
         wait = self.out.pop(0)
-        if any(not ticket.over for ticket in wait.tickets):
-            name, nothing = wait.tickets[0].model, cast(Any, None)
+        if wait.asks is not None:
+            name, nothing = wait.asks.model, cast(Any, None)
             self.loads[name] += 1
-            resident = Resident(model=nothing, base=nothing, raw_base=nothing, manifest=None, member=name)
+            resident = Resident(
+                model=nothing, base=nothing, raw_base=nothing, manifest=None, member=name, loras=self.loras(name)
+            )
             wait.outcome = ModelBroken("the disk is gone") if fails else resident
             if not fails:
                 self.memory = {name: resident}  # and drives all others out
+            elif wait.renews is not None:
+                self.unusable.add((name, cast(int, wait.version)))
         self.done.append(wait)
 
     def heard(self, _model: str) -> None:
@@ -453,6 +487,9 @@ class World:
     def evicted(self, model: str) -> None:
         self.memory.pop(model, None)
 
+    def republished(self, model: str) -> None:
+        self.versions[model] += 1
+
 
 HAPPENS: dict[str, Callable[[World, str], None]] = {
     "comes": World.comes,
@@ -461,6 +498,7 @@ HAPPENS: dict[str, Callable[[World, str], None]] = {
     "failed": lambda world, model: world.loaded(model, fails=True),
     "heard": World.heard,
     "evicted": World.evicted,
+    "republished": World.republished,
 }
 
 
@@ -480,6 +518,159 @@ def test_every_request_is_admitted_once_and_in_order_or_told_why_not(events: lis
             assert ticket in admitted or ticket.over, "nobody is forgotten"
             assert ticket not in admitted or ticket not in world.answers
         assert world.loads[model] <= len(arrived)
+
+
+class Order:
+    """A planner that notes what is loaded, and waits before the first load until it may."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+        self.begun, self.may = threading.Event(), threading.Event()
+
+    def load(self, _request: DrawRequest, model: str) -> Resident:
+        self.begun.set()
+        assert self.may.wait(60)
+        self.loaded.append(model)
+        raise ModelBroken("only the order matters")
+
+
+def asks(model: str, client: str) -> Ticket:
+    place = Line(60).join(client, 0.0)
+    return Ticket(request=request(model=model, client=client), model=model, place=place, send=lambda _: None)
+
+
+def waits(model: str, client: str) -> Wait:
+    return Wait(wants=model, tickets=[asks(model, client)])
+
+
+def test_clients_take_turns_in_having_models_loaded() -> None:
+    planner, done = Order(), threading.Semaphore(0)
+    loader = Loader(cast(Any, planner), lambda wait: done.release())
+    given_up = waits("nobody's", "b")
+    given_up.tickets[0].over = True
+    loader.put(waits("a0", "a"))
+    loader.start()
+    assert planner.begun.wait(60)
+    for wait in (*(waits(f"a{number}", "a") for number in range(1, 5)), given_up, waits("b0", "b"), waits("c0", "c")):
+        loader.put(wait)
+    assert loader.ahead("a") == (7 * UNKNOWN_SECONDS, True), "whoever has given up delays nobody"
+    assert loader.ahead("d") == (7 * UNKNOWN_SECONDS, False)
+    planner.may.set()
+    for _ in range(8):
+        assert done.acquire(timeout=60)
+    assert planner.loaded[0] == "a0"
+    assert {"b0", "c0"} < set(planner.loaded[1:4]), "after at most one more of the client with many"
+    assert [name for name in planner.loaded if name[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
+    assert loader.ahead("a") == (0, False)
+    loader.stop(60)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "own", "refused"),
+    [(10.0, True, False), (10.5, True, True), (10.5, False, False), (20.0, False, False), (21.5, False, True)],
+)
+def test_too_many_models_to_load_are_refused(seconds: float, own: bool, refused: bool) -> None:
+    world = World()
+    world.ahead = lambda _client: (seconds, own)  # type: ignore[method-assign]
+    world.comes("a")
+    (ticket,) = world.arrived["a"]
+    assert ticket.over == refused
+    assert len(world.out) == (not refused)
+    if refused:
+        answer = world.answers[ticket]
+        assert isinstance(answer, Overloaded)
+        assert answer.retry_after in (1, 2)
+        assert "'a' is not in memory" in str(answer)
+
+
+# A student that is published again
+
+
+def test_a_republished_student_makes_nobody_wait(harness: Harness, brake: Brake) -> None:
+    async def scenario(engine: StepEngine) -> None:
+        old = pixels(await engine.generate(request()))
+        harness.publish(change=0.9)
+        brake.on = True
+        await until(
+            lambda: engine._recent.last("tiny").manifest.created_at == harness.store.manifest("tiny").created_at
+        )
+        for _ in range(3):
+            assert pixels(await engine.generate(request())) == old
+        await brake.holds("tiny")
+        brake.let_go(1)
+        while pixels(await engine.generate(request())) == old:
+            pass
+        assert brake.begun == ["tiny"], "once"
+
+    harness.run(scenario)
+
+
+def test_a_republished_student_that_is_broken_leaves_the_old_one(
+    harness: Harness, brake: Brake, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(engine: StepEngine) -> None:
+        old = pixels(await engine.generate(request()))
+        harness.publish(change=0.9)
+        brake.on, brake.broken = True, {"tiny"}
+        await until(
+            lambda: engine._recent.last("tiny").manifest.created_at == harness.store.manifest("tiny").created_at
+        )
+        assert pixels(await engine.generate(request())) == old
+        await brake.holds("tiny")
+        brake.let_go(1)
+        await until(lambda: "the version in memory is kept" in caplog.text)
+        assert pixels(await engine.generate(request())) == old
+        assert brake.begun == ["tiny"], "not tried again"
+        harness.publish(change=0.8)
+        brake.broken = set()
+        brake.let_go(1)
+        while pixels(await engine.generate(request())) == old:
+            pass
+        assert brake.begun == ["tiny"] * 2
+
+    harness.run(scenario)
+
+
+def test_what_only_the_new_version_can_do_waits_for_it(harness: Harness, brake: Brake) -> None:
+    async def scenario(engine: StepEngine) -> None:
+        await engine.generate(request())
+        harness.publish(change=0.9, schedules={3: StepSchedule(timesteps=[1.0, 0.6, 0.3])})
+        brake.on = True
+        await until(lambda: 3 in engine._recent.last("tiny").manifest.schedules)
+        waiting = start(engine, steps=3)
+        await brake.holds("tiny")
+        assert not waiting.done()
+        brake.let_go(1)
+        (drawn,) = await waiting
+        assert drawn.steps == 3
+
+    harness.run(scenario)
+
+
+def test_what_is_logged_for_a_request_has_its_id(
+    harness: Harness, brake: Brake, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids: dict[str, str | None] = {}
+
+    def note(record: logging.LogRecord) -> bool:
+        ids[record.getMessage()] = logs.request_id.get()
+        return True
+
+    caplog.handler.addFilter(note)
+    caplog.set_level(logging.INFO)
+
+    async def scenario(engine: StepEngine) -> None:
+        for name in ("good", "bad"):
+            harness.publish(name)
+        brake.on, brake.broken = True, {"bad"}
+        brake.let_go(2)
+        for name in ("good", "bad"):
+            logs.request_id.set(f"req_{name}")
+            await asyncio.gather(start(engine, model=name), return_exceptions=True)
+
+    harness.run(scenario)
+    about = {text: own for text, own in ids.items() if "'good' was loaded" in text or text == "loading 'good'"}
+    assert set(about.values()) == {"req_good"} and len(about) == 2
 
 
 def test_threads_that_a_backend_asks_for_are_the_engines() -> None:
