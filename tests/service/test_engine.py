@@ -346,7 +346,10 @@ def test_before_and_after_its_life(harness: Harness) -> None:
 
 
 def test_an_engine_that_cannot_load_says_why(tiny_base: TinyBase, tmp_path: Path) -> None:
-    harness = Harness(tiny_base, tmp_path, bases=[str(tmp_path / "nothing")])
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    (nothing / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    harness = Harness(tiny_base, tmp_path, bases=[str(nothing)])
 
     async def scenario(engine: StepEngine) -> None:
         assert not engine.ready
