@@ -1,7 +1,9 @@
 """The JSON shape of every error response: ``{"error": {"message", "type", "param", "code"}}``."""
 
+import json
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -29,6 +31,9 @@ SHOWN = 80
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for this: nobody receives the response, but the access log records it."""
+
+DEEPEST = 64
+"""Levels of arrays and objects that every body may have; the JSON parser gives up somewhere beyond, where its stack ends."""
 
 TAGS = {"switch", "options"}
 """Names of the union branches in schemas.py, which pydantic includes in an error's location."""
@@ -118,6 +123,22 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
     return ApiError(400, message, param=_param(first) or _named(first), code=codes.get(first["type"], "invalid_value"))
 
 
+def unreadable(error: ValueError | RecursionError) -> ApiError:
+    """A 400 for a body that the JSON parser gave up with this error: what is wrong with it, and how to fix it."""
+    match error:
+        case json.JSONDecodeError():
+            wrong = f"{error.msg} at character {error.pos}"
+        case UnicodeDecodeError():
+            byte, encoding = error.object[error.start], error.encoding.upper()
+            wrong = f"byte 0x{byte:02x} at position {error.start} is not {encoding}; send the body as UTF-8"
+        case RecursionError():
+            wrong = f"its arrays and objects are nested too deeply; use at most {DEEPEST} levels"
+        case _:  # the only other thing that Python's parser refuses
+            digits = sys.get_int_max_str_digits()
+            wrong = f"an integer in it has more than {digits} digits, the most that can be read; send a smaller number"
+    return ApiError(400, f"the body is not valid JSON: {wrong}", code="invalid_json")
+
+
 def _param(error: Any) -> str | None:
     parts = [str(part) for part in error["loc"][1:] if part not in TAGS]
     if error["type"] == "json_invalid" or not parts:
@@ -135,7 +156,7 @@ def _describe(error: Any) -> str:
     param = _param(error)
     match error["type"]:
         case "json_invalid":
-            return f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+            return unreadable(json.JSONDecodeError(error["ctx"]["error"], "", error["loc"][-1])).detail
         case "missing" if param is None:
             return "the request has no body: send JSON"
         case "missing":
@@ -153,6 +174,10 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     headers = error.headers or {}
     if isinstance(error, ApiError):
         return respond(error.status_code, error.detail, param=error.param, code=error.code, headers=headers)
+    if error.status_code == HTTPStatus.BAD_REQUEST and isinstance(error.__cause__, (ValueError, RecursionError)):
+        # FastAPI's, for all that its parser fails on but malformed JSON; its own message does not say what that was.
+        answer = unreadable(error.__cause__)
+        return respond(answer.status_code, answer.detail, code=answer.code)
     path = shorten(request.url.path)
     match error.status_code:
         case 404:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.base import NotReady
-from service.errors import ApiError, shorten
+from service.errors import DEEPEST, ApiError, shorten, unreadable
 from service.jobs.base import (
     CheckFailed,
     InvalidSpec,
@@ -215,18 +215,39 @@ def _jobs(request: Request) -> Jobs:
 async def _parse(request: Request) -> Any:
     """The decoded body. Refuses NaN, infinities and lone surrogates, which could not be encoded as JSON again."""
     content = await request.body()
+    if not content:
+        raise ApiError(400, "the request has no body: send JSON", code="missing_required_parameter")
     kind = Message()
     kind["content-type"] = request.headers.get("content-type", "none/none")
     # As FastAPI does for images: requests that a page may send without preflight have another content type.
-    if content and not JSON.fullmatch(kind.get_content_type()):
+    if not JSON.fullmatch(kind.get_content_type()):
         message = "the body must be a JSON object, sent with Content-Type: application/json"
         raise ApiError(400, message, code="invalid_value")
     try:
         body = json.loads(content)
-        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+        if _levels(body) > DEEPEST:  # it will be encoded again, on a fuller stack: what just fits here would fail there
+            raise RecursionError
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
+        raise unreadable(error) from error
+    try:
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = ascii(error.object[error.start])
+        message = f"the body is not valid JSON: {found} is half of a surrogate pair; send whole characters, as UTF-8"
+        raise ApiError(400, message, code="invalid_json") from error
+    except ValueError as error:
+        message = "the body is not valid JSON: it has NaN or an infinite number; send finite numbers"
+        raise ApiError(400, message, code="invalid_json") from error
     return body
+
+
+def _levels(body: Any) -> int:
+    """How deep arrays and objects are nested; found without recursion, which could be too deep itself."""
+    levels, inside = 0, [body]
+    while inside := [each for each in inside if isinstance(each, dict | list)]:
+        inside = [inner for each in inside for inner in (each.values() if isinstance(each, dict) else each)]
+        levels += 1
+    return levels
 
 
 _BODY = {

@@ -18,16 +18,18 @@ from service.jobs.base import JobEvent, JobSettings
 from service.jobs.service import TableJobs
 from service.routes.jobs import event_object
 from service.settings import Settings
+from tests.service.answers import UNREADABLE
 from tests.service.fake_server import PaintingEngine, make_app
 from tests.service.jobs_help import PATIENCE
 from weights.contracts import BaseReference, DistillJob, Progress, StepSchedule, StudentManifest
 from weights.store import Store
 
 JOBS = "/v1/distillation/jobs"
-NO_JSON = [
-    b'{"student": "s", "method": "fake", "config": {"rate": %s}}' % value
-    for value in (b"NaN", b"1e999", b"-Infinity", b'"\\ud800"', b"9" * 5000)
-]
+
+
+def config_of(value: bytes) -> bytes:
+    """A spec whose ``config.rate`` is this; two levels deep without it."""
+    return b'{"student": "s", "method": "fake", "config": {"rate": %s}}' % value
 
 
 @pytest.fixture
@@ -187,11 +189,36 @@ def test_a_missing_field_and_all_others_are_named(idle: TestClient) -> None:
     assert all(name in message for name in ("student", "method", "train.seed"))
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'"x"', b"[]", b"null", b"3", b"NaN", b"[" * 3000, *NO_JSON])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        *UNREADABLE,
+        (config_of(b"NaN"), "NaN or an infinite number; send finite numbers"),
+        (config_of(b"1e999"), "NaN or an infinite number; send finite numbers"),
+        (config_of(b'"\\ud800"'), r"'\ud800' is half of a surrogate pair; send whole characters"),
+        (config_of(b"[" * 63 + b"]" * 63), "nested too deeply; use at most 64 levels"),
+        (config_of(b"[" * 947 + b"]" * 947), "nested too deeply; use at most 64 levels"),  # the parser itself just can
+    ],
+)
+def test_a_body_that_cannot_be_read(idle: TestClient, content: bytes, says: str) -> None:
+    answer = idle.post(JOBS, content=content, headers={"Content-Type": "application/json"})
+    assert says in refused(answer, 400, None, "invalid_json")
+
+
+@pytest.mark.parametrize("body", [b'"x"', b"[]", b"null", b"3"])
 def test_a_body_that_is_no_spec(idle: TestClient, body: bytes) -> None:
     answer = idle.post(JOBS, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"]
+    assert "not valid JSON" not in answer.json()["error"]["message"]
+
+
+def test_a_spec_as_deep_as_is_allowed(idle: TestClient) -> None:
+    content = config_of(b"[" * 62 + b"]" * 62)
+    assert idle.post(JOBS, content=content, headers={"Content-Type": "application/json"}).status_code == 200
+
+
+def test_no_body_at_all(idle: TestClient) -> None:
+    assert "send JSON" in refused(idle.post(JOBS), 400, None, "missing_required_parameter")
 
 
 def test_a_check_that_breaks_is_our_fault(idle: TestClient) -> None:
