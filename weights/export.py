@@ -52,10 +52,6 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
         raise ValueError(
             f"only consistency sampling can be exported, but {name!r} uses {schedule.sampler} for {steps} steps"
         )
-    if schedule.network_times != schedule.timesteps:
-        raise ValueError(
-            f"{name!r} has conditioning times of its own for {steps} steps, which no diffusers scheduler supports"
-        )
     source = resolve_base(base if base is not None else folder.manifest.base.id)
     check_base(folder, digest_base(source))
     student = load_student(folder, load(folder.manifest.family, source))
@@ -63,7 +59,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
     staging.mkdir()  # not by tempfile, whose folders are for the owner alone
     try:
-        student.export(staging, schedule.timesteps)
+        student.export(staging, schedule)
         readable(staging)
         shutil.copy2(folder.path / "student.json", staging / "student.json")
         for adapter in folder.path.glob("pytorch_lora_weights.safetensors"):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from weights.contracts import StepSchedule
 from weights.diffusion.schedules import RectifiedFlow
 from weights.pipelines import LORA_FILE, PipelineModel
 from weights.rectified_flow import read_schedule, student_scheduler
@@ -29,7 +30,13 @@ class FlowModel(PipelineModel):
         )
         pipeline.load_lora_into_transformer(state, network, metadata=metadata)
 
-    def _student_scheduler(self, times: list[float]) -> Any:
-        schedule = self.denoiser.schedule
-        assert isinstance(schedule, RectifiedFlow)
-        return student_scheduler(schedule, times, spaced_by_pipeline=self.spaced_by_pipeline)
+    def _student_scheduler(self, schedule: StepSchedule) -> Any:
+        if schedule.network_times != schedule.timesteps:
+            raise ValueError(
+                f"the student's network is told t = {schedule.network_times} for states at {schedule.timesteps}, but "
+                "diffusers' schedulers for flows tell it each state's own time: serve it, or export a step count without "
+                "conditioning times"
+            )
+        noise = self.denoiser.schedule
+        assert isinstance(noise, RectifiedFlow)
+        return student_scheduler(noise, schedule.timesteps, spaced_by_pipeline=self.spaced_by_pipeline)

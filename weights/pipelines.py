@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weights.autoencoder import Decoder, decoded, encoded, scale_of, split
 from weights.bundled import pipeline_class_name, resolve_base
+from weights.contracts import StepSchedule
 from weights.denoiser import GUIDANCE, cond_repeat
 from weights.families import taker_of
 from weights.families.base import Part, PartName, Programs, TextToImage
@@ -75,8 +76,8 @@ class PipelineModel(TextToImage):
         """The number of pixels that an image's height and width must be multiples of."""
 
     @abstractmethod
-    def _student_scheduler(self, times: list[float]) -> Any:
-        """A diffusers scheduler that, asked for ``len(times)`` steps, does consistency sampling at these times.
+    def _student_scheduler(self, schedule: StepSchedule) -> Any:
+        """A diffusers scheduler that, asked for as many steps as the schedule has, does its consistency sampling.
 
         Raises:
             ValueError: there is none.
@@ -248,8 +249,8 @@ class PipelineModel(TextToImage):
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
     @quiet
-    def export(self, folder: Path, times: list[float]) -> None:
-        scheduler = self._student_scheduler(times)
+    def export(self, folder: Path, schedule: StepSchedule) -> None:
+        scheduler = self._student_scheduler(schedule)
         pipeline = copy.copy(self.pipeline)
         pipeline.register_modules(**{self.network_name: self.network, "scheduler": scheduler})
         pipeline.register_to_config(_name_or_path="")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.weights.known import SCHEDULES, line
+from weights.contracts import StepSchedule
 from weights.diffusion.mixture import Mixture, log_ratio
 from weights.diffusion.parameterizations import PREDICTIONS, Prediction
 from weights.diffusion.samplers import initial_state, sample_ode, trailing_times
@@ -259,4 +260,4 @@ def test_what_a_mixture_cannot_do_is_said(ring: GaussianMixture, tmp_path: Path)
     with pytest.raises(ValueError, match="size 2x1"):
         ring.latent_shape(1, 2)
     with pytest.raises(ValueError, match="cannot be exported"):
-        ring.export(tmp_path, [1.0])
+        ring.export(tmp_path, StepSchedule(timesteps=[1.0]))

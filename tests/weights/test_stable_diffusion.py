@@ -299,6 +299,22 @@ def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
     assert (ours - diffusers_pixels(pipeline, 4, 3.0, seed=7)).abs().mean() * 255 > 0.01
 
 
+def test_a_one_step_student_that_is_told_another_time_exports(
+    unet_base: StableDiffusion, unet_folder: Path, tmp_path: Path
+) -> None:
+    """SDXL's published one-step DMD2 student starts from pure noise as if it were t = 0.4."""
+    store, cond = Store(tmp_path / "store"), unet_base.encode_prompts([PROMPT])
+    told, plain = StepSchedule(timesteps=[1.0], conditioning=[0.4]), StepSchedule(timesteps=[1.0])
+    published(store, unet_base, unet_folder, tmp_path, schedules={1: told})
+    student = load_student(store.open("student"), unet_base)
+    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 1), dtype=torch.float32)
+    theirs = diffusers_pixels(pipeline, 1, 1.0, seed=7)
+    ours, other = ((student.decode(draw(student, cond, None, [7], s).latents) + 1) / 2 for s in (told, plain))
+    assert (ours - theirs).abs().mean() * 255 < 0.01
+    assert (other - theirs).abs().mean() * 255 > 0.01, "the time must show"
+    assert pipeline.scheduler.timesteps.tolist() == [399]
+
+
 def test_a_network_of_another_size_survives_the_store(
     unet_base: StableDiffusion, unet_folder: Path, tmp_path: Path
 ) -> None:
@@ -328,14 +344,22 @@ def test_a_network_that_cannot_be_is_refused(unet_base: StableDiffusion, changes
 
 
 def test_export_refuses_what_diffusers_cannot_run(base: PipelineModel, base_folder: Path, tmp_path: Path) -> None:
+    flow = isinstance(base.denoiser.schedule, RectifiedFlow)
     schedules = {
-        1: StepSchedule(timesteps=[1.0], conditioning=[0.4]),
+        1: StepSchedule(timesteps=[1.0], conditioning=[0.4 if flow else 0.4005]),
         2: StepSchedule(timesteps=[1.0, 0.5], sampler="ddim"),
         3: StepSchedule(timesteps=[1.0, 0.9, 0.8]),
+        5: StepSchedule(timesteps=[1.0, 0.8, 0.6, 0.4, 0.2], conditioning=[0.4, 0.3, 0.2, 0.1, 0.05]),
     }
     store = Store(tmp_path / "store")
     published(store, base, base_folder, tmp_path, schedules=schedules)
-    for steps, message in ((1, "conditioning times"), (2, "consistency"), (3, "runs 3 steps at"), (4, "no 4-step")):
+    for steps, message in (
+        (1, r"t = \[0\.4\] for states at \[1\.0\], but" if flow else r"t = \[0\.4005\], between two of the 1000"),
+        (2, "consistency"),
+        (3, "runs 3 steps at"),
+        (4, "no 4-step"),
+        (5, r"t = \[0\.4, .* tells? it .* export .* without conditioning times"),
+    ):
         with pytest.raises(ValueError, match=message):
             export(store, "student", tmp_path / "out", steps)
     assert not (tmp_path / "out").exists()

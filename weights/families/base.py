@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from weights.contracts import StepSchedule
 from weights.denoiser import Denoiser
 
 PartName = Literal["network", "decoder", "text_encoder"]
@@ -179,8 +180,12 @@ class TextToImage(ABC):
         raise TypeError(f"networks of family {self.family!r} do not support LoRA adapters")
 
     @abstractmethod
-    def export(self, folder: Path, times: list[float]) -> None:
-        """Write a self-contained diffusers pipeline that samples at these times, in (0, 1], without our code."""
+    def export(self, folder: Path, schedule: StepSchedule) -> None:
+        """Write a self-contained diffusers pipeline that does this schedule's consistency sampling without our code.
+
+        Raises:
+            ValueError: diffusers has no such pipeline, or none with such a schedule.
+        """
 
     def parts(self) -> dict[PartName, Part]:
         """The parts in `part_names`, as computed by this model's own modules, whatever programs replace them."""

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from weights.contracts import StepSchedule
 from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.mixture import UNCONDITIONAL, Mixture, log_ratio
 from weights.diffusion.parameterizations import Prediction, to_x0
@@ -338,6 +339,6 @@ class GaussianMixture(TextToImage):
         network.load_state_dict(load_file(source / _FILE))
         return self.with_network(network.to(self.device, self.dtype).eval().requires_grad_(False))
 
-    def export(self, folder: Path, times: list[float]) -> None:
+    def export(self, folder: Path, schedule: StepSchedule) -> None:
         """Always raises a ValueError: diffusers has no pipeline for a mixture."""
         raise ValueError(f"a Gaussian mixture cannot be exported to {folder}: diffusers has no pipeline for it")

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
+from weights.contracts import StepSchedule
 from weights.families.base import Programs
 from weights.flow_pipelines import FlowModel
 from weights.linear_transformer import MASK, LinearTransformer, LinearTransformerDenoiser
@@ -160,10 +161,10 @@ class Sana(FlowModel):
         # The prompt's hidden states are projected to the width of the image's tokens.
         return {**config, "cross_attention_dim": config["num_attention_heads"] * config["attention_head_dim"]}
 
-    def export(self, folder: Path, times: list[float]) -> None:
+    def export(self, folder: Path, schedule: StepSchedule) -> None:
         if self.denoiser.embeds_guidance:
             raise ValueError(
                 "the student's network embeds a guidance scale, which diffusers' SanaPipeline does not give it: serve the "
                 "student, or train one without guidance_range to export it"
             )
-        super().export(folder, times)
+        super().export(folder, schedule)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler, ModelMixin, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from weights.contracts import StepSchedule
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import DiscreteVP
 from weights.families.base import Part, PartName, Programs
@@ -22,6 +23,8 @@ from weights.unet import GUIDANCE_WIDTH, UNet, UNetDenoiser
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _SCALE_WEIGHT = "time_embedding.cond_proj.weight"
+WHOLE = 1e-3
+"""How far from a whole number a timestep may be: times may have gone through float32."""
 
 
 class _TextEncoder(nn.Module):
@@ -168,10 +171,18 @@ class StableDiffusion(PipelineModel):
         )
         pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
 
-    def _student_scheduler(self, times: list[float]) -> Any:
-        timesteps = [round(t * self.denoiser.schedule.num_train) - 1 for t in times]
+    def _student_scheduler(self, schedule: StepSchedule) -> Any:
+        if len(schedule.timesteps) > 1 and schedule.network_times != schedule.timesteps:
+            raise ValueError(
+                f"the student's network is told t = {schedule.network_times} for states at {schedule.timesteps}, but "
+                "diffusers' LCMScheduler tells it the time to which the step before has noised the state: serve it, or "
+                "export its one-step schedule or one without conditioning times"
+            )
+        timesteps = self._timesteps(schedule.network_times)
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-        config["thresholding"] = False  # a student's x_0 is not clipped
+        config |= {"thresholding": False, "clip_sample": False}  # a student's x_0 is not clipped
+        if len(timesteps) == 1:
+            config |= self._ending_at(timesteps[0])
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() != timesteps:
@@ -180,3 +191,27 @@ class StableDiffusion(PipelineModel):
                 f"{timesteps}: export a step count whose timesteps agree"
             )
         return scheduler
+
+    def _timesteps(self, times: list[float]) -> list[int]:
+        """The network's timesteps, which LCMScheduler knows as whole numbers alone."""
+        count = self.denoiser.schedule.num_train
+        off = [t for t in times if abs(t * count - round(t * count)) > WHOLE]
+        if off:
+            raise ValueError(
+                f"the student's network is told t = {off}, between two of the {count} timesteps that diffusers' "
+                f"LCMScheduler knows: serve it, or export a step count whose times are multiples of 1 / {count}"
+            )
+        return [round(t * count) - 1 for t in times]
+
+    def _ending_at(self, timestep: int) -> dict[str, Any]:
+        """Settings of a scheduler whose last timestep, at which LCMScheduler takes a single step, is this one.
+
+        The step's state is unit noise whatever the timestep: the schedule preserves variance. So a student that is told
+        another time than its state's needs no more than a shorter schedule.
+        """
+        betas = self.pipeline.scheduler.betas
+        if timestep == len(betas) - 1:
+            return {}
+        kept = betas[: timestep + 1].tolist()
+        # The betas are those already rescaled, if any are.
+        return {"num_train_timesteps": len(kept), "trained_betas": kept, "rescale_betas_zero_snr": False}
