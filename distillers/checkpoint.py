@@ -2,11 +2,10 @@
 
 Weights, optimizer moments and a method's state are the file's tensors; everything else (iteration, update counts,
 optimizer hyper-parameters) is JSON in its header. A checkpoint is written beside its target, flushed to disk and
-renamed, so that a process killed at any moment leaves either the old checkpoint or the new one.
+renamed, so that a process killed at any moment, or a power failure, leaves either the old checkpoint or the new one.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from weights.files import replacing
+
 _HEADER = "state"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes ``tensors`` and the JSON-serialisable ``state`` to ``path``, atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         # Clones, since safetensors rejects tensors that share memory, such as tied weights and views.
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         try:
             save_file(plain, temporary, metadata={_HEADER: json.dumps(state)})
         except SafetensorError as error:  # raised for a full disk, too
             raise OSError(f"{path} cannot be written ({error}); older checkpoints are intact") from error
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,6 @@ are computed batch by batch. A batch depends only on (seed, iteration, micro-bat
 """
 
 import hashlib
-import os
 import shutil
 import uuid
 from bisect import bisect
@@ -25,6 +24,7 @@ from distillers.processes import Tick
 from distillers.seeds import generator_of
 from weights.denoiser import GUIDANCE, Cond
 from weights.families.base import TextToImage
+from weights.files import replacing
 from weights.student_files import readable
 
 ENCODE_BATCH = 64
@@ -255,12 +255,10 @@ def floats(cond: Cond) -> Cond:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a cached file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # An autoencoder with attention returns channels_last tensors, which safetensors rejects.
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    readable(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        # An autoencoder with attention returns channels_last tensors, which safetensors rejects.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        readable(temporary)
 
 
 def _half(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from distillers.trainer import Diverged, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
+from weights.files import write_atomically
 from weights.store import Store, StoreError
 from weights.students import base_reference
 from weights.version import code_version
@@ -219,8 +220,7 @@ class JobRun:
         return trainer
 
     def _write_spec(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "job.json").write_text(self.job.model_dump_json(indent=2) + "\n")
+        write_atomically(self.folder / "job.json", self.job.model_dump_json(indent=2) + "\n")
 
     @property
     def with_pictures(self) -> bool:

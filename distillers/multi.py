@@ -35,6 +35,7 @@ from distillers.processes import Interrupted
 from distillers.spec import BadSpec
 from weights.contracts import EVENTS, AnyEvent, StudentManifest
 from weights.families import load
+from weights.files import write_atomically
 from weights.students import base_reference
 from weights.version import code_version
 
@@ -195,9 +196,8 @@ class MultiRun(JobRun):
 
     def _launch(self, part: int, resume: bool) -> "subprocess.Popen[str]":
         folder = self._folder(part)
-        folder.mkdir(parents=True, exist_ok=True)
         spec = folder / "job.json"
-        spec.write_text(self.parts[part].model_dump_json(indent=2) + "\n")
+        write_atomically(spec, self.parts[part].model_dump_json(indent=2) + "\n")
         options = {"--folder": folder, "--store": self.store.root, "--shared": self.shared}
         if self.given_cache is not None:
             options["--cache"] = self.given_cache

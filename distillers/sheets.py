@@ -12,6 +12,7 @@ from weights.contracts import StepSchedule
 from weights.denoiser import Cond
 from weights.drawing import draw
 from weights.families.base import TextToImage
+from weights.files import replacing
 
 MARGIN, LINE = 56, 14
 
@@ -78,8 +79,6 @@ class Sheet:
             for column in range(columns):
                 image = Image.fromarray(pictures[row, column].permute(1, 2, 0).numpy())
                 canvas.paste(image, (MARGIN + column * width, LINE + row * height))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        canvas.save(temporary, "PNG")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            canvas.save(temporary, "PNG")
         return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)

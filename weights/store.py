@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weights.contracts import DistillJob, StudentManifest, check_name
+from weights.files import sync_folder, write_file
 from weights.student_files import (
     MANIFEST,
     AlreadyExists,
@@ -42,9 +43,7 @@ from weights.student_files import (
     file_sha256,
     publishable,
     read_manifest,
-    sync_folder,
     verify,
-    write_file,
 )
 
 __all__ = [

@@ -257,20 +257,3 @@ def copy_file(source: Path, target: Path) -> FileRecord:
         writer.flush()
         os.fsync(writer.fileno())
     return FileRecord(sha256=digest.hexdigest(), size=size)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file durably."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

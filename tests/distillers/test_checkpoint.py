@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, in the memory format that fused optimizers need, and half a file is refused."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -27,11 +28,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distillers.checkpoint.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, {"a": torch.ones(2)}, {"step": 2})
     assert load_checkpoint(path)[1] == {"step": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_is_in_its_folder_for_good_before_an_older_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("weights.files.sync_folder", lambda folder: synced.extend(os.listdir(folder)))
+    save_checkpoint(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, {})
+    assert synced == ["x.safetensors"]
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:

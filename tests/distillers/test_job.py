@@ -551,6 +551,22 @@ def test_a_job_killed_between_publishing_and_saying_so_has_finished(
     assert "already published" in events(tmp_path / "run")[-1].message
 
 
+def test_a_spec_that_cannot_be_written_leaves_the_old_one(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, store = tmp_path / "job", Store(tmp_path / "store")
+    JobRun(raw, folder, store)._write_spec()
+    before = (folder / "job.json").read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        JobRun({**raw, "licence": "MIT"}, folder, store)._write_spec()
+    assert (folder / "job.json").read_text() == before
+
+
 def test_a_diverged_job_says_where_and_what_is_left(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

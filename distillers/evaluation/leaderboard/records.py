@@ -1,12 +1,12 @@
 """Records of the leaderboard on disk: the settings of a board, and each method's training and figures, as JSON."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from distillers.evaluation.metrics import Estimate
+from weights.files import write_atomically
 
 UNTRAINED = "untrained"
 """Name of the control: the teacher's own weights, sampled like a student."""
@@ -28,10 +28,7 @@ class Record(BaseModel):
 
     def write(self, path: Path) -> Self:
         """Writes the record to ``path`` atomically; returns it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, self.model_dump_json(indent=1) + "\n")
         return self
 
 
