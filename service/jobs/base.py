@@ -2,8 +2,9 @@
 
 A job is one submitted `weights.contracts.DistillJob`. It is ``queued`` until a supervisor claims it, ``running`` while
 an attempt at it runs, and then ``succeeded``, ``failed`` or ``cancelled``. A failed or cancelled job can be queued
-again and continues from its checkpoint. Each claim increments ``attempt``, which is the fencing token: every update of
-an attempt names its number, and is refused if that is no longer the row's.
+again and continues from its checkpoint. Each claim increments ``attempt``, and each time that a dead supervisor's job is
+taken over increments ``losses`` (which resuming clears). Together they are the fencing token: every update of an
+attempt names both numbers, and is refused if they are no longer the row's.
 """
 
 import os

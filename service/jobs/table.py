@@ -206,10 +206,12 @@ class JobTable:
         return self._update(self._held(job), values)
 
     def take_over(self, job: Job, owner: str, lease: float) -> Job | None:
-        """Take a running job over from its dead owner; the incremented attempt number fences the old owner off."""
+        """Take a running job over from its dead owner; the incremented number of losses fences the old owner off.
+
+        No attempt begins, so their number stays.
+        """
         values = {
             "owner": owner,
-            "attempt": jobs.c.attempt + 1,
             "losses": jobs.c.losses + 1,
             "lease_until": self._clock() + lease,
         }
@@ -292,7 +294,7 @@ class JobTable:
 
     @staticmethod
     def _held(job: Job) -> list[sa.ColumnElement[bool]]:
-        return [jobs.c.id == job.id, _running, jobs.c.attempt == job.attempt]
+        return [jobs.c.id == job.id, _running, jobs.c.attempt == job.attempt, jobs.c.losses == job.losses]
 
 
 def _taken(student: str) -> str:

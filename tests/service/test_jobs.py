@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from service.jobs import validation
-from service.jobs.base import JobConflict, JobNotFound, JobsUnavailable, device_environment, find_devices
+from service.jobs.base import JobConflict, JobError, JobNotFound, JobsUnavailable, device_environment, find_devices
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail, write_atomically
 from service.jobs.processes import is_dead, new_owner
@@ -103,7 +103,7 @@ def test_an_old_attempt_can_write_nothing(table: JobTable) -> None:
     assert old is not None
     new = table.take_over(old, "new", 10)
     assert new is not None
-    assert (new.attempt, new.losses, new.owner) == (2, 1, "new")
+    assert (new.attempt, new.losses, new.owner) == (1, 1, "new")
     assert table.heartbeat(old, 10, None) is None
     assert table.finish(old, "succeeded", result={"student": "student"}) is None
     assert table.requeue(old) is None
@@ -111,6 +111,27 @@ def test_an_old_attempt_can_write_nothing(table: JobTable) -> None:
     requeued = table.requeue(new)
     assert requeued is not None
     assert (requeued.status, requeued.owner, requeued.device, requeued.lease_until) == ("queued", None, None, None)
+    again = table.claim("next", "host/cpu", 10)
+    assert again is not None
+    assert again.attempt == 2, "an attempt is a start: taking a job over is none"
+    for earlier in (old, new):
+        assert table.heartbeat(earlier, 10, None) is None
+
+
+def test_a_resumed_job_is_fenced_off_from_its_lost_attempt(table: JobTable) -> None:
+    """Resuming clears the losses, so they cannot be the fence on their own."""
+    table.add([spec()])
+    lost = table.claim("lost", "host/cpu", 10)
+    assert lost is not None
+    taken = table.take_over(lost, "rescuer", 10)
+    assert taken is not None
+    assert table.finish(taken, "failed", error=JobError(message="lost", code="job_lost")) is not None
+    table.resume(lost.id)
+    assert table.heartbeat(lost, 10, None) is None
+    resumed = table.claim("next", "host/cpu", 10)
+    assert resumed is not None
+    assert (resumed.attempt, resumed.losses) == (2, lost.losses)
+    assert table.heartbeat(lost, 10, None) is None
 
 
 def test_a_lease_renewed_meanwhile_is_not_taken_over(table: JobTable) -> None:
@@ -410,7 +431,7 @@ def test_a_killed_worker_loses_no_job(tmp_path: Path) -> None:
         assert held.owner is not None
         assert is_dead(held.owner)
         async with supervised(settings, table):
-            again = await until(table, job, lambda j: j.losses == 1 and j.attempt == 3 and at_step(5)(j))
+            again = await until(table, job, lambda j: j.losses == 1 and j.attempt == 2 and at_step(5)(j))
             assert not any(map(_alive, orphans))
             assert again.owner != held.owner
             table.cancel(job.id)
