@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from service.client import JOBS, Client, ServerError
 from service.demo_sheet import Row, draw_sheet
 from service.jobs.executor import tail
+from service.settings import PREFIX
 from weights.bundled import STUDENTS
 from weights.contracts import DistillJob
 
@@ -67,6 +68,8 @@ def free_port() -> int:
 def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run a server on a free port, with its store, jobs and log in ``folder``, and stop it at the end.
 
+    It has no other settings than those made here.
+
     Args:
         folder: an existing folder.
         command: the program that serves; ``--port N`` is appended.
@@ -84,8 +87,8 @@ def serving(folder: Path, command: Sequence[str], base: str) -> Iterator[tuple[s
         "FEWSTEP_JOBS": "true",
         "FEWSTEP_JOB_WORK": "true",
     }
-    own = ("FEWSTEP_DATABASE_URL", "FEWSTEP_KEYS_FILE")  # those of another server; the demo's listens on loopback only
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    # The caller's settings are for another server: names of students that this empty store lacks would stop the start.
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--port", str(port)],

@@ -137,8 +137,13 @@ def test_the_whole_flow(tmp_path: Path) -> None:
 
 
 def test_the_whole_line_for_real(tmp_path: Path, tiny_base: TinyBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is fake here but the sizes: the server, the distillers, the store, the engine."""
-    monkeypatch.setenv("FEWSTEP_THREADS", "1")
+    """Nothing is fake here but the sizes: the server, the distillers, the store, the engine.
+
+    The settings are those of another server, and would stop this one.
+    """
+    monkeypatch.setenv("FEWSTEP_DEFAULT_MODEL", "my-student")
+    monkeypatch.setenv("FEWSTEP_PINNED", '["my-student"]')
+    monkeypatch.setenv("fewstep_aliases", '{"best": "my-student"}')  # in any case, as settings are
     train = {"iterations": 2, "batch_size": 2, "threads": 1}
     spec = {"student": "fresh", "method": "dmd2", "base": tiny_base.id, "train": train}
     said = io.StringIO()
