@@ -87,7 +87,8 @@ class JobRun:
         if self.job.train.threads is not None:
             torch.set_num_threads(self.job.train.threads)
         # Passed explicitly, since accelerate joins processes on CPUs into one job only if the CPU is requested.
-        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+        # Nor may it choose an Apple GPU, which has no float64.
+        on_cpu = not torch.cuda.is_available()
         device = PartialState(cpu=on_cpu).device
         self.precision = resolve_precision(self.job.train.precision, device)
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if self.precision == "bfloat16" else "no")

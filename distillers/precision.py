@@ -1,5 +1,6 @@
 """Number formats for training: bfloat16 if the processor supports it natively, float32 otherwise."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -10,6 +11,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def device_name(text: str) -> str:
+    """The device of a command-line option.
+
+    Raises:
+        ArgumentTypeError: it cannot compute in float64.
+    """
+    if text.partition(":")[0] == "mps":
+        raise ArgumentTypeError(
+            f"{text!r} is an Apple GPU, which cannot compute in float64, as the conversions between noise and image do: "
+            "use 'cpu', 'cuda' or 'cuda:N'"
+        )
+    return text
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

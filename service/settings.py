@@ -115,9 +115,8 @@ class Settings(BaseSettings):
 
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="Device that generates images: cpu, cuda, cuda:N or mps; auto is cuda if there is such a GPU, "
-        "and else cpu.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Device that generates images: cpu, cuda or cuda:N; auto is cuda if there is such a GPU, and else cpu.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -285,6 +284,15 @@ class Settings(BaseSettings):
             if not 1 <= len(alias) <= MAX_NAME:
                 raise ValueError(f"{alias[:40]!r}... has {len(alias)} characters: give 1 to {MAX_NAME}")
         return aliases
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _computes_in_float64(cls, device: Any) -> Any:
+        if device == "mps":
+            raise ValueError(
+                "an Apple GPU cannot compute in float64, as the conversions between noise and image do: use cpu or auto"
+            )
+        return device
 
     @model_validator(mode="after")
     def _cpu_draws_in_float(self) -> Self:

@@ -34,7 +34,7 @@ from distillers.emoji.batches import Batches, Drawn, build_text_encoder
 from distillers.emoji.resume import load_run, save_run
 from distillers.graphs import Replayed
 from distillers.muon import Muon
-from distillers.precision import training_format
+from distillers.precision import device_name, training_format
 
 EMA_DECAY = 0.999
 LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="on a GPU, do not compile or capture anything")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distillers.evaluation.cache import default_root
 from distillers.evaluation.measure import Track
+from distillers.precision import device_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="folder of images and captions, in the format of training data (the bundled emoji if left out): captions with "
         '"split": "held_out" are the prompts, and the other images are the real ones',
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
     parser.add_argument("--batch", type=int, default=64, help="images generated at a time (%(default)s)")
 

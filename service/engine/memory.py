@@ -39,8 +39,6 @@ def default_budget(device: torch.device) -> int:
     """The budget in bytes for models on this device if the settings give none."""
     if device.type == "cuda":
         return int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "mps":
-        return int(GPU_SHARE * torch.mps.recommended_max_memory())
     total = psutil.virtual_memory().total
     try:
         total = min(total, int(CONTAINER_LIMIT.read_text()))

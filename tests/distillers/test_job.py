@@ -493,6 +493,22 @@ def test_a_failure_is_told_in_its_own_words_on_a_terminal(
     assert "failed: [enforce fail] no memory for [/data]" in shown
 
 
+def test_an_apple_gpu_is_left_alone(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no float64, so it would fail at the first conversion; accelerate would choose it by itself."""
+    asked: list[bool] = []
+
+    def state(cpu: bool) -> Any:
+        asked.append(cpu)
+        raise Interrupted("that is all")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("distillers.job.PartialState", state)
+    with pytest.raises(Interrupted):
+        JobRun(raw, tmp_path, Store(tmp_path / "store"))
+    assert asked == [True]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_job_goes_on(
     number: signal.Signals, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -416,7 +416,7 @@ class TestChoice:
         assert (made.name, tuple(made.batches)) == ("openvino", (1, 2, 4, 6))
         assert make_backend(Settings(backend="torch"), CPU, torch.float32).name == "torch"
         assert make_backend(Settings(family="gaussian_mixture"), CPU, torch.float32).name == "torch"
-        assert make_backend(Settings(), torch.device("mps"), torch.float16).name == "torch"
+        assert make_backend(Settings(), torch.device("cuda"), torch.float16).name == "torch"
 
     @pytest.mark.parametrize(
         ("dtype", "expected"), [("float32", "f32"), ("bfloat16", "bf16"), ("auto", "bf16"), ("auto", "f32")]

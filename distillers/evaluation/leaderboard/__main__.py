@@ -34,6 +34,7 @@ from distillers.evaluation.leaderboard.measuring import Measurer, machine
 from distillers.evaluation.leaderboard.records import Kept, Result, Settings, Teacher, read
 from distillers.evaluation.leaderboard.training import COST, Busy, Stale, Trainee, TrainingFailed, locked
 from distillers.evaluation.models import DEFAULT_BASE
+from distillers.precision import device_name
 from distillers.spec import RECIPES
 from weights.bundled import resolve_base
 from weights.store import StoreError, digest_base
@@ -103,7 +104,10 @@ def parser() -> argparse.ArgumentParser:
         "--probe-seconds", type=float, default=PROBE_SECONDS, help="length of the timed run (%(default)s)"
     )
     made.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to measure on (%(default)s)"
+        "--device",
+        type=device_name,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to measure on (%(default)s)",
     )
     made.add_argument("--batch", type=int, default=64, help="images generated at a time when measuring (%(default)s)")
     return made

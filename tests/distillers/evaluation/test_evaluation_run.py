@@ -278,6 +278,9 @@ def test_errors_are_one_line_and_status_2(
     assert "no student is named 'nobody'" in " ".join(capsys.readouterr().err.split())
     assert run(store, tmp_path, "--batch", "0") == 2
     assert "give at least 1" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        run(store, tmp_path, "--device", "mps")
+    assert "'mps' is an Apple GPU, which cannot compute in float64" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert run(store, tmp_path) == 2
     assert "fewstep[metrics]" in capsys.readouterr().err
