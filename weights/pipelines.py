@@ -1,7 +1,6 @@
 """Diffusers pipelines as models in parts: what the families built on them have in common."""
 
 import copy
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from weights.autoencoder import Decoder, decoded, encoded, scale_of, split
 from weights.bundled import pipeline_class_name, resolve_base
+from weights.cards import check_weights, read_card
 from weights.contracts import StepSchedule
 from weights.denoiser import GUIDANCE, cond_repeat
 from weights.families import taker_of
@@ -22,9 +22,6 @@ from weights.networks import read_network
 from weights.quiet import quiet
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-CARD_FILE = "fewstep.json"
-"""File beside model_index.json with a base's default_steps, default_guidance and licence, and a FLUX.1's size, where they
-are unusual."""
 
 
 class PipelineModel(TextToImage):
@@ -106,11 +103,12 @@ class PipelineModel(TextToImage):
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         folder = resolve_base(source)
         _check_kind(folder, cls)
+        card = read_card(folder)
+        check_weights(folder, card)
         pipeline = cls.pipeline_class.from_pretrained(
             folder, dtype=cls._dtypes(dtype), use_safetensors=True, **cls._load_settings(folder)
         )
-        card_file = folder / CARD_FILE
-        model = cls(pipeline, card=json.loads(card_file.read_text()) if card_file.is_file() else None)
+        model = cls(pipeline, card=card)
         for module in model.components().values():
             module.eval().requires_grad_(False)
         return model.to(device)

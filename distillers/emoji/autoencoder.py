@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distillers.emoji.data import load_pictures, load_records, sampling_weights, to_range
 from distillers.emoji.resume import load_run, save_run
+from weights.cards import DIGEST, read_card, write_card
 
 WIDTH = 48
 LATENT_NOISE = 0.05
@@ -146,13 +147,16 @@ def finish(model: AutoencoderTiny, pictures: Tensor, options: argparse.Namespace
 
 
 def save(model: AutoencoderTiny, folder: Path) -> None:
-    """Writes the model in half precision."""
+    """Writes the model in half precision; if a pipeline that it is a part of states a digest, that becomes the new one."""
     model.half().save_pretrained(folder)
     # AutoencoderTiny writes this key into its configuration, and then warns about it whenever it is loaded.
     config = json.loads((folder / "config.json").read_text())
     config.pop("block_out_channels", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.float()
+    card = read_card(folder.parent)
+    if DIGEST in card:
+        write_card(folder.parent, card)
 
 
 def main() -> None:

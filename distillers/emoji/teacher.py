@@ -20,7 +20,6 @@ The first command is for CPUs, the second for a GPU.
 
 import argparse
 import copy
-import json
 import math
 import os
 import time
@@ -35,6 +34,7 @@ from distillers.emoji.resume import load_run, save_run
 from distillers.graphs import Replayed
 from distillers.muon import Muon
 from distillers.precision import device_name, training_format
+from weights.cards import read_card, write_card
 
 EMA_DECAY = 0.999
 LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
@@ -103,7 +103,7 @@ class Training:
         elif (self.output / "unet").is_dir():  # the checkpoint is lost or elsewhere: continue from the weights
             self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(self.output / "unet").state_dict())
             self.average.load_state_dict(self.unet.state_dict())
-            card = json.loads((self.output / "fewstep.json").read_text())
+            card = read_card(self.output)
             self.step, self.seconds = card["trained_steps"], card["trained_minutes"] * 60.0
 
     def take(self, noisy: Tensor, times: Tensor, states: Tensor, velocity: Tensor, rate: float) -> Tensor:
@@ -207,7 +207,7 @@ def save_pipeline(folder: Path, unet: UNet2DConditionModel, step: int, seconds: 
     copy.deepcopy(unet).cpu().half().save_pretrained(folder / "unet")
     card = {"default_steps": 50, "default_guidance": 2.0, "licence": LICENCE}
     card |= {"trained_steps": step, "trained_minutes": round(seconds / 60)}
-    (folder / "fewstep.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_card(folder, card)
 
 
 def main() -> None:

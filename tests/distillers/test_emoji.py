@@ -27,6 +27,7 @@ from distillers.emoji.prepare import (
     source_picture,
     split_of,
 )
+from weights.store import digest_base
 
 ENTRY = {
     "name": "THUMBS UP SIGN",
@@ -256,6 +257,7 @@ def test_the_teacher_goes_on_from_its_checkpoint_else_from_its_weights(
     first = train(1e-6)
     assert re.search(r"step 1 held-out loss [0-9.]+; saved", capsys.readouterr().out)
     assert first["trained_steps"] == 1 and first["default_guidance"] == 2.0
+    assert first["sha256"] == digest_base(output)
     tensors, state = load_checkpoint(work / "checkpoint.safetensors")
     kinds = {name.rsplit(".", 1)[1] for name in tensors if name.startswith("optimizer.")}
     assert state["step"] == 1 and kinds == {"step", "momentum", "exp_avg", "exp_avg_sq"}

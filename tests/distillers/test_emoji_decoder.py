@@ -11,8 +11,10 @@ from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint
 from distillers.emoji import autoencoder, decoder, finished
+from weights.cards import read_card
 from weights.denoiser import Cond, Denoiser
 from weights.diffusion.schedules import RectifiedFlow
+from weights.store import digest_base
 
 
 class Oracle(Denoiser):
@@ -92,7 +94,9 @@ def test_training_moves_the_decoder_alone_and_goes_on_where_it_was(tmp_path: Pat
     losses = [training.take(*batches.draw(0), 1e-3) for _ in range(8)]
     assert losses[-1][0] < losses[0][0]
     assert losses[-1][1] < losses[0][1]
+    (tmp_path / "fewstep.json").write_text('{"licence": "MIT", "sha256": "that of the old decoder"}')
     saved = training.save(tmp_path / "vae")
+    assert read_card(tmp_path) == {"licence": "MIT", "sha256": digest_base(tmp_path)}
     loaded = AutoencoderTiny.from_pretrained(tmp_path / "vae", dtype=torch.float32)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name])

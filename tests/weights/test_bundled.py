@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from weights.bundled import STUDENTS, resolve_base
+from weights.bundled import STUDENTS, bundled_bases, resolve_base
+from weights.cards import read_card
 from weights.drawing import draw, draw_base
 from weights.export import export
 from weights.families import load
@@ -37,6 +38,11 @@ def test_the_base_draws_the_colours_it_is_asked_for(base: TextToImage) -> None:
     drawing = draw_base(base, cond, uncond, [0, 1, 2], 12, base.default_guidance)
     assert_right_colours(base.decode(drawing.latents))
     assert base.licence == "Apache-2.0 AND CC-BY-4.0 AND MIT"
+
+
+def test_every_bundled_base_states_the_digest_that_its_weights_are_verified_against() -> None:
+    for folder in bundled_bases().values():
+        assert read_card(folder)["sha256"] == digest_base(folder)
 
 
 @pytest.mark.parametrize("name", Store(STUDENTS).names())

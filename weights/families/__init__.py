@@ -67,7 +67,8 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: no family has that name, or the family cannot load this model.
+        ValueError: no family has that name, the family cannot load this model, or the weights are not those that its card
+            states.
     """
     known = families()
     name = family_of(source) if family == AUTO else family

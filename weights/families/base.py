@@ -68,7 +68,12 @@ class TextToImage(ABC):
     @classmethod
     @abstractmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Load the model in ``source``: a folder, or whatever else the family accepts."""
+        """Load the model in ``source``: a folder, or whatever else the family accepts.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: the family cannot load it, or its weights are not those that its card states.
+        """
 
     @property
     @abstractmethod
