@@ -1,9 +1,10 @@
 """Measures students against their base with one protocol, and writes JSON, contact sheets, curves and an HTML report.
 
-    python -m distillers.evaluation emoji-average --store STORE --out evaluation [--data FOLDER] [--quick]
+    python -m distillers.evaluation emoji-average --store STORE --out evaluation [--data FOLDER] [--quick] [--record]
 
 NAMES are students in the store (or bundled ones). The name or folder of a base among them only selects the base, which
-is measured in any case. An evaluation that was stopped continues where it was.
+is measured in any case. An evaluation that was stopped continues where it was. With --record, the figures go into the
+students' manifests, and so into /v1/models.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from distillers.evaluation.measure import Distances, Evaluation
 from distillers.evaluation.models import DEFAULT_BASE, load_models
 from distillers.evaluation.protocol import CHOICES
 from distillers.evaluation.real import yardstick
+from distillers.evaluation.record import check_recordable, record
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
-from weights.store import StoreError
+from weights.bundled import STUDENTS
+from weights.store import Store, StoreError
 
 FOREIGN = (
     "captions and real images are the bundled emoji's, so these figures say how well it draws emoji: name a folder of its "
@@ -51,15 +54,27 @@ def main(arguments: list[str] | None = None) -> int:
         base, students = load_models(options.names, options.store, options.base, options.device)
         if base.name != DEFAULT_BASE and options.data is None:
             errors.print(Text(f"{base.name}: {FOREIGN}", style="yellow"))
+        store = Store(options.store if options.store is not None else STUDENTS, STUDENTS)
+        manifests = [student.manifest for student in students if student.manifest is not None]
+        if options.record:
+            check_recordable(store, [manifest.name for manifest in manifests], options.quick, options.data)
         results = evaluate(base, students, options, errors)
+        show(results, options.out, console)
+        if options.record:
+            record(store, manifests, report.metrics_json(results))
+            console.print(Text(f"recorded in the manifests of {', '.join(manifest.name for manifest in manifests)}"))
     except (Unavailable, StoreError, ValueError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))
         return 2
-    path = report.write(results, options.out)
+    return 0
+
+
+def show(results: report.Results, folder: Path, console: Console) -> None:
+    """Writes the report, and prints its tables."""
+    path = report.write(results, folder)
     for table in tables(results):
         console.print(table)
     console.print(Text(f"report: {path}"))
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +96,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--quick", action="store_true", help="measure only a small sample, too noisy to judge any target by"
+    )
+    made.add_argument(
+        "--record",
+        action="store_true",
+        help="write the figures into the students' manifests, which /v1/models shows; not with --quick or --data",
     )
     made.add_argument(
         "--extractors",

@@ -30,6 +30,7 @@ from distillers.evaluation.measure import Evaluation, Quality, Spread
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.models import load_models
 from distillers.evaluation.real import yardstick
+from distillers.evaluation.record import without_leg
 from distillers.evaluation.subjects import Model, Subject, can_hand_over
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
@@ -198,8 +199,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         console.print(f"chosen: {described(result.chosen)}")
         if options.write:
-            assert students[0].manifest is not None, "a student"
-            store.amend(students[0].manifest.model_copy(update={"diversity": result.chosen}))
+            manifest = students[0].manifest
+            assert manifest is not None, "a student"
+            changed: dict[str, object] = {"diversity": result.chosen}
+            if result.chosen != manifest.diversity:
+                changed["metrics"] = without_leg(manifest.metrics)
+            store.amend(manifest.model_copy(update=changed))
             console.print(Text(f"written to the manifest of {options.name!r}"))
     except (Unavailable, StoreError, ValueError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distillers.evaluation import __main__ as command
-from distillers.evaluation import models, report
+from distillers.evaluation import models, record, report
 from distillers.evaluation import protocol as protocol_
 from distillers.evaluation.bars import Bar
 from distillers.evaluation.cache import Batch
@@ -138,10 +138,14 @@ def test_the_command_measures_writes_and_resumes(
         return draw(self, prompts, seeds)
 
     monkeypatch.setattr(Subject, "draw", counted)
-    assert run(store, tmp_path / "out") == 0
+    before = Store(store).manifest("tiny-student")
+    assert run(store, tmp_path / "out", "--record") == 0
     assert calls == [1] * 12  # every set is only tried
     again = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert again["quality"] == figures["quality"]
+    recorded = Store(store).open("tiny-student").manifest
+    assert recorded.metrics == before.metrics | record.figures(again, "tiny-student")
+    assert recorded.model_copy(update={"metrics": before.metrics}) == before
 
 
 def check_report(out: Path) -> None:
