@@ -1,5 +1,6 @@
 """What the documents say is true of the code: settings, verbs, links, versions."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -41,6 +42,30 @@ def test_links_between_files_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / path).read_text())
     missing = [target for target in targets if not (ROOT / path.parent / target).exists()]
     assert not missing, f"{path} links to {missing}"
+
+
+@pytest.mark.parametrize("path", ["README.md"])
+def test_figures_of_bundled_students_are_those_in_their_manifests(path: str) -> None:
+    students = {
+        name: json.loads((ROOT / f"weights/bundled/students/{name}/student.json").read_text())["metrics"]
+        for name in ("emoji-adversarial", "emoji-average")
+    }
+    rows = re.findall(r"^\| `([\w-]+)`, ([^|(]*?)(?: \(.*\))? \| (.*) \|$", (ROOT / path).read_text(), re.MULTILINE)
+    seen = set()
+    for model, words, cells in rows:
+        first, *others = cells.replace("*", "").split(" | ")
+        teacher = (model, words) == ("emoji-base", "50 steps")
+        name, place = ("emoji-average", "teacher") if teacher else (model, words.replace(",", "").replace(" ", "_"))
+        if name not in students:
+            continue
+        measured, place = students[name], f"evaluation/{place}"
+        what, digits = ("diversity", 2) if float(first.split()[0]) > 1 else ("kernel_distance", 3)
+        figure, interval = measured[f"{place}/{what}"], measured[f"{place}/{what}_interval"]
+        assert first == f"{figure:.{digits}f} ± {interval:.{digits}f}", f"{name}, {words}"
+        if what == "kernel_distance":
+            assert f"{measured[f'{place}/r_precision']:.3f}" in others, f"{name}, {words}"
+        seen.add((name, what))
+    assert seen == {(name, what) for name in students for what in ("diversity", "kernel_distance")}
 
 
 def test_the_changelog_has_this_version() -> None:

@@ -7,6 +7,9 @@ import pytest
 
 from distillers.emoji.data import captions, load_records
 from distillers.evaluation import protocol as protocol_
+from weights.bundled import STUDENTS
+from weights.contracts import StudentManifest
+from weights.store import Store
 
 RECORDS = load_records()
 BY_FILE = {record.file_name: record for record in RECORDS}
@@ -28,6 +31,13 @@ def test_held_out_prompts_are_of_pictures_that_training_never_sees() -> None:
         assert captions(record)[0] == prompt.caption
     trained = {caption for record in RECORDS if record.split == "train" for caption in captions(record)[:1]}
     assert not trained & {prompt.caption for prompt in PROTOCOL.held_out}
+
+
+@pytest.mark.parametrize("manifest", Store(STUDENTS).list(), ids=lambda manifest: manifest.name)
+def test_bundled_students_were_measured_by_it(manifest: StudentManifest) -> None:
+    assert manifest.metrics["evaluation/protocol"] == PROTOCOL.digest
+    missing = [n for n in manifest.schedules if not any(f"/{n}_step" in key for key in manifest.metrics)]
+    assert not missing
 
 
 def test_real_sets_are_training_pictures_one_a_pair_and_disjoint() -> None:
