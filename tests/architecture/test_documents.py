@@ -44,7 +44,7 @@ def test_links_between_files_lead_somewhere(path: Path) -> None:
     assert not missing, f"{path} links to {missing}"
 
 
-@pytest.mark.parametrize("path", ["README.md"])
+@pytest.mark.parametrize("path", ["README.md", "weights/bundled/students/README.md"])
 def test_figures_of_bundled_students_are_those_in_their_manifests(path: str) -> None:
     students = {
         name: json.loads((ROOT / f"weights/bundled/students/{name}/student.json").read_text())["metrics"]
