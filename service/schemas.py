@@ -98,7 +98,12 @@ class ImageRequest(Body):
         description="a list has one seed per image; a number is the first image's, and the others count up from it; "
         "random if left out",
     )
-    steps: int | None = Field(None, ge=1, le=100, description="1 to 4 for students; the model's default if left out")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=100,
+        description="1 to the model's max_steps (4 for the bundled students); its default if left out",
+    )
     diversity: Annotated[
         Annotated[bool, Tag("switch")] | Annotated[DiversityOptions, Tag("options")],
         Discriminator(
@@ -328,8 +333,8 @@ class Model(BaseModel):
     family: str
     base: str | None = Field(description="the model that a student was distilled from; null for a base")
     method: str | None = Field(description="the method that made a student; null for a base")
-    steps: list[int] = Field(description="step counts that it was made for; if empty, any from 1 to max_steps")
-    max_steps: int
+    steps: list[int] = Field(description="step counts that a student was trained for; empty for a base")
+    max_steps: int = Field(description="requests may have any number of steps from 1 to this")
     default_steps: int
     default_guidance: float
     size: str | None = Field(description="WIDTHxHEIGHT; null until the student's base is loaded")

@@ -9,6 +9,7 @@ from weights.families import load
 from weights.store import Store, digest_base
 from weights.student_files import readable
 from weights.students import check_base, load_student
+from weights.trajectory import schedule_for
 
 
 def export(store: Store, name: str, target: Path, steps: int, base: str | None = None) -> Path:
@@ -24,7 +25,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
         store: where the student is.
         name: the student.
         target: a folder that does not exist.
-        steps: one of the student's step counts.
+        steps: from 1 to the most that the student was trained for; see `weights.trajectory.schedule_for`.
         base: where its base is now: a bundled name, a folder, or a hub id; by default, where it was during training.
 
     Raises:
@@ -32,8 +33,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
         FileNotFoundError: the base cannot be found.
         StoreError: the student does not exist, or cannot be verified.
         WrongBase: the student was made from another base.
-        ValueError: the student has no schedule of that many steps, one that diffusers cannot run, or no weights of its
-            own.
+        ValueError: the student supports fewer steps, diffusers cannot run at their times, or it has no own weights.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; export into a new folder")
@@ -44,10 +44,7 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
             f"student {name!r} is a router, which a diffusers pipeline cannot be: export one of its students, "
             f"{', '.join(router.students)}"
         )
-    schedules = folder.manifest.schedules
-    if steps not in schedules:
-        raise ValueError(f"student {name!r} has no {steps}-step schedule; it has: {sorted(schedules)}")
-    schedule = schedules[steps]
+    schedule = schedule_for(folder.manifest.schedules, steps)
     if schedule.sampler != "consistency":
         raise ValueError(
             f"only consistency sampling can be exported, but {name!r} uses {schedule.sampler} for {steps} steps"

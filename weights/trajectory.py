@@ -11,7 +11,7 @@ whichever step each is at. This is how a server batches. The coefficients come f
 themselves, evaluated at unit vectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypedDict
@@ -80,6 +80,36 @@ class Trajectory:
 def evaluations_per_call(guidance_scale: float) -> int:
     """Network evaluations of a guided call: one at 1.0 (off) and 0.0 (the unconditional estimate alone), else two."""
     return 1 if guidance_scale in (0, 1) else 2
+
+
+def schedule_for(schedules: Mapping[int, StepSchedule], steps: int) -> StepSchedule:
+    """A student's schedule for any number of steps up to the most that it was trained for.
+
+    Where it has none of its own, it takes n of the N times of the next larger one, since its network knows these:
+    numbers ``ceil(i N / n)``, which are pure noise and evenly spread later ones. Where n does not divide N they are late
+    rather than early, since late times count most (docs/decisions.md has figures).
+
+    Args:
+        schedules: the student's own, by number of steps.
+        steps: how many are wanted.
+
+    Raises:
+        CannotDraw: there are none or too many.
+    """
+    most = max(schedules)
+    if not 1 <= steps <= most:
+        raise CannotDraw(f"steps: the student supports 1 to {most}, not {steps}")
+    if steps in schedules:
+        return schedules[steps]
+    larger = schedules[min(count for count in schedules if count > steps)]
+    chosen = [-(-number * len(larger.timesteps) // steps) for number in range(steps)]
+    conditioning = None if larger.conditioning is None else [larger.conditioning[index] for index in chosen]
+    return StepSchedule(
+        timesteps=[larger.timesteps[index] for index in chosen],
+        conditioning=conditioning,
+        sampler=larger.sampler,
+        eta=larger.eta,
+    )
 
 
 def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:

@@ -16,7 +16,7 @@ from weights.contracts import Diversity, StudentManifest
 from weights.drawing import draw, draw_base
 from weights.families.base import TextToImage
 from weights.students import RoutedStudent
-from weights.trajectory import CannotDraw, base_leg_times
+from weights.trajectory import CannotDraw, base_leg_times, schedule_for
 
 Leg = Literal["plain", "base first step", "first step skipped"]
 STEPS = (1, 2, 4)
@@ -103,7 +103,7 @@ class Subject:
         return {
             "weights": self.model.weights,
             "base": self.base.weights if self.leg == "base first step" else None,
-            "schedule": None if manifest is None else manifest.schedules[self.steps].model_dump(),
+            "schedule": None if manifest is None else schedule_for(manifest.schedules, self.steps).model_dump(),
             "steps": self.steps,
             "guidance": self.guidance,
             "leg": self.leg,
@@ -133,7 +133,7 @@ class Subject:
                 cond,
                 uncond,
                 seeds,
-                manifest.schedules[self.steps],
+                schedule_for(manifest.schedules, self.steps),
                 guidance_scale=self.guidance,
                 base=self.base.pipeline,
                 diversity=self.diversity,
@@ -187,7 +187,7 @@ def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None
         return False
     try:
         times = base_leg_times(
-            student.manifest.schedules[steps], diversity or student.manifest.diversity or Diversity()
+            schedule_for(student.manifest.schedules, steps), diversity or student.manifest.diversity or Diversity()
         )
     except CannotDraw:
         return False

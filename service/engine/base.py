@@ -126,8 +126,9 @@ class ModelInfo:
     created: int
     """Seconds since the epoch; 0 if unknown."""
     steps: tuple[int, ...]
-    """Step counts that the model has a schedule for; empty: any from 1 to ``max_steps``."""
+    """Step counts that a student was trained for; empty for a base."""
     max_steps: int
+    """Any number of steps from 1 to this can be drawn."""
     default_steps: int
     default_guidance: float
     size: int | None

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 
 from service.engine.base import BadRequest, DrawRequest, ModelInfo
 from weights.contracts import Diversity, StepSchedule, StudentManifest
-from weights.trajectory import CannotDraw, base_leg_evaluations, base_leg_scales, base_leg_times, evaluations_per_call
+from weights.trajectory import (
+    CannotDraw,
+    base_leg_evaluations,
+    base_leg_scales,
+    base_leg_times,
+    evaluations_per_call,
+    schedule_for,
+)
 
 MAX_BASE_STEPS = 100
 HOPELESS = 2.0
@@ -65,13 +72,14 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
     """The plan for a student.
 
     Raises:
-        BadRequest: the student has no schedule for these steps, or diversity would leave it none of them.
+        BadRequest: the student supports fewer steps, or diversity would leave it none of them.
     """
     steps = request.steps if request.steps is not None else max(manifest.schedules)
-    schedule = manifest.schedules.get(steps)
-    if schedule is None:
-        allowed = ", ".join(map(str, sorted(manifest.schedules)))
-        raise BadRequest(f"{manifest.name!r} was made for {allowed} step(s), not {steps}", "steps")
+    try:
+        schedule = schedule_for(manifest.schedules, steps)
+    except CannotDraw:
+        most = max(manifest.schedules)
+        raise BadRequest(f"{manifest.name!r} supports 1 to {most} step(s), not {steps}", "steps") from None
     scale = request.guidance_scale if request.guidance_scale is not None else manifest.guidance.default_scale
     embedded = manifest.guidance.embedded
     if embedded is not None and not embedded[0] <= scale <= embedded[1]:

@@ -21,7 +21,6 @@ from service.engine.resident import Resident
 from service.engine.startup import set_up
 from service.engine.warming import PROMPT, warm
 from service.settings import Settings
-from weights.contracts import StudentManifest
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +164,9 @@ class EngineThread:
             warm(base, [student.model for student in students if student.base is base], self._costs)
 
     def _warm_up(self, model: str) -> None:
-        """Generate one image in as few steps as the model allows, before any request can arrive."""
-        info = self._residency.info(model)
-        steps = min(info.schedules) if isinstance(info, StudentManifest) else 1
+        """Generate one image in one step, before any request can arrive."""
         answers: list[Painted | EngineError] = []
-        request, place = DrawRequest(prompt=PROMPT, seeds=(0,), steps=steps), self._line.join("", 0.0)
+        request, place = DrawRequest(prompt=PROMPT, seeds=(0,), steps=1), self._line.join("", 0.0)
         ticket = Ticket(request=request, model=model, place=place, send=answers.append)
         self._loop.admit(ticket, self._planner.load(request, model))
         while not ticket.over:

@@ -15,7 +15,7 @@ from service.engine.step_engine import StepEngine
 from service.engine.thread import EngineThread
 from tests.service.conftest import SCHEDULES, TinyBase
 from tests.service.engine_help import Harness, pixels, request, until, until_seen
-from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router
+from weights.contracts import BaseReference, Diversity, GuidanceConvention, Router, StepSchedule
 from weights.denoiser import cond_repeat
 from weights.drawing import draw
 from weights.store import Store
@@ -30,18 +30,25 @@ def harness(tiny_base: TinyBase, tmp_path: Path) -> Harness:
     return harness
 
 
-def test_a_students_pictures_are_those_of_the_library(harness: Harness) -> None:
-    drawn = harness.draw(seeds=(5, 6, 7))
+@pytest.mark.parametrize(
+    ("steps", "schedule"),
+    [(None, SCHEDULES[4]), (3, StepSchedule(timesteps=[1.0, 0.5, 0.25]))],
+    ids=["trained", "between"],
+)
+def test_a_students_pictures_are_those_of_the_library(
+    harness: Harness, steps: int | None, schedule: StepSchedule
+) -> None:
+    drawn, count = harness.draw(seeds=(5, 6, 7), steps=steps), len(schedule.timesteps)
     assert [item.seed for item in drawn] == [5, 6, 7]
     first = drawn[0]
-    assert (first.model, first.steps, first.evaluations, first.guidance_scale) == ("tiny", 4, 4, 1.0)
+    assert (first.model, first.steps, first.evaluations, first.guidance_scale) == ("tiny", count, count, 1.0)
     assert (first.image.size, first.image.mode, first.diversity) == ((32, 32), "RGB", None)
     assert first.seconds > 0
     base = harness.base.model
     student = base.load_network(harness.store.open("tiny").path)
     with torch.inference_mode():
         cond = cond_repeat(base.encode_prompts(["red apple"]), 2)
-        latents = draw(student, cond, None, (5, 6), SCHEDULES[4]).latents
+        latents = draw(student, cond, None, (5, 6), schedule).latents
         expected = to_pixels(base.decode(latents))
     assert pixels(drawn)[:2] == [picture.tobytes() for picture in expected]
 
@@ -65,8 +72,8 @@ def test_a_routed_student_draws_each_prompt_with_its_own_student(harness: Harnes
             assert (drawn.model, drawn.student, own.model, own.student) == ("msd", student, student, None)
             assert drawn.image.tobytes() == own.image.tobytes()
         assert set(engine._residency.bytes_by_model()) == {base_id, "msd-0", "msd-1"}, "it keeps nothing of its own"
-        with pytest.raises(BadRequest, match="'msd' was made for"):
-            await engine.generate(request(model="msd", steps=3))
+        with pytest.raises(BadRequest, match="'msd' supports 1 to 4"):
+            await engine.generate(request(model="msd", steps=5))
         # One of them is published anew: its new weights draw, but no other kind of student.
         before = await engine.generate(request(model="msd"))
         await asyncio.to_thread(harness.publish, "msd-0", change=0.8)
@@ -192,7 +199,7 @@ def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: 
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"steps": 3}, "steps", "'tiny' was made for 1, 2, 4 step.*not 3"),
+        ({"steps": 5}, "steps", r"'tiny' supports 1 to 4 step\(s\), not 5"),
         ({"steps": 1, "diversity": DiversityWish()}, "diversity", "use at least 2 steps"),
         ({"size": (64, 32)}, "size", "generates images of 32x32, not 64x32"),
         ({"diversity": DiversityWish(unprompted=0.5)}, "diversity", "unprompted 0.5 needs base_steps of at least 2"),

@@ -14,6 +14,7 @@ from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, digest_base
 from weights.students import check_base, load_student
+from weights.trajectory import schedule_for
 
 SUNNY, LEAFY, BLUE = "smiling face with open mouth, twemoji", "green book, noto emoji", "blue book, fluent 3d emoji"
 RED_GREEN_BLUE = [(0, 2), (1, 0), (2, 0)]
@@ -70,7 +71,7 @@ def test_a_bundled_student_draws_the_same_pixels_with_diffusers_alone(
     store = Store(tmp_path / "store", STUDENTS)
     folder = store.open(name)
     student = load_student(folder, base)
-    for steps, schedule in folder.manifest.schedules.items():
+    for steps, schedule in sorted(folder.manifest.schedules.items()):
         drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], schedule)
         exported = export(store, name, tmp_path / f"exported-{steps}", steps)
         pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
@@ -81,3 +82,13 @@ def test_a_bundled_student_draws_the_same_pixels_with_diffusers_alone(
         ).images
         ours = (student.decode(drawing.latents) + 1) / 2
         assert (ours - theirs).abs().mean() < 1 / 255
+    with pytest.raises(
+        ValueError, match=r"give that pipeline timesteps=\[999, 499, 249\] in place of num_inference_steps"
+    ):
+        export(store, name, tmp_path / "exported-3", 3)
+    drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], schedule_for(folder.manifest.schedules, 3))
+    generator = torch.Generator().manual_seed(7)
+    theirs = pipeline(
+        SUNNY, timesteps=[999, 499, 249], guidance_scale=1.0, generator=generator, output_type="pt"
+    ).images
+    assert ((student.decode(drawing.latents) + 1) / 2 - theirs).abs().mean() < 1 / 255

@@ -226,7 +226,8 @@ def test_an_export_finds_a_base_that_has_moved(base: PipelineModel, base_folder:
         export(store, "student", tmp_path / "out", 4)
     with pytest.raises(WrongBase, match="made from base"):
         export(store, "student", tmp_path / "out", 4, base=str(tiny_pipeline(tmp_path / "other", seed=1)))
-    assert (export(store, "student", tmp_path / "out", 4, base=str(base_folder)) / "model_index.json").is_file()
+    exported = export(store, "student", tmp_path / "out", 2, base=str(base_folder))  # it was trained for four alone
+    assert (exported / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -357,8 +358,8 @@ def test_export_refuses_what_diffusers_cannot_run(base: PipelineModel, base_fold
         (1, r"t = \[0\.4\] for states at \[1\.0\], but" if flow else r"t = \[0\.4005\], between two of the 1000"),
         (2, "consistency"),
         (3, "runs 3 steps at"),
-        (4, "no 4-step"),
         (5, r"t = \[0\.4, .* tells? it .* export .* without conditioning times"),
+        (6, "1 to 5, not 6"),
     ):
         with pytest.raises(ValueError, match=message):
             export(store, "student", tmp_path / "out", steps)

@@ -19,6 +19,7 @@ from weights.trajectory import (
     base_leg_evaluations,
     base_leg_times,
     base_trajectory,
+    schedule_for,
     student_trajectory,
 )
 
@@ -51,6 +52,43 @@ def follow(trajectory: Trajectory, denoiser: Denoiser, noise: ImageNoise) -> Ten
         x0 = denoiser(x, torch.full((len(x),), step.t), {})
         x = advance(x, x0, [step] * len(x), noise() if step.fresh else None)
     return x
+
+
+@st.composite
+def own_schedules(draw: st.DrawFn) -> dict[int, StepSchedule]:
+    """A student's, of one to three counts; some with conditioning times of their own."""
+    found = {}
+    for count in draw(st.sets(st.integers(1, 9), min_size=1, max_size=3)):
+        times = draw(falling(count))
+        told = [time / 2 for time in times] if draw(st.booleans()) else None
+        sampler = draw(st.sampled_from(["consistency", "ddim"]))
+        found[count] = StepSchedule(timesteps=times, conditioning=told, sampler=sampler, eta=draw(st.floats(0, 1)))
+    return found
+
+
+@settings(max_examples=100)
+@given(schedules=own_schedules())
+def test_any_count_up_to_the_largest_takes_times_of_the_next_larger(schedules: dict[int, StepSchedule]) -> None:
+    most = max(schedules)
+    for steps in range(1, most + 1):
+        larger = schedules[min(count for count in schedules if count >= steps)]
+        chosen = schedule_for(schedules, steps)
+        assert len(chosen.timesteps) == steps
+        assert chosen.timesteps[0] == larger.timesteps[0], "pure noise"
+        known = dict(zip(larger.timesteps, larger.network_times, strict=True))
+        assert chosen.network_times == [known[time] for time in chosen.timesteps]
+        assert (chosen.sampler, chosen.eta) == (larger.sampler, larger.eta)
+        if steps in schedules:
+            assert chosen == schedules[steps]
+    for steps in (0, most + 1):
+        with pytest.raises(CannotDraw, match=f"1 to {most}, not {steps}"):
+            schedule_for(schedules, steps)
+
+
+@pytest.mark.parametrize(("of", "times"), [(4, [1.0, 0.5, 0.25]), (6, [1.0, 4 / 6, 2 / 6]), (8, [1.0, 5 / 8, 2 / 8])])
+def test_three_steps_are_spread_evenly_and_late_rather_than_early(of: int, times: list[float]) -> None:
+    own = {of: StepSchedule(timesteps=[1 - step / of for step in range(of)])}
+    assert schedule_for(own, 3).timesteps == pytest.approx(times)
 
 
 def falling(count: int) -> st.SearchStrategy[list[float]]:

@@ -188,7 +188,8 @@ class StableDiffusion(PipelineModel):
         if scheduler.timesteps.tolist() != timesteps:
             raise ValueError(
                 f"diffusers' LCMScheduler runs {len(timesteps)} steps at {scheduler.timesteps.tolist()}, this student at "
-                f"{timesteps}: export a step count whose timesteps agree"
+                f"{timesteps}: export more steps, at evenly spaced times, and give that pipeline timesteps={timesteps} "
+                "in place of num_inference_steps"
             )
         return scheduler
 

@@ -16,7 +16,7 @@ from distillers.evaluation.cache import Batch
 from distillers.evaluation.features import EfficientNetLite0, Extractor
 from distillers.evaluation.measure import Distances, Quality, Real
 from distillers.evaluation.metrics import Estimate
-from distillers.evaluation.subjects import Model, Subject, coarse_subjects, specific_subjects
+from distillers.evaluation.subjects import Model, Subject, can_hand_over, coarse_subjects, specific_subjects
 from tests.helpers import student_manifest, tiny_pipeline
 from weights.contracts import Router, StepSchedule, StudentManifest
 from weights.families import load
@@ -225,7 +225,9 @@ def test_a_subject_draws_seeds_not_batches(base_folder: Path, store: Path) -> No
     folder = Store(store).open("tiny-student")
     base = Model("base", pipeline)
     student = Model("tiny-student", load_student(folder, pipeline), folder.manifest)
-    for subject in coarse_subjects(base, [student]):
+    between = Subject(student, base, 3, "base first step")
+    assert (between.key["schedule"]["timesteps"], can_hand_over(student, 3)) == ([1.0, 0.5, 0.25], True)
+    for subject in [*coarse_subjects(base, [student]), between]:
         pair = subject.draw(["red apple", "dog"], [3, 4]).pictures
         alone = subject.draw(["dog"], [4]).pictures
         assert pair.dtype == torch.uint8
