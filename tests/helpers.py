@@ -2,6 +2,8 @@
 
 import inspect
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -430,3 +432,25 @@ def picture_folder(folder: Path, count: int = 6, size: int = 32, seed: int = 0) 
         lines.append(json.dumps({"file_name": f"{number}.png", "text": text, "split": split}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """How tests/contracts gets an instance of a family in milliseconds."""
+
+    make: Callable[[Path], Path | str]
+    """Writes a tiny pipeline into a folder; what the family loads it from."""
+    prompts: list[str]
+    """Three that it tells apart."""
+
+
+THREE = ["red apple", "blue dog", "green sun"]
+TINY_FAMILIES = {
+    "flux": TinyFamily(tiny_flux_pipeline, THREE),
+    "gaussian_mixture": TinyFamily(lambda _: "ring", ["class 0", "class 3", "class 5"]),
+    "sana": TinyFamily(tiny_sana_pipeline, THREE),
+    "stable_diffusion": TinyFamily(tiny_pipeline, THREE),
+    "stable_diffusion_3": TinyFamily(tiny_sd3_pipeline, THREE),
+    "stable_diffusion_xl": TinyFamily(tiny_sdxl_pipeline, THREE),
+}
+"""One for each family; tests/contracts/test_families.py fails for a family without."""

@@ -231,19 +231,6 @@ def test_a_copy_denoises_with_its_own_network(ring: GaussianMixture) -> None:
         ring.with_network(torch.nn.Linear(1, 1))
 
 
-def test_a_network_is_saved_as_safetensors_and_read_back(ring: GaussianMixture, tmp_path: Path) -> None:
-    student = ring.copy()
-    student.save_network(tmp_path, torch.float32)
-    assert {path.name for path in (tmp_path / "unet").iterdir()} == {
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    }
-    read = ring.load_network(tmp_path)
-    x_t, t, cond = torch.randn(3, 2, 1, 1), torch.rand(3), ring.encode_prompts(["class 1", "class 2", ""])
-    assert torch.equal(read.denoiser(x_t, t, cond), student.denoiser(x_t, t, cond))
-    assert not any(parameter.requires_grad for parameter in read.network.parameters())
-
-
 def test_a_loaded_model_is_always_the_same_and_moves_no_random_state() -> None:
     torch.manual_seed(11)
     expected = torch.rand(1)
