@@ -4,7 +4,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from weights.bundled import resolve_base
+from weights.bundled import licence_files, resolve_base
 from weights.families import load
 from weights.store import Store, digest_base
 from weights.student_files import readable
@@ -20,6 +20,8 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     the dtype's rounding. Diffusers' SD3 and FLUX.1 pipelines do not pass their generator on to the scheduler: for
     several steps, seed them with ``torch.manual_seed``, on a CPU. FLUX.1's also needs height and width, if they are not
     1024 pixels, and ``max_sequence_length=256`` for a student of schnell.
+
+    The folder also holds the base's licence and attribution files, and the student's manifest.
 
     Args:
         store: where the student is.
@@ -57,6 +59,8 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     staging.mkdir()  # not by tempfile, whose folders are for the owner alone
     try:
         student.export(staging, schedule)
+        for terms in licence_files(source):
+            shutil.copyfile(terms, staging / terms.name)
         readable(staging)
         shutil.copy2(folder.path / "student.json", staging / "student.json")
         for adapter in folder.path.glob("pytorch_lora_weights.safetensors"):

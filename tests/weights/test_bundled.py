@@ -1,12 +1,15 @@
 """The models that ship: verified, made from each other, and drawing what they are asked for."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from weights.bundled import STUDENTS, bundled_bases, resolve_base
+from distillers.emoji import teacher
+from tests.architecture.source import ROOT
+from weights.bundled import BUNDLED, STUDENTS, bundled_bases, resolve_base
 from weights.cards import read_card
 from weights.drawing import draw, draw_base
 from weights.export import export
@@ -16,6 +19,7 @@ from weights.store import Store, digest_base
 from weights.students import check_base, load_student
 from weights.trajectory import schedule_for
 
+LICENCE = "Apache-2.0 AND CC-BY-4.0 AND MIT"
 SUNNY, LEAFY, BLUE = "smiling face with open mouth, twemoji", "green book, noto emoji", "blue book, fluent 3d emoji"
 RED_GREEN_BLUE = [(0, 2), (1, 0), (2, 0)]
 """For each of the three: the channel that is stronger in such a picture, and the one that is weaker."""
@@ -38,7 +42,17 @@ def test_the_base_draws_the_colours_it_is_asked_for(base: TextToImage) -> None:
     cond, uncond = base.encode_prompts([SUNNY, LEAFY, BLUE]), base.encode_prompts([""])
     drawing = draw_base(base, cond, uncond, [0, 1, 2], 12, base.default_guidance)
     assert_right_colours(base.decode(drawing.latents))
-    assert base.licence == "Apache-2.0 AND CC-BY-4.0 AND MIT"
+    assert base.licence == LICENCE
+
+
+def test_all_that_names_a_licence_of_the_bundled_models_names_the_same() -> None:
+    assert f"`{LICENCE}`" in (BUNDLED / "LICENSES.md").read_text()
+    for folder in (*bundled_bases().values(), STUDENTS):
+        card = (folder / "README.md").read_text().split("---")[1]
+        assert re.findall(r"^- (.*)$", card, re.MULTILINE) == LICENCE.lower().split(" and ")
+    assert {manifest.licence for manifest in Store(STUDENTS).list()} == {LICENCE}
+    assert teacher.LICENCE == LICENCE
+    assert (BUNDLED / "LICENSE-Apache-2.0.txt").read_text() == (ROOT / "LICENSE").read_text()
 
 
 def test_every_bundled_base_states_the_digest_that_its_weights_are_verified_against() -> None:
@@ -74,6 +88,8 @@ def test_a_bundled_student_draws_the_same_pixels_with_diffusers_alone(
     for steps, schedule in sorted(folder.manifest.schedules.items()):
         drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], schedule)
         exported = export(store, name, tmp_path / f"exported-{steps}", steps)
+        for terms in ("LICENSES.md", "LICENSE-Apache-2.0.txt"):
+            assert (exported / terms).read_bytes() == (BUNDLED / terms).read_bytes()
         pipeline = DiffusionPipeline.from_pretrained(exported, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(7)

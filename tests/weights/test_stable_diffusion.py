@@ -230,6 +230,25 @@ def test_an_export_finds_a_base_that_has_moved(base: PipelineModel, base_folder:
     assert (exported / "model_index.json").is_file()
 
 
+def test_an_export_keeps_the_terms_of_its_base_alone(
+    made: Callable[[str], Path], opened: Callable[[Path], PipelineModel], tmp_path: Path
+) -> None:
+    base_folder, store, plain = tmp_path / "base", Store(tmp_path / "store"), opened(made("bundled"))
+    shutil.copytree(made("bundled"), base_folder)
+    names = ["LICENSE", "LICENSE.md", "licenses-of-parts.txt", "NOTICE"]
+    for name in (*names, "README.md"):
+        (base_folder / name).write_text(name)
+    (base_folder / "NOTICES").mkdir()
+    (base_folder / "unet" / "LICENSE").touch()
+    (base_folder / "NOTICE").chmod(0o600)
+    published(store, plain, base_folder, tmp_path)
+    exported = export(store, "student", tmp_path / "out", 4)
+    files = {path.name: path for path in exported.iterdir() if path.is_file()}
+    assert files.keys() == {*names, "model_index.json", "student.json"}
+    assert [files[name].read_text() for name in names] == names
+    assert files["NOTICE"].stat().st_mode == files["model_index.json"].stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "says"),
     [

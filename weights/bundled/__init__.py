@@ -10,7 +10,16 @@ STUDENTS = BUNDLED / "students"
 """Students of the bundled bases. By default a server uses the first by name, so the best one must sort first."""
 DATA = BUNDLED / "emoji-data"
 
-FETCHED = ["model_index.json", "fewstep.json", *(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", WEIGHTS))]
+LICENCES = tuple(
+    f"{word}*" for name in ("license", "licence", "notice", "copying", "attribution") for word in (name, name.upper())
+)
+"""Names of files with the terms and attributions that a copy of a model has to keep."""
+FETCHED = [
+    "model_index.json",
+    "fewstep.json",
+    *LICENCES,
+    *(f"*/*{suffix}" for suffix in (".json", ".txt", ".model", WEIGHTS)),
+]
 """Files fetched from a hub repository, which may hold several times as much: the pipeline's components, in folders."""
 
 
@@ -39,6 +48,13 @@ def resolve_base(source: str | Path) -> Path:
             f"base {str(source)!r} is not bundled ({', '.join(bundled_bases())}), is not a folder with a model_index.json, "
             f"and could not be downloaded from the hub ({type(error).__name__}: {error})"
         ) from error
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of a base's folder that every copy has to keep (`LICENCES`); the bundled bases share those beside them."""
+    folders = [folder, BUNDLED] if folder in bundled_bases().values() else [folder]
+    found = {file for each in folders for name in LICENCES for file in each.glob(name) if file.is_file()}
+    return sorted(found)
 
 
 def pipeline_class_name(folder: Path) -> str:
