@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 import weights.families
 from distillers.methods import UnknownMethod, method, methods
 from distillers.methods.base import Method, MethodConfig
+from weights.bundled import bundled_bases
 from weights.contracts import DistillJob, check_name
 from weights.families import AUTO
 
@@ -25,6 +26,9 @@ FREE = {
 }  # fmt: skip
 """Trainer settings that may differ when a job is resumed: they change how far it runs, not its course (except for a
 cooldown, which shifts with the iterations)."""
+
+PATHS = ("/", ".", "~")
+"""How a base that is a path begins; a relative one without a dot may be a hub id."""
 
 
 class BadSpec(ValueError):
@@ -114,7 +118,7 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     except ValidationError as error:
         raise BadSpec([*errors, *_errors(error, "config")]) from error
     errors += [*_against_the_method(job, chosen, config), *_against_capture(job, chosen, config)]
-    errors += [*_against_the_data(job), *_against_each_other(job), *_against_the_names(job)]
+    errors += [*_against_the_base(job), *_against_the_data(job), *_against_each_other(job), *_against_the_names(job)]
     if errors:
         raise BadSpec(errors)
     return job.model_copy(update={"config": config.model_dump(mode="json")}), config
@@ -163,6 +167,17 @@ def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig
             _error("train.gradient_checkpointing", "a CUDA graph cannot keep random states: leave it out, or capture")
         )
     return errors
+
+
+def _against_the_base(job: DistillJob) -> list[dict[str, str]]:
+    """An error for a path to no model; names and hub ids begin otherwise, and are left to `resolve_base`."""
+    if not job.base.startswith(PATHS) or Path(job.base, "model_index.json").is_file():
+        return []
+    message = (
+        f"{job.base!r} is not a folder with a model_index.json on this machine: give the folder of a diffusers pipeline (an "
+        f"absolute path, in which '~' is written out), a bundled base ({', '.join(bundled_bases())}) or a hub id"
+    )
+    return [_error("base", message)]
 
 
 def _against_the_data(job: DistillJob) -> list[dict[str, str]]:

@@ -79,6 +79,9 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"config": {"student_every": 0}}, "config.student_every", "greater than or equal to 1"),
         ({"config": {"colour": 1}}, "config.colour", "not permitted"),
         ({"train": {"iterations": "many"}}, "train.iterations", "integer"),
+        ({"base": "/nowhere"}, "base", "'/nowhere' is not a folder with a model_index.json on this machine: give"),
+        ({"base": "../nowhere"}, "base", "a bundled base (emoji-base) or a hub id"),
+        ({"base": "~/nowhere"}, "base", "'~' is written out"),
         ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
         ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
         ({"extra": 1}, "extra", "not permitted"),
@@ -99,6 +102,14 @@ def test_a_bad_spec_names_the_field_and_what_is_allowed(
 ) -> None:
     found = problems({**raw, **change})
     assert says in found[param], found
+
+
+@pytest.mark.parametrize("base", ["emoji-base", "somebody/some-model", "line", "./base"])
+def test_a_base_that_may_be_there_is_left_to_the_job(
+    raw: dict[str, Any], base: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert check_spec({**raw, "base": base})[0].base == base
 
 
 def test_recipes_check_and_overrides_change_them() -> None:
