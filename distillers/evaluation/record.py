@@ -85,8 +85,8 @@ def figures(results: Mapping[str, Any], name: str) -> dict[str, float | int | st
             continue
         found |= {f"{place}/{key}": value for key, value in {**measured, "evaluations": row["evaluations"]}.items()}
     if all(key.startswith("teacher/") for key in found if "/" in key):
-        measured = sorted({row["subject"]["model"] for row, _ in rows})
-        raise ValueError(f"student {name!r} was not measured: this evaluation is of {', '.join(measured)}")
+        models = sorted({row["subject"]["model"] for row, _ in rows})
+        raise ValueError(f"student {name!r} was not measured: this evaluation is of {', '.join(models)}")
     return {PREFIX + key: value for key, value in found.items()}
 
 
