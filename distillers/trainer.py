@@ -24,11 +24,12 @@ from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
 from distillers.trained import TrainedNetwork, TurnModule, behind
+from distillers.watch import Watch
 from weights.contracts import Progress, Saved, Started, TrainSpec
 
 
 class Diverged(RuntimeError):
-    """A loss or gradient is not finite; the message names the iteration, the turn and the last good checkpoint."""
+    """A loss or gradient is not finite, or stays far too large; names the iteration, turn and last good checkpoint."""
 
 
 class BadCheckpoint(ValueError):
@@ -81,6 +82,7 @@ class Trainer:
         self.sheet = sheet
         self.iteration = 0
         self.time = Stopwatch()
+        self.watch = Watch()
         self.asked_to_stop = False
         self.captured = Captured(self) if spec.capture else None
         self.networks = {
@@ -97,13 +99,14 @@ class Trainer:
         """Trains from the current iteration to the end, and saves the final state.
 
         Raises:
-            Diverged: a loss or gradient is not finite.
+            Diverged: a loss or gradient is not finite, or has diverged.
             Interrupted: `asked_to_stop` was set; the state has been saved.
         """
         self.reporter.emit(
             Started(at=now(), step=self.iteration, iterations=self.spec.iterations, resumed_from=self.iteration)
         )
         saved = sampled = self.iteration
+        due = False
         while self.iteration < self.spec.iterations and not self._out_of_time():
             with self.time:  # saving and sampling do not count as training time
                 self._iterate()
@@ -113,9 +116,10 @@ class Trainer:
             if self._should_stop():
                 self.save()
                 raise Interrupted(f"stopped after iteration {self.iteration}")
-            if self.iteration % self.spec.checkpoint_every == 0:
+            due = due or self.iteration % self.spec.checkpoint_every == 0
+            if due and self.watch.calm:  # else later: a bad state must not replace a good one
                 self.save()
-                saved = self.iteration
+                saved, due = self.iteration, False
             if self.iteration % self.spec.sample_every == 0:
                 self.sample()
                 sampled = self.iteration
@@ -178,7 +182,7 @@ class Trainer:
         Args:
             turn: the turn.
             steps: its micro-batches.
-            check: check that losses and gradients are finite before the optimizer step; waits for the device.
+            check: check losses and gradients before the optimizer step; waits for the device.
 
         Returns:
             Values to log, of each micro-batch and then of the turn, still on the device.
@@ -197,9 +201,11 @@ class Trainer:
         weights = [weight for network in trained for weight in network.weights.values()]
         norm = self.accelerator.clip_grad_norm_(weights, self.spec.gradient_clip)
         if check:
-            if not math.isfinite(float(norm)):
+            try:
+                self.check(f"{turn.name}/gradient_norm", float(norm))
+            except Diverged:
                 wait()  # all processes have this norm: the first to exit must not cut off the rest on their way here
-            self.check(f"{turn.name}/gradient_norm", float(norm))
+                raise
         for network in trained:
             network.optimizer.step()
             network.optimizer.zero_grad(set_to_none=True)
@@ -234,20 +240,22 @@ class Trainer:
     def _unsynced(self, module: nn.Module, accumulating: bool) -> AbstractContextManager[Any]:
         return self.accelerator.no_sync(module) if accumulating else nullcontext()
 
-    def check(self, name: str, value: float) -> None:
-        """Stops the training if a value is not finite.
+    def check(self, name: str, value: float, *, watch: bool = True) -> None:
+        """Stops the training if a value is not finite, or has diverged.
 
         Args:
             name: of the metric, ``"turn/what"``.
             value: its value.
+            watch: compare it with its earlier values; each may be given once.
 
         Raises:
-            Diverged: it is not finite.
+            Diverged: it is not finite, or has diverged.
         """
-        if not math.isfinite(value):
+        wrong = f"{value}" if not math.isfinite(value) else self.watch.diverged(name, value) if watch else None
+        if wrong is not None:
             last, (turn, _, what) = self.latest_checkpoint(), name.partition("/")
             raise Diverged(
-                f"iteration {self.iteration}: the {turn} turn's {what.replace('_norm', '')} is {value}; last good "
+                f"iteration {self.iteration}: the {turn} turn's {what.replace('_norm', '')} is {wrong}; last good "
                 f"checkpoint: {last.name if last else 'none'}. Lower the learning rates or the loss weights, or use "
                 "precision float32"
             )
@@ -264,18 +272,22 @@ class Trainer:
         """Means of the metrics since the last report; waits for the device.
 
         Raises:
-            Diverged: one of them is not finite. Captured iterations are checked only here, and events cannot represent
-                such values.
+            Diverged: one of them is not finite. Captured iterations are checked only in reports, and events cannot
+                represent such values.
         """
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         for name, mean in means.items():
-            self.check(name, mean)
+            self.check(name, mean, watch=False)
         return means
 
     def _log(self) -> None:
         """Reports the means since the last report, as an event and as TensorBoard scalars."""
         metrics = self._means()
         self._sums, self._counts = {}, {}
+        if self.captured is not None:
+            for name in metrics:
+                if name.endswith(("/loss", "/gradient_norm")):
+                    self.check(name, metrics[name])
         left = self.spec.iterations - self.iteration
         seconds_left = self.time.seconds / self.iteration * left
         if self.spec.max_minutes is not None:
@@ -349,6 +361,7 @@ class Trainer:
             "seconds": self.time.seconds,
             "processor_seconds": self.time.processor_seconds,
             "fingerprint": self.fingerprint,
+            "sizes": self.watch.sizes,
             "updates": {name: network.updates for name, network in self.networks.items()},
             "averaged": {name: n.average.updates for name, n in self.networks.items() if n.average is not None},
             "optimizers": optimizers,
@@ -376,5 +389,6 @@ class Trainer:
             network.unpack(name, tensors, state["optimizers"][name], updates, averaged)
         self.method.load_state(behind(tensors, "method."))
         self.iteration = state["iteration"]
-        # Checkpoints of version 0.1.0 have no processor time.
+        # Early checkpoints of version 0.1.0 have neither sizes nor processor time.
+        self.watch.sizes = state.get("sizes", {})
         self.time = Stopwatch(state["seconds"], state.get("processor_seconds", 0.0))
