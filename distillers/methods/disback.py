@@ -88,9 +88,17 @@ class DisBackConfig(MethodConfig):
         try:
             return cast(ScoreDistillationConfig, family[self.method].Config.model_validate(self.settings))
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(["settings", *map(str, first["loc"])])
-            raise ValueError(f"{field}: {first['msg']}") from error
+            known = family[self.method].Config.model_fields
+            raise ValueError("; ".join(_told(dict(each), sorted(known)) for each in error.errors())) from error
+
+
+def _told(error: dict[str, Any], known: list[str]) -> str:
+    """One of pydantic's errors about the wrapped method's settings, with the bad value and what is allowed."""
+    field, given = ".".join(["settings", *map(str, error["loc"])]), error["input"]
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
+        return f"{field}: there is no such setting (got {given!r}): use one of {', '.join(known)}"
+    shown = "" if isinstance(given, dict) else f" (got {given!r})"
+    return f"{field}: {error['msg'].removeprefix('Value error, ')}{shown}"
 
 
 class DisBack(Method):

@@ -54,6 +54,22 @@ def test_a_bad_setting_is_refused_by_name(field: str, config: dict[str, Any]) ->
     assert field in str(error.value)
 
 
+def test_errors_of_the_wrapped_method_have_the_bad_value_and_what_is_allowed() -> None:
+    bad = {"student_every": 0, "student_rate": 1e-5, "optimizer": "sgd"}
+    with pytest.raises(ValidationError) as error:
+        DisBackConfig.model_validate({"settings": bad})
+    told = str(error.value)
+    for part in (
+        "settings.student_every: Input should be greater than or equal to 1 (got 0)",
+        "settings.student_rate: there is no such setting (got 1e-05): use one of adversary, ",
+        " student_lr, ",
+        "settings.optimizer: Input should be 'adamw' or 'muon' (got 'sgd')",
+    ):
+        assert part in told
+    with pytest.raises(ValidationError, match=r"settings: dm_times: \(0.9, 0.1\) must be \(low, high\)"):
+        DisBackConfig.model_validate({"settings": {"dm_times": (0.9, 0.1)}})
+
+
 def test_it_wraps_the_method_that_is_named() -> None:
     assert isinstance(build().inner, DMD2)
     other = build(method="sid")
