@@ -10,7 +10,10 @@ with r (forward KL), the divergence is mode-covering; if it does not (reverse KL
 factors are omitted.
 
 The weights of the usual divergences all have the form ``h(r) = r^a (1 + r)^b``, so that a divergence is given by its
-name or by its (a, b).
+name or by its (a, b). Not every f has such an h: a skewed Jensen-Shannon divergence, with ``h(r) = r / (1 - s + s r)``,
+does not unless s = 1/2, and total variation, whose f has no second derivative, has no h at all. To add a divergence of
+another form, give it a name in `DivergenceName`, and its h and ``r h'(r) / h(r)`` in `divergence_weight` and
+`weight_elasticity`, which are all that methods use.
 """
 
 from typing import Literal, get_args
