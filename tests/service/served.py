@@ -34,6 +34,12 @@ class Served:
         return float(psutil.Process(self.process.pid).memory_info().rss / MEBIBYTE)
 
     @property
+    def connections(self) -> int:
+        """Open ones that clients have to it."""
+        found = psutil.Process(self.process.pid).net_connections("tcp")
+        return sum(each.status == psutil.CONN_ESTABLISHED for each in found)
+
+    @property
     def log(self) -> str:
         """What it wrote."""
         return (self.folder / "server.log").read_text()
