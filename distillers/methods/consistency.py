@@ -19,8 +19,7 @@ Departures from the public code: it enforces the boundary condition with ``f = c
 target at s = 0, and f = D, which is what every sampler assumes of a student.
 
 The guidance scale is fixed, as in LCM-LoRA, or drawn for each image from ``guidance_range`` and given to the student as
-a condition (LCM, section 4.3). One student then covers the whole range, at one evaluation per step. The guidance
-embedding layer starts at zero (LCM's starts at random), so that the student starts out as the teacher.
+a condition, as in LCM (see `SelfTaught`).
 """
 
 from typing import Self
@@ -29,16 +28,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distillers.critics import guided_x0
 from distillers.losses.regression import regression_loss
 from distillers.methods.base import Step, Turn, TurnLoss
 from distillers.methods.few_step import SelfTaught, SelfTaughtConfig
 from distillers.rollout import draw_noise
-from weights.contracts import GuidanceConvention
-from weights.denoiser import GUIDANCE, Cond
+from weights.denoiser import Cond
 from weights.diffusion.samplers import ddim_step
 from weights.diffusion.schedules import add_noise, expand
-from weights.families.base import TextToImage
 
 
 class ConsistencyConfig(SelfTaughtConfig):
@@ -51,11 +47,6 @@ class ConsistencyConfig(SelfTaughtConfig):
     guidance_scale: float = Field(
         7.5, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0 turns it off"
     )
-    guidance_range: tuple[float, float] | None = Field(
-        None,
-        description="(low, high) of the uniformly drawn guidance scales that the student is conditioned on, as in LCM's "
-        "paper (6, 16 in this convention); guidance_scale is then the default for requests",
-    )
     huber: float = Field(1e-3, ge=0, description="pseudo-Huber constant; 0 gives the mean square")
     lr: float = Field(1e-6, gt=0, description="the student's learning rate")
 
@@ -63,12 +54,6 @@ class ConsistencyConfig(SelfTaughtConfig):
     def _is_consistent(self) -> Self:
         if self.skip > self.solver_steps:
             raise ValueError(f"skip: {self.skip} must be at most solver_steps, {self.solver_steps}")
-        if self.guidance_range is not None:
-            low, high = self.guidance_range
-            if not 0 <= low < high:
-                raise ValueError(f"guidance_range: {self.guidance_range} must be (low, high) with 0 <= low < high")
-            if not low <= self.guidance_scale <= high:
-                raise ValueError(f"guidance_scale: {self.guidance_scale} must lie in guidance_range, {low} to {high}")
         return self
 
 
@@ -79,29 +64,9 @@ class Consistency(SelfTaught):
     Config = ConsistencyConfig
     config: ConsistencyConfig
 
-    def _new_student(self) -> TextToImage:
-        student = super()._new_student()
-        if self.config.guidance_range is None:
-            return student
-        try:
-            return student.with_guidance_embedding()
-        except TypeError as error:
-            raise ValueError(f"config.guidance_range: {error}; leave it out, and set guidance_scale") from error
-
     @classmethod
     def needs_pictures(cls, config: ConsistencyConfig) -> str | None:
         return "consistency distillation follows the teacher from noised real images"
-
-    @classmethod
-    def needs_whole_network(cls, config: ConsistencyConfig) -> str | None:
-        if config.guidance_range is not None:
-            return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters cannot contain"
-        return None
-
-    def guidance(self) -> GuidanceConvention:
-        scale, embedded = self.config.guidance_scale, self.config.guidance_range
-        default = 1.0 if embedded is None else scale
-        return GuidanceConvention(trained_scale=scale, default_scale=default, embedded=embedded)
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         config, (real, plain) = self.config, step.batch.pictures
@@ -121,20 +86,10 @@ class Consistency(SelfTaught):
             }
         return TurnLoss(loss=loss, metrics=metrics)
 
-    def _told(self, cond: Cond, step: Step) -> Cond:
-        """The student's conditions, with a guidance scale for each row if the student embeds guidance."""
-        if self.config.guidance_range is None:
-            return cond
-        low, high = self.config.guidance_range
-        drawn = low + (high - low) * torch.rand(step.size, generator=step.local)
-        return {**cond, GUIDANCE: drawn.to(self.setup.device)}
-
     @torch.no_grad()
     def _solve(self, real: Tensor, cond: Cond, t: Tensor, s: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Returns real images noised to t, the guided teacher's x_0 estimate, and its DDIM step from t to s."""
         schedule = self.teacher.schedule
         x_t = add_noise(schedule, real, draw_noise(tuple(real.shape), step.local, real.device), t)
-        scale = cond.get(GUIDANCE, self.config.guidance_scale)
-        plain = {name: value for name, value in cond.items() if name != GUIDANCE}
-        guided = guided_x0(self.teacher, x_t, t, plain, self.setup.uncond, scale)
+        guided = self._guided(self.teacher, x_t, t, cond)
         return x_t, guided, ddim_step(x_t, guided, t, s, schedule)

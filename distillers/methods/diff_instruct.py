@@ -11,8 +11,10 @@ have unit variance here, so the same signal-to-noise ratio needs twice the noise
 student's distribution, ``grad_x = sigma_t^2 / alpha_t (score_q - score_p)``; this factor replaces the paper's w(t).
 
 Departures: the public code gives its one-step generator noise of standard deviation 1 in EDM's units. Here the step
-schedule decides what the student starts from, by default pure noise. A discriminator can be enabled with
-``gan_weight``, as everywhere in the family.
+schedule decides what the student starts from, by default pure noise. The public code trains the fake score at times of
+the same distribution as those at which the scores are compared; here they are uniform, as everywhere in the family,
+since the bundled recipe was measured so (``score_levels = [-0.507, 1.2]`` is the paper's). A discriminator can be
+enabled with ``gan_weight``.
 """
 
 from pydantic import Field

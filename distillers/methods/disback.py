@@ -14,7 +14,9 @@ the family (`distillers.methods.score_distillation`), with its own ``settings``.
 
 Departures: the paper degrades the teacher until it has converged on the student; here degradation takes a fixed number
 of iterations, so that a resumed job is identical to an uninterrupted one. Classifier-free guidance applies to the
-points of the path as it does to the teacher.
+points of the path as it does to the teacher. If the wrapped method has a discriminator (``gan_weight`` above 0, which
+the paper's does not), degradation trains it as well, so that it can judge when backtracking starts; its loss reaches the
+fake score as in every later turn, and the path is then not one of pure score matching.
 """
 
 from typing import Any, Self, cast

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distillers.adapters import copy_sharing_frozen
+from distillers.critics import guided_x0
 from distillers.methods.base import (
     Betas,
     Method,
@@ -21,7 +22,7 @@ from distillers.methods.base import (
 )
 from distillers.rollout import at_time, draw_noise, draw_step, noised_real, simulate
 from weights.contracts import GuidanceConvention, StepSchedule
-from weights.denoiser import Cond, Denoiser
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.families.base import TextToImage
 
 
@@ -184,13 +185,34 @@ class LoneStudent(FewStepMethod):
 class SelfTaughtConfig(LoneStudentConfig):
     """Settings of a method whose student learns from its own predictions at a cleaner state."""
 
+    guidance_range: tuple[float, float] | None = Field(
+        None,
+        description="(low, high) of the uniformly drawn guidance scales that the student is conditioned on (LCM's paper: "
+        "6, 16 in this convention; SANA-Sprint: 4, 5); guidance_scale is then the default for requests",
+    )
     target_decay: float = Field(
         0.95, ge=0, lt=1, description="decay of the target's moving average; 0: the student is its own target"
     )
 
+    @model_validator(mode="after")
+    def _range_holds_the_default(self) -> Self:
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not 0 <= low < high:
+                raise ValueError(f"guidance_range: {self.guidance_range} must be (low, high) with 0 <= low < high")
+            if not low <= self.guidance_scale <= high:
+                raise ValueError(f"guidance_scale: {self.guidance_scale} must lie in guidance_range, {low} to {high}")
+        return self
+
 
 class SelfTaught(LoneStudent):
-    """A student that learns from its own predictions at a cleaner state, or from those of its moving average."""
+    """A student that learns from its own predictions at a cleaner state, or from those of its moving average.
+
+    The teacher's guidance scale is fixed, or drawn for each image from ``guidance_range`` and given to the student as a
+    condition (LCM, https://arxiv.org/abs/2310.04378, section 4.3). One student then covers the whole range, at one
+    evaluation per step. The guidance embedding layer starts at zero (LCM's starts at random), so that the student starts
+    out as the teacher.
+    """
 
     config: SelfTaughtConfig
 
@@ -200,6 +222,40 @@ class SelfTaught(LoneStudent):
         if config.target_decay > 0:
             self.average = self._student.with_network(copy_sharing_frozen(self._student.network))
             self.average.network.requires_grad_(False)
+
+    def _new_student(self) -> TextToImage:
+        student = super()._new_student()
+        if self.config.guidance_range is None:
+            return student
+        try:
+            return student.with_guidance_embedding()
+        except TypeError as error:
+            raise ValueError(f"config.guidance_range: {error}; leave it out, and set guidance_scale") from error
+
+    @classmethod
+    def needs_whole_network(cls, config: SelfTaughtConfig) -> str | None:
+        if config.guidance_range is not None:
+            return f"guidance_range {config.guidance_range} adds a layer to the network, which adapters cannot contain"
+        return None
+
+    def guidance(self) -> GuidanceConvention:
+        scale, embedded = self.config.guidance_scale, self.config.guidance_range
+        default = 1.0 if embedded is None else scale
+        return GuidanceConvention(trained_scale=scale, default_scale=default, embedded=embedded)
+
+    def _told(self, cond: Cond, step: Step) -> Cond:
+        """The student's conditions, with a guidance scale for each row if the student embeds guidance."""
+        if self.config.guidance_range is None:
+            return cond
+        low, high = self.config.guidance_range
+        drawn = low + (high - low) * torch.rand(step.size, generator=step.local)
+        return {**cond, GUIDANCE: drawn.to(self.setup.device)}
+
+    def _guided(self, teacher: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The teacher's x0 estimate ``(B, ...)``, guided by the scales in the student's conditions, or the fixed one."""
+        plain = {name: value for name, value in cond.items() if name != GUIDANCE}
+        scale = cond.get(GUIDANCE, self.config.guidance_scale)
+        return guided_x0(teacher, x_t, t, plain, self.setup.uncond, scale)
 
     @property
     def target(self) -> Denoiser:

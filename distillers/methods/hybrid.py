@@ -12,7 +12,11 @@ x is generated from pure noise with probability ``noise_share`` ("max-time weigh
 time of a later step, so that one student serves 1 to 4 steps ("step-adaptive").
 
 Departures are those of the two methods. In the paper, one batch of states at sCM's times serves both losses; here the
-adversarial loss uses states of the student's own schedules, which are those seen at inference.
+adversarial loss uses states of the student's own schedules, which are those seen at inference. RAdam, as in sCM,
+replaces CAME, which has no implementation in torch, and the trainer's ``gradient_clip`` is 10 unless a job sets
+SANA-Sprint's 0.1. The guidance scale is fixed at the middle one of the three that SANA-Sprint embeds;
+``guidance_range = [4, 5]`` embeds it. The public code draws tan t = e^n / 0.5 with n ~ N(0.2, 1.6^2), so that
+ln(sigma / alpha) has the mean 0.2 + ln 2.
 """
 
 import torch
@@ -31,6 +35,10 @@ from weights.denoiser import Cond
 class HybridConfig(AdversaryConfig, SCMConfig):
     """Settings of the hybrid: those of sCM and of the discriminator, with SANA-Sprint's defaults."""
 
+    lr: float = Field(2e-6, gt=0, description="the student's learning rate")
+    time_mean: float = Field(0.9, description="mean of ln(sigma / alpha) at sCM's training times")
+    time_std: float = Field(1.6, gt=0, description="its standard deviation")
+    tangent_warmup: int = Field(4000, ge=0, description="iterations over which r, the share of the tangent, rises to 1")
     adversarial_weight: float = Field(0.5, gt=0, description="weight of the adversarial loss, relative to sCM's")
     noise_share: float = Field(
         0.5,
@@ -65,7 +73,7 @@ class Hybrid(SCM):
                     step.scratch["samples"] = self._sample(real, cond, step)
             return self.adversary.critic_loss(step.scratch["samples"], cond, real, cond, step.local)
         followed = self.consistency_loss(step)
-        x = self._sample(real, cond, step)
+        x = self._sample(real, cond, step)  # the discriminator is given no scale: it judges by the prompt
         step.scratch["samples"] = x.detach()
         adversarial = self.adversary.student_loss(x, cond, step.local)
         metrics = {
@@ -81,4 +89,4 @@ class Hybrid(SCM):
         noise = draw_noise(tuple(real.shape), step.local, real.device)
         student, schedules = self.student.denoiser, list(self.config.schedules.values())
         x_t, t = starting_states(real, noise, student.schedule, schedules, self.config.noise_share, step.local)
-        return student(x_t, t, cond)
+        return student(x_t, t, self._told(cond, step))

@@ -39,10 +39,12 @@ trajectories run at another speed), and time_mean is the paper's -1 plus ln 2 ac
 not in the paper; the loss is divided by k^2, so that u starts near its final value. |g| is a root mean square, and w
 multiplies the normalised loss, as in the public code (the paper's w has become the cos(t) in g). cos(t) sin(t)
 multiplies the derivative, and not the tangents that enter the JVP; this would matter only in half precision. The
-guidance scale is fixed; SANA-Sprint's guidance embedding, and the dense time embedding that it trains first, need other
-networks. A network that predicts x0 is unconstrained at t = 0, where the other prediction types return x_t whatever
-their weights, so that any constant would be a valid consistency function: at noise levels below ``boundary`` its r
-stays 0, and it learns the teacher's own estimate.
+dense time embedding and the normalised queries and keys that SANA-Sprint first gives its teacher need another network
+and a training of their own, and are left out. With ``guidance_range`` the student is conditioned on the guidance scale
+(see `SelfTaught`), as in SANA-Sprint, which draws 4, 4.5 or 5; by default, the scale is fixed, so that a student can be
+a LoRA. A network that predicts x0 is unconstrained at t = 0, where the other prediction types return x_t whatever their
+weights, so that any constant would be a valid consistency function: at noise levels below ``boundary`` its r stays 0,
+and it learns the teacher's own estimate.
 """
 
 import math
@@ -54,7 +56,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distillers.critics import guided_x0
 from distillers.losses.continuous_consistency import (
     consistency_tangent,
     normalize_tangent,
@@ -183,7 +184,8 @@ class SCM(SelfTaught):
 
     def consistency_loss(self, step: Step) -> TurnLoss:
         """The whole loss of a micro-batch, for methods that add another (adversarial) loss to it."""
-        real, cond = step.batch.pictures
+        real, plain = step.batch.pictures
+        cond = self._told(plain, step)
         angle = self._angles(len(real), step)
         eps = draw_noise(tuple(real.shape), step.local, real.device)
         x_t = add_noise(self.trig, real, eps, angle / QUARTER_TURN).float()
@@ -214,7 +216,7 @@ class SCM(SelfTaught):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The target, F^- plus a step along the normalised g, and values to log."""
         config, t = self.config, angle / QUARTER_TURN
-        guided = guided_x0(Converted(self.teacher, self.trig), x_t, t, cond, self.setup.uncond, config.guidance_scale)
+        guided = self._guided(Converted(self.teacher, self.trig), x_t, t, cond)
         teacher = trig_velocity(guided, x_t, angle)
         own, derivative = self._derivative(x_t, angle, cond, guided, teacher)
         tangent = consistency_tangent(own, teacher, derivative, x_t, angle, self._ramp(angle, iteration))

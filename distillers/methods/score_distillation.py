@@ -40,7 +40,7 @@ from distillers.methods.base import (
     TurnLoss,
 )
 from distillers.methods.few_step import RolledOut
-from distillers.methods.score_settings import ScoreDistillationConfig
+from distillers.methods.score_settings import Interval, ScoreDistillationConfig
 from distillers.rollout import draw_lognormal_times, draw_noise, draw_times
 from weights.denoiser import Cond
 from weights.diffusion.schedules import add_noise
@@ -160,6 +160,12 @@ class ScoreDistillation(RolledOut):
     def _noised(self, x: Tensor, t: Tensor, step: Step) -> Tensor:
         return add_noise(self.teacher.schedule, x, draw_noise(tuple(x.shape), step.local, x.device), t)
 
+    def _times(self, uniform: Interval, levels: Interval | None, step: Step, device: torch.device) -> Tensor:
+        """Times ``(B,)``: uniform in an interval, or with a normal ln(sigma / alpha) of that (mean, std)."""
+        if levels is None:
+            return draw_times(step.size, uniform, step.local, device)
+        return draw_lognormal_times(step.size, *levels, self.teacher.schedule, step.local, device)
+
     def _shares_pass(self) -> bool:
         """Whether one pass of the fake score yields both its estimate and the discriminator's features."""
         return self.heads is not None and self.config.share_times and self.critic is self.fake_score
@@ -177,10 +183,7 @@ class ScoreDistillation(RolledOut):
     def _see(self, x: Tensor, cond: Cond, step: Step) -> Noised:
         """Noises the images, and computes both scores' estimates and the discriminator's logits."""
         config = self.config
-        if config.dm_levels is None:
-            t = draw_times(step.size, config.dm_times, step.local, x.device)
-        else:
-            t = draw_lognormal_times(step.size, *config.dm_levels, self.teacher.schedule, step.local, x.device)
+        t = self._times(config.dm_times, config.dm_levels, step, x.device)
         x_t = self._noised(x, t, step)
         share = self._shares_pass()
         features: list[Tensor] = []
@@ -241,7 +244,7 @@ class ScoreDistillation(RolledOut):
         else:
             with torch.no_grad():
                 x, cond = self._sample(step)
-        t = draw_times(step.size, config.score_times, step.local, x.device)
+        t = self._times(config.score_times, config.score_levels, step, x.device)
         x_t = self._noised(x, t, step)
         schedule = self.teacher.schedule
         weight = score_weight(schedule.alpha(t), schedule.sigma(t), config.score_weighting, config.sigma_data)

@@ -31,6 +31,9 @@ class ScoreDistillationConfig(RolledOutConfig):
         None, description="(mean, std): draw these times with a normal ln(sigma / alpha) instead"
     )
     score_times: Interval = Field((0.001, 1.0), description="range of the fake score's training times, uniform")
+    score_levels: Interval | None = Field(
+        None, description="(mean, std): draw these times with a normal ln(sigma / alpha) instead"
+    )
     score_weighting: Weighting = Field("eps", description="prediction whose squared error trains the fake score")
     sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
     gan_weight: float = Field(1e-3, ge=0, description="weight of the student's adversarial loss; 0 turns the GAN off")
@@ -80,13 +83,20 @@ class ScoreDistillationConfig(RolledOutConfig):
                 raise ValueError(f"{name}: {interval} must be (low, high) with 0 <= low <= high <= 1")
             if interval is not None and name != "guidance_interval" and interval[0] < 0.001:
                 raise ValueError(f"{name}: {interval} must not start below 0.001, where there is no noise")
-        if self.dm_levels is not None and self.dm_levels[1] <= 0:
-            raise ValueError(f"dm_levels: {self.dm_levels} must be (mean, std) with std above 0")
+        for name in ("dm_levels", "score_levels"):
+            levels = getattr(self, name)
+            if levels is not None and levels[1] <= 0:
+                raise ValueError(f"{name}: {levels} must be (mean, std) with std above 0")
         return self
 
 
 class TurnAboutConfig(ScoreDistillationConfig):
-    """Settings of methods before DMD2: student and fake score alternate, without guidance or a discriminator."""
+    """Settings of methods before DMD2: student and fake score alternate, without guidance or a discriminator.
+
+    As in their public code, which is EDM's, there is no warm-up and the fake score has EDM's weighting. AdamW's weight
+    decay of 0.01, where they use Adam without, is the family's: at their learning rate of 1e-5, an update shrinks the
+    weights by a ten-millionth.
+    """
 
     guidance_scale: float = Field(
         1.0, ge=0, description="teacher's guidance w: uncond + w (cond - uncond); 1.0, the paper's, turns it off"
@@ -97,3 +107,5 @@ class TurnAboutConfig(ScoreDistillationConfig):
     )
     student_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the student")
     critic_betas: Betas = Field((0.0, 0.999), description="AdamW's betas for the fake score and its head")
+    score_weighting: Weighting = Field("edm", description="prediction whose squared error trains the fake score")
+    warmup: int = Field(0, ge=0, description="updates over which each network's learning rate rises to its value")

@@ -12,8 +12,9 @@ exactly that of the Fisher divergence. The loss hovers around 0 however good the
 
 Departures: the loss is a mean, where the public code has a sum times 100, a factor to which Adam is invariant. The
 paper's generator starts from noise of standard deviation 2.5 in EDM's units; here the step schedule decides what the
-student starts from. Times are uniform on the schedule. A discriminator can be enabled (``gan_weight``), which makes
-this similar to SiDA.
+student starts from. Times are uniform on the schedule, for the fake score too, whose ln sigma the public code draws
+from N(-1.2, 1.2^2) (``score_levels = [-0.507, 1.2]``, for latents of unit variance). A discriminator can be enabled
+(``gan_weight``), which makes this similar to SiDA.
 """
 
 from pydantic import Field

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from distillers.methods.base import Turn
 from distillers.methods.hybrid import Hybrid, HybridConfig
 from distillers.methods.scm import SCM, SCMConfig
 from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
+from weights.denoiser import GUIDANCE, Cond
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.schedules import Schedule
 
@@ -52,6 +54,25 @@ def test_the_heads_judge_the_students_own_pictures() -> None:
     method.loss(CRITIC, step_of(method.setup, 8, scratch=scratch)).loss.backward()
     assert asked[0] is judged
     assert all(weight.grad is None for weight in method.student.network.parameters())
+
+
+def test_a_student_that_is_told_its_guidance_is_judged_without_it() -> None:
+    method = build(guidance_range=(4.0, 5.0), guidance_scale=4.5)
+    told: list[Tensor] = []
+    right, judge = method.student.denoiser.forward, method.adversary.student_loss
+
+    def student(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        told.append(cond[GUIDANCE])
+        return right(x_t, t, cond)
+
+    def judged(x: Tensor, cond: Cond, generator: torch.Generator) -> Tensor:
+        assert cond.keys() == {"label"}
+        return judge(x, cond, generator)
+
+    method.student.denoiser.forward = student  # type: ignore[method-assign]
+    method.adversary.student_loss = judged  # type: ignore[method-assign]
+    method.loss(STUDENT, step_of(method.setup, 8)).loss.backward()
+    assert len(told) == 3 and all(4 <= scale <= 5 for each in told for scale in each)
 
 
 @in_every_convention

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+import distillers.methods.few_step as few_step
 import distillers.methods.scm as module
 from distillers.losses.continuous_consistency import (
     consistency_tangent,
@@ -22,7 +23,8 @@ from distillers.methods.base import Setup, Turn
 from distillers.methods.scm import MARGIN, SCM, LogVariance, SCMConfig
 from tests.distillers.conventions import in_every_convention
 from tests.distillers.mixtures import VP, MixtureFeed, distances, mixture_setup, step_of, trainer_of
-from weights.denoiser import Cond, Denoiser
+from weights.contracts import GuidanceConvention
+from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.diffusion.mixture import Mixture
 from weights.diffusion.parameterizations import Prediction
 from weights.diffusion.samplers import ddim_step
@@ -220,6 +222,35 @@ def test_guidance_reaches_the_velocity() -> None:
         step = replace(step, batch=replace(step.batch, cond=cond, real_cond=cond))
         tangents.append(float(method.loss(TURN, step).metrics["student/tangent"]))
     assert abs(tangents[0] - tangents[1]) > 1e-3
+
+
+@pytest.mark.parametrize("tangent", ["jvp", "finite_difference"])
+def test_a_student_that_is_told_its_guidance_follows_a_teacher_guided_as_far(
+    tangent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = build(mixture_setup("ring"), tangent=tangent, guidance_range=(1.0, 4.0), guidance_scale=2.0)
+    assert method.guidance() == GuidanceConvention(trained_scale=2.0, default_scale=2.0, embedded=(1.0, 4.0))
+    assert "adapters" in str(SCM.needs_whole_network(method.config))
+    told: list[Tensor] = []
+    right, guided = method.student.denoiser.forward, few_step.guided_x0
+
+    def student(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        told.append(cond[GUIDANCE])
+        return right(x_t, t, cond)
+
+    def teacher(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: Tensor) -> Tensor:
+        assert cond.keys() == {"label"}
+        told.append(scale)
+        return guided(denoiser, x_t, t, cond, uncond, scale)
+
+    monkeypatch.setattr(method.student.denoiser, "forward", student)
+    monkeypatch.setattr(few_step, "guided_x0", teacher)
+    method.loss(TURN, step_of(method.setup, 64)).loss.backward()
+    first = told[0]
+    assert len(told) == 3 and first.min() >= 1 and first.max() <= 4 and first.std() > 0.5
+    assert all(torch.equal(each.reshape(-1, 64), first.expand(len(each) // 64, 64)) for each in told)
+    embedding = [weight for name, weight in method.student.network.named_parameters() if "guidance" in name]
+    assert embedding and any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in embedding)
 
 
 def test_dropout_does_not_disturb_a_difference() -> None:
