@@ -10,13 +10,16 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.f_distill as module
-from distillers.losses.divergences import DIVERGENCES, DivergenceName
+from distillers.losses.divergences import DIVERGENCES, DivergenceName, density_ratio
 from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
 from distillers.methods.score_distillation import Noised
-from tests.distillers.mixtures import distances, mixture_setup, step_of
+from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
+from weights.diffusion.mixture import Mixture, log_ratio
+from weights.diffusion.schedules import add_noise
+from weights.families.gaussian_mixture import GaussianMixture
 
 STUDENT = Turn(name="student", trains=("student",))
 ONE = {1: StepSchedule(timesteps=[1.0])}
@@ -88,6 +91,33 @@ def test_averages_are_saved_and_come_back() -> None:
     other.load_state(method.state())
     assert torch.equal(other.ratios.means, method.ratios.means)
     assert not torch.equal(other.ratios.means, torch.ones(10))
+
+
+def test_the_discriminators_logits_are_the_log_ratio_of_the_densities() -> None:
+    """The student is a Gaussian in place of its network, so that the ratio to the exact teacher is known at every time."""
+    method = build(discriminator_weight=1.0, score_times=(0.3, 0.95))
+    setup, generator = method.setup, torch.Generator().manual_seed(0)
+    assert isinstance(setup.base, GaussianMixture) and method.heads is not None
+    teacher = setup.base.mixture
+    student = Mixture(torch.ones(1), torch.tensor([[-0.2]]), torch.tensor([0.5]))
+
+    def drawn(mixture: Mixture, count: int) -> Tensor:
+        return mixture.sample(torch.full((count,), -1), generator)
+
+    method._sample = lambda step: (drawn(student, step.size), step.batch.cond)  # type: ignore[method-assign]
+    weights = [*method.fake_score_network.parameters(), *method.heads.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=3e-3)
+    for iteration in range(200):
+        optimizer.zero_grad()
+        method.loss(method.critic_turn(), step_of(setup, 128, iteration)).loss.backward()
+        optimizer.step()
+    x, t = torch.cat([drawn(teacher, 512), drawn(student, 512)]), 0.3 + 0.65 * torch.rand(1024, generator=generator)
+    x_t = add_noise(VP, x, torch.randn(x.shape, generator=generator), t)
+    logits = method.heads(method.critic.features(x_t, t, {"label": torch.full((1024,), -1)}))
+    found = density_ratio(logits).log().detach().double()
+    exact = log_ratio(teacher, student, x_t.flatten(1).double(), VP.alpha(t), VP.sigma(t))
+    assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.95
+    assert (found - exact).square().mean().sqrt() < 0.25 < exact.std() / 2
 
 
 # Convergence
