@@ -23,7 +23,9 @@ CRITIC = Turn(name="critic", trains=("heads",))
 
 def build(schedule: Schedule = VP, prediction: Prediction = "v", **config: Any) -> Hybrid:
     torch.manual_seed(0)
-    return Hybrid(HybridConfig(**{"guidance_scale": 1.0, **config}), mixture_setup("line", schedule, prediction))
+    times = {"time_mean": -0.3, "time_std": 1.4}  # sCM's, which suit so small a mixture better than SANA-Sprint's
+    settings = {"guidance_scale": 1.0, **times, **config}
+    return Hybrid(HybridConfig(**settings), mixture_setup("line", schedule, prediction))
 
 
 @pytest.mark.parametrize(("field", "value"), [("adversarial_weight", 0.0), ("noise_share", 1.5), ("head_kernel", 2)])
