@@ -46,6 +46,7 @@ HEALTHY = {
     "a phase of another size": [*[1e-3] * 500, *[50.0] * 500, *[1e-3] * 500],
     "large from the start": [2e5] * 500,
     "from large to small": [2e5 * 0.9**i for i in range(500)],
+    "slowly to another size": [1.002**i for i in range(5000)],
     "from exactly zero": [*[0.0] * 100, *[20.0] * 100],
 }
 
@@ -63,6 +64,14 @@ def test_what_it_remembers_survives_a_checkpoint() -> None:
     second.sizes = json.loads(json.dumps(first.sizes))
     found = noticed(values[103:], second)
     assert found is not None and 103 + found == straight
+
+
+def test_a_resumed_trainer_remembers_it(tmp_path: Path) -> None:
+    trainer, other = (fake_trainer(tmp_path) for _ in range(2))
+    trainer.check("student/loss", 5.0)
+    trainer.save()
+    other.load(other.latest_checkpoint())
+    assert other.watch.sizes == trainer.watch.sizes != {}
 
 
 def test_it_is_calm_before_and_after_an_outlier_and_no_more_before_it_notices() -> None:
