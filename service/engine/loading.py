@@ -81,13 +81,13 @@ class Loader:
         self._took: deque[float] = deque(maxlen=RECENT)
         self._changed = threading.Condition()
         self._stopping = False
-        self._turn = threading.Lock()
+        self._starting = threading.Lock()
         """Held while the thread starts: its `ident` is set before `Thread.start` returns, but joining must wait."""
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
 
     def start(self) -> None:
         """Start the thread, unless it was stopped already."""
-        with self._turn:
+        with self._starting:
             if not self._stopping:
                 self._thread.start()
 
@@ -109,7 +109,7 @@ class Loader:
 
         Blocks for up to ``seconds``; a thread that is still loading then is waited for when the interpreter exits.
         """
-        with self._turn, self._changed:
+        with self._starting, self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.ident is not None:

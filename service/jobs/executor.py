@@ -11,6 +11,7 @@ from typing import Protocol
 
 from service.jobs.base import Job, device_environment
 from service.jobs.processes import end_marked
+from weights.files import write_atomically
 
 SPEC_FILE = "job.json"
 STDERR_TAIL_BYTES = 4096
@@ -38,16 +39,6 @@ class Executor(Protocol):
 
     async def end_orphans(self, job_id: str, grace: float) -> None:
         """Return when no process of this job that this executor can reach is running any more."""
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers, or a power failure, leave either the old content or the new, never a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def tail(path: Path, size: int = STDERR_TAIL_BYTES) -> str:
@@ -119,7 +110,7 @@ class LocalExecutor:
 
         def prepare() -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(spec, job.spec.model_dump_json(indent=2).encode())
+            write_atomically(spec, job.spec.model_dump_json(indent=2))
 
         await asyncio.to_thread(prepare)
         with stderr.open("wb") as errors:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from service.jobs import validation
 from service.jobs.base import JobConflict, JobError, JobNotFound, JobsUnavailable, device_environment, find_devices
 from service.jobs.events import EventReader, read_events
-from service.jobs.executor import LocalExecutor, tail, write_atomically
+from service.jobs.executor import LocalExecutor, tail
 from service.jobs.processes import is_dead, new_owner
 from service.jobs.service import CHECKS_AT_ONCE, TableJobs
 from service.jobs.supervisor import Supervisor
@@ -248,7 +248,7 @@ def test_events_are_read_once_however_they_were_written(
 def test_tail_gives_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "stderr"
     assert tail(path) == ""
-    write_atomically(path, b"first line\nsecond \xff line\nthird\n")
+    path.write_bytes(b"first line\nsecond \xff line\nthird\n")
     assert tail(path) == "first line\nsecond \N{REPLACEMENT CHARACTER} line\nthird"
     assert tail(path, size=12) == "third"
     assert tail(path, size=4) == "ird"
