@@ -159,5 +159,6 @@ async def finished(work: Coroutine[Any, Any, T], request: Request) -> T:
             await wait_for(task, request, cancelled)
             return task.result()
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from fastapi import Request
 
@@ -26,7 +26,7 @@ from service.routes import (
     size_of,
     told_facts,
 )
-from service.running import cancelled_error, wait_for
+from service.running import Cancelled, cancelled_error, wait_for
 from service.schemas import CompletedImage, ImageRequest, PartialImage
 from service.streaming import HEARTBEAT, Awaited, EventStream, server_sent
 
@@ -59,15 +59,15 @@ async def stream_pictures(body: ImageRequest, wanted: DrawRequest, request: Requ
 
 
 async def _frames(
-    items: Awaited[Item], cancelled: asyncio.Event, heartbeat: float, events: "_Events"
+    items: Awaited[Item], cancelled: Cancelled, heartbeat: float, events: "_Events"
 ) -> AsyncIterator[bytes]:
     """Yield each result as an event, a comment in each period of silence, and an error as the last event."""
-    stopped = asyncio.create_task(cancelled.wait())
     try:
         while True:
             coming = items.next()
-            await asyncio.wait({coming, stopped}, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED)
-            if stopped.done():
+            awaited: set[asyncio.Future[Any]] = {coming, cancelled}
+            await asyncio.wait(awaited, timeout=heartbeat, return_when=asyncio.FIRST_COMPLETED)
+            if cancelled.done():
                 raise cancelled_error()
             if not coming.done():
                 yield HEARTBEAT
@@ -83,8 +83,6 @@ async def _frames(
     except Exception:
         log.exception("a stream failed")
         yield _error_frame(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))
-    finally:
-        stopped.cancel()
 
 
 def _error_frame(error: ApiError) -> bytes:

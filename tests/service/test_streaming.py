@@ -208,14 +208,18 @@ def test_cancelling_before_there_is_an_answer(
 
 
 def test_nobody_cancels_what_another_client_asked_for() -> None:
-    running = Running()
-    with running.enter("one", "id") as first, running.enter("two", "id") as second:
-        assert not running.cancel("three", "id")
-        assert not running.cancel("one", "other")
-        assert running.cancel("two", "id")
-        assert (first.is_set(), second.is_set()) == (False, True)
-    assert not running.cancel("one", "id")
-    assert len(running) == 0
+    async def two_clients() -> None:
+        running = Running()
+        with running.enter("one", "id") as first, running.enter("two", "id") as second:
+            assert not running.cancel("three", "id")
+            assert not running.cancel("one", "other")
+            assert running.cancel("two", "id")
+            assert running.cancel("two", "id"), "as often as one likes, while it is in progress"
+            assert (first.done(), second.done()) == (False, True)
+        assert not running.cancel("one", "id")
+        assert len(running) == 0
+
+    asyncio.run(two_clients())
 
 
 def test_a_wait_that_gives_up_loses_no_item_and_closing_ends_all() -> None:
