@@ -69,7 +69,8 @@ class Ratios:
         seen = total / count.clamp_min(1)
         decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
         self.means.mul_(decay).add_((1 - decay) * seen)  # in place, since a captured iteration holds this tensor
-        return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
+        with torch.autocast(t.device.type, enabled=False):  # which would round the averages to bfloat16
+            return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
 
 
 class WithRatios(ScoreDistillation):

@@ -143,7 +143,8 @@ class LogVariance(nn.Module):
         """Returns ``(B,)`` float32 for angles ``(B,)`` in (0, pi / 2)."""
         place = (0.5 + angle.tan().log() / (2 * self.REACH)).clamp(0, 1)
         terms = torch.cos(math.pi * place.unsqueeze(1) * torch.arange(self.TERMS, device=angle.device))
-        return (terms.float() @ self.series.weight.float().T).squeeze(1)
+        with torch.autocast(angle.device.type, enabled=False):  # which would round the product to bfloat16
+            return (terms.float() @ self.series.weight.float().T).squeeze(1)
 
 
 class SCM(SelfTaught):

@@ -77,6 +77,13 @@ def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
     assert method.ratios.means is means, "a captured iteration writes where it was captured"
 
 
+def test_in_bfloat16_the_ratios_are_as_exact() -> None:
+    method, ratios, t = build(divergence="forward_kl", normalize_weights=False), [2.0, 3.0, 5.0], torch.full((3,), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weighed(method, ratios, t)
+    assert torch.equal(found, weighed(build(divergence="forward_kl", normalize_weights=False), ratios, t))
+
+
 def test_normalized_weights_leave_the_steps_size() -> None:
     method = build(divergence="pearson_chi2")
     ratios = torch.randn(64, generator=torch.Generator().manual_seed(0)).exp().tolist()

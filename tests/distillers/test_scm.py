@@ -158,6 +158,14 @@ def test_the_log_variance_starts_at_zero_and_can_tell_times_apart() -> None:
     assert (found.squeeze(1) - wanted).abs().max() < 0.1
 
 
+def test_the_log_variance_is_not_rounded_in_bfloat16() -> None:
+    network, angle = LogVariance(), torch.linspace(0.02, 1.55, 64, dtype=torch.float64)
+    torch.nn.init.normal_(network.series.weight, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(angle)
+    assert torch.equal(found, network(angle))
+
+
 # The method
 
 
