@@ -9,7 +9,9 @@ student at the noised image:
 
 D is DMD2's discriminator. It sees the same noised images as the score losses (``share_times``), so that r applies to
 them. As in the public code, r is divided by its moving average in each of ``ratio_bins`` intervals of t, then clamped
-to ``ratio_range``, and h is divided by its batch mean. For the reverse KL, h is 1 and this is DMD2.
+to ``ratio_range``, and h is divided by its batch mean (over all processes, but not over accumulated micro-batches: the
+mean of few images follows each of them and so hides part of the divergence). For the reverse KL, h is 1 and this is
+DMD2.
 """
 
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from distillers.losses.divergences import divergence_weight
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.score_distillation import Noised
-from distillers.ratios import RatioConfig, WithRatios
+from distillers.ratios import RatioConfig, WithRatios, normalized
 
 
 class FDistillConfig(RatioConfig, DMD2Config):
@@ -34,4 +36,4 @@ class FDistill(WithRatios, DMD2):
     def weight(self, seen: Noised) -> Tensor:
         ratio = self.ratios(seen.logits, seen.t).detach()
         weight = divergence_weight(self.config.divergence, ratio)
-        return weight / weight.mean() if self.config.normalize_weights else weight
+        return normalized(weight) if self.config.normalize_weights else weight

@@ -21,7 +21,7 @@ from distillers.losses.divergences import Divergence, divergence_weight, weight_
 from distillers.losses.score_identity import score_identity_loss
 from distillers.methods.score_distillation import Noised
 from distillers.methods.sid import ScoreIdentityConfig
-from distillers.ratios import RatioConfig, WithRatios
+from distillers.ratios import RatioConfig, WithRatios, normalized
 
 
 class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
@@ -53,6 +53,6 @@ class UniInstruct(WithRatios):
             ratio = ratio.detach()
         weight = divergence_weight(config.divergence, ratio)
         if config.normalize_weights:
-            weight = weight / weight.detach().mean()
+            weight = normalized(weight)
         alpha = (1 + weight_elasticity(config.divergence, ratio)) / 2
         return score_identity_loss(seen.x, seen.fake_x0, seen.teacher_x0, alpha, weight, normalize=config.normalize)

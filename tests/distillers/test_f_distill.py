@@ -10,11 +10,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import distillers.methods.f_distill as module
+from distillers import ratios
 from distillers.losses.divergences import DIVERGENCES, DivergenceName, density_ratio
 from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
 from distillers.methods.score_distillation import Noised
+from distillers.ratios import normalized
 from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 from weights.diffusion.mixture import Mixture, log_ratio
@@ -90,6 +92,15 @@ def test_normalized_weights_leave_the_steps_size() -> None:
     weight = weighed(method, ratios, torch.rand(64))
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)
     assert weight.std() > 0.1
+
+
+def test_weights_are_normalized_over_the_pictures_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture's weight over itself is 1 under any divergence, and over few pictures' mean it is nearly so."""
+    with pytest.raises(ValueError, match=r"normalize_weights: .* raise train.batch_size"):
+        normalized(torch.tensor([4.0]))
+    monkeypatch.setattr(ratios, "place", lambda: (0, 2))
+    monkeypatch.setattr(ratios, "summed", lambda mine: mine.add_(2.0))  # the other process's mean
+    assert torch.equal(normalized(torch.tensor([4.0])), torch.tensor([4.0 / 3.0]))
 
 
 def test_averages_are_saved_and_come_back() -> None:
