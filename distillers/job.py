@@ -25,9 +25,9 @@ from distillers.precision import resolve_precision
 from distillers.processes import Interrupted, Tick, main_first
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
-from distillers.spec import BadSpec, check_spec, fingerprint
+from distillers.spec import BadSpec, check_spec, differences, fingerprint, read_spec
 from distillers.stopwatch import Stopwatch
-from distillers.trainer import Diverged, Trainer
+from distillers.trainer import BadCheckpoint, Diverged, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
@@ -42,6 +42,8 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a job to save and stop."""
 
 
+SPEC = "job.json"
+"""The job's spec, in its folder."""
 EXPECTED = (ValueError, Diverged, StoreError, OSError)
 """Failures that are fully described by their message; anything else is a bug, and is shown with its traceback."""
 
@@ -178,7 +180,11 @@ class JobRun:
         job, device = self.job, self.accelerator.device
         if job.train.capture:
             check_place(self.accelerator)  # before anything slow
-        self._write_spec()
+        if not checkpointed(self.folder):
+            self._write_spec()
+        elif not resume:
+            message = f"{self.folder} holds a job's checkpoints: use --resume, or another folder"
+            raise BadSpec([{"param": "--folder", "message": message}])
         torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters are initialised at random
         self.reference = base_reference(job.base)
         base = load(job.family, job.base, device, torch.float32)
@@ -215,13 +221,13 @@ class JobRun:
             fingerprint=fingerprint(job, *builder.teaching()),
             sheet=self._sheet(feed, built),
         )
-        self._resume(trainer, resume)
+        self._resume(trainer)
         with self.preparation:
             built.prepare(self._workspace(feed, builder))
         return trainer
 
     def _write_spec(self) -> None:
-        write_atomically(self.folder / "job.json", self.job.model_dump_json(indent=2) + "\n")
+        write_atomically(self.folder / SPEC, self.job.model_dump_json(indent=2) + "\n")
 
     @property
     def with_pictures(self) -> bool:
@@ -288,20 +294,24 @@ class JobRun:
             folder=folder, prompts=feed.prompts, conditions=feed.prompt_conditions, seed=seed, tick=self._tick
         )
 
-    def _resume(self, trainer: Trainer, resume: bool) -> None:
+    def _resume(self, trainer: Trainer) -> None:
+        """Continues from the newest checkpoint, if there is one; only then does this job's spec replace the former."""
         latest = trainer.latest_checkpoint()
         if latest is None:
             return
-        if not resume:
-            raise BadSpec(
-                [
-                    {
-                        "param": "--folder",
-                        "message": f"{self.folder} holds a job's checkpoints: use --resume, or another folder",
-                    }
-                ]
-            )
-        trainer.load(latest)
+        try:
+            trainer.load(latest)
+        except BadCheckpoint as error:
+            changed = self._changed()
+            raise BadCheckpoint(f"{error}; changed: {', '.join(changed)}" if changed else str(error)) from error
+        self._write_spec()
+
+    def _changed(self) -> list[str]:
+        """What differs from the spec in the folder; nothing if it cannot be read."""
+        try:
+            return differences(check_spec(read_spec(str(self.folder / SPEC)))[0], self.job)
+        except BadSpec:
+            return []
 
     def _publish(self, trainer: Trainer) -> StudentManifest:
         student = trainer.method.student
@@ -353,5 +363,9 @@ class JobRun:
 
 def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:
     """The student, if this very job has already published it from the checkpoints in the folder."""
-    trained_here = any((folder / "checkpoints").glob("iteration-*.safetensors"))
-    return store.made_by(job) if trained_here else None
+    return store.made_by(job) if checkpointed(folder) else None
+
+
+def checkpointed(folder: Path) -> bool:
+    """Whether the folder holds a job's checkpoints."""
+    return any((folder / "checkpoints").glob("iteration-*.safetensors"))

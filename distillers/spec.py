@@ -227,6 +227,11 @@ def fingerprint(job: DistillJob, *digests: str) -> str:
         job: its settings count, except for those that only affect the duration or the reporting.
         digests: of the weights that teach: the base's and, if there is a guide, the guide's.
     """
+    return hashlib.sha256(json.dumps([_lasting(job), *digests], sort_keys=True).encode()).hexdigest()
+
+
+def _lasting(job: DistillJob) -> dict[str, Any]:
+    """The settings that must not change while a job is resumed."""
     plain = job.model_dump(
         mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
     )
@@ -235,7 +240,30 @@ def fingerprint(job: DistillJob, *digests: str) -> str:
             del plain[field]
     if not plain["train"]["capture"]:
         del plain["train"]["capture"]
-    return hashlib.sha256(json.dumps([plain, *digests], sort_keys=True).encode()).hexdigest()
+    return plain
+
+
+def differences(former: DistillJob, job: DistillJob) -> list[str]:
+    """The settings for which a job cannot be resumed from the former's checkpoints, with both values.
+
+    Args:
+        former: with its method's defaults filled in.
+        job: likewise.
+    """
+    old, new = _flat(_lasting(former)), _flat(_lasting(job))
+    return [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+    return found
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -611,9 +611,16 @@ def test_a_diverged_job_says_where_and_what_is_left(
 def test_other_settings_do_not_go_on_from_a_checkpoint(raw: dict[str, Any], tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     assert JobRun(raw, tmp_path / "run", store).run(resume=False) == 0
+    before = (tmp_path / "run" / "job.json").read_text()
     raw["config"] |= {"student_lr": 0.5}
-    assert JobRun(raw, tmp_path / "run", store, replace=True).run(resume=True) == 1
-    assert "other settings" in events(tmp_path / "run")[-1].message
+    raw["train"] |= {"log_every": 7, "batch_size": 3}
+    for resume, told in (
+        (True, "other settings.*; changed: config.student_lr was 0.01, is 0.5, train.batch_size was 2, is 3$"),
+        (False, "--folder: .* holds a job's checkpoints"),
+    ):
+        assert JobRun(raw, tmp_path / "run", store, replace=True).run(resume) == 1
+        assert re.search(told, events(tmp_path / "run")[-1].message)
+        assert (tmp_path / "run" / "job.json").read_text() == before, "the settings to restore"
 
 
 def test_a_shared_cache_is_filled_by_the_shortest_job(raw: dict[str, Any], tmp_path: Path) -> None:
