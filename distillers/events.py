@@ -59,6 +59,11 @@ class Reporter:
             self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge_step)
         return self._board
 
+    def resumed(self, step: int) -> None:
+        """Called before anything else when a job goes on after this step: TensorBoard forgets what was beyond it."""
+        if self.main:
+            self.board(purge_step=step + 1)
+
     def emit(self, event: AnyEvent) -> None:
         """Writes an event to the file, and to standard output or the progress bar."""
         if not self.main:

@@ -389,6 +389,7 @@ class Trainer:
             network.unpack(name, tensors, state["optimizers"][name], updates, averaged)
         self.method.load_state(behind(tensors, "method."))
         self.iteration = state["iteration"]
+        self.reporter.resumed(self.iteration)
         # Early checkpoints of version 0.1.0 have neither sizes nor processor time.
         self.watch.sizes = state.get("sizes", {})
         self.time = Stopwatch(state["seconds"], state.get("processor_seconds", 0.0))

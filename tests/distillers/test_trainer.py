@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from distillers.checkpoint import load_checkpoint
@@ -297,6 +298,20 @@ def test_events_and_scalars_are_written(tmp_path: Path, capsys: pytest.CaptureFi
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["kind"] for event in printed] == [event.kind for event in found]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_resumed_job_shows_every_step_once(tmp_path: Path) -> None:
+    """Killed after step 6, with a checkpoint of step 4: steps 5 and 6 are trained again."""
+    for resume in (False, True):
+        trainer = fake_trainer(tmp_path, log_every=1, checkpoint_every=4)
+        if resume:
+            trainer.latest_checkpoint().unlink()
+            trainer.load(trainer.latest_checkpoint())
+        with trainer.reporter:
+            trainer.run()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [scalar.step for scalar in board.Scalars("student/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_silent_reporter_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
