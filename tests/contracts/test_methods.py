@@ -10,7 +10,7 @@ import torch
 
 from distillers.checkpoint import load_checkpoint
 from distillers.methods import UnknownMethod, method, methods
-from distillers.methods.base import Guide, Method, MethodConfig, OptimizerSettings, Step, Turn
+from distillers.methods.base import Guide, Method, MethodConfig, OptimizerSettings, Setup, Step, Turn, Workspace
 from distillers.seeds import generator_of, seed_of
 from distillers.trainer import Trainer
 from tests.distillers.mixtures import MixtureFeed, mixture_setup, trainer_of
@@ -25,11 +25,20 @@ SMALL: dict[str, dict[str, Any]] = {
 ITERATIONS = 10
 
 
-def build(name: str) -> tuple[Method, Any]:
+def config_of(name: str) -> MethodConfig:
+    return method(name).Config(**SMALL.get(name, {}))
+
+
+def build(name: str, folder: Path, setup: Setup | None = None) -> tuple[Method, Setup]:
+    """The method, prepared as a job prepares it."""
     torch.manual_seed(0)
-    setup = mixture_setup()
-    found = method(name)
-    return found(found.Config(**SMALL.get(name, {})), setup), setup
+    setup = setup or mixture_setup()
+    built = method(name)(config_of(name), setup)
+    workspace = Workspace(
+        folder=folder, prompts=2, conditions=lambda rows: {"label": rows}, seed=seed_of, tick=lambda *_: None
+    )
+    built.prepare(workspace)
+    return built, setup
 
 
 def test_there_are_methods_and_an_unknown_one_is_answered_with_their_names() -> None:
@@ -56,15 +65,14 @@ class TestMethod:
         assert config.model_validate_json(config().model_dump_json()) == config()
 
     def test_phases_keep_their_share_of_a_run_of_another_length(self, name: str) -> None:
-        found = method(name)
-        config = found.Config(**SMALL.get(name, {}))
+        found, config = method(name), config_of(name)
         assert config.scaled(1.0) == config
         for factor in (0.0, 0.3, 40.0):
             scaled = config.scaled(factor)
             assert found.Config.model_validate(scaled.model_dump(mode="json")) == scaled
 
-    def test_declares_networks_turns_and_schedules(self, name: str) -> None:
-        built, _ = build(name)
+    def test_declares_networks_turns_and_schedules(self, name: str, tmp_path: Path) -> None:
+        built, _ = build(name, tmp_path)
         trained = built.trained()
         assert trained["student"].average
         assert trained["student"].module is built.student.network
@@ -82,7 +90,7 @@ class TestMethod:
         assert built.guidance().default_scale >= 0
 
     def test_every_loss_is_finite_and_reaches_all_and_only_its_networks(self, name: str, tmp_path: Path) -> None:
-        built, setup = build(name)
+        built, setup = build(name, tmp_path)
         trainer = trainer_of(built, setup, tmp_path, batch_size=8)
         seen = set()
         for iteration in range(ITERATIONS):
@@ -90,20 +98,20 @@ class TestMethod:
                 if turn.name not in seen:
                     seen.add(turn.name)
                     trainer.iteration = iteration
-                    self.check_loss(built, turn, self.step(setup, iteration, turn.name), trainer)
+                    self.check_loss(built, turn, self.step(name, setup, iteration, turn.name), trainer)
                 built.after_step(turn, iteration)
         assert all(weight.grad is None for weight in setup.base.network.parameters())
 
-    def test_the_same_numbers_give_the_same_loss(self, name: str) -> None:
+    def test_the_same_numbers_give_the_same_loss(self, name: str, tmp_path: Path) -> None:
         losses = []
         for _ in range(2):
-            built, setup = build(name)
+            built, setup = build(name, tmp_path)
             turn = built.turns(0)[0]
-            losses.append(float(built.loss(turn, self.step(setup, 0, turn.name)).loss.detach()))
+            losses.append(float(built.loss(turn, self.step(name, setup, 0, turn.name)).loss.detach()))
         assert losses[0] == losses[1]
 
     def test_training_moves_the_student_and_never_the_teacher(self, name: str, tmp_path: Path) -> None:
-        built, setup = build(name)
+        built, setup = build(name, tmp_path)
         before = {key: value.clone() for key, value in setup.base.network.state_dict().items()}
         start = [weight.detach().clone() for weight in built.student.network.parameters()]
         trainer_of(built, setup, tmp_path, batch_size=8, iterations=ITERATIONS).run()
@@ -112,22 +120,21 @@ class TestMethod:
         )
         assert all(torch.equal(before[key], value) for key, value in setup.base.network.state_dict().items())
 
-    def test_its_teacher_can_be_led_away_from_a_worse_one(self, name: str) -> None:
+    def test_its_teacher_can_be_led_away_from_a_worse_one(self, name: str, tmp_path: Path) -> None:
         losses = {}
         for scale in (1.0, 3.0):
             setup = mixture_setup()
             guide = Guide(model=setup.new_network(False), scale=scale)
             guide.model.network.requires_grad_(False)
-            torch.manual_seed(0)
-            found = method(name)
-            built = found(found.Config(**SMALL.get(name, {})), dataclasses.replace(setup, guide=guide))
+            (tmp_path / str(scale)).mkdir()
+            built, _ = build(name, tmp_path / str(scale), dataclasses.replace(setup, guide=guide))
             for iteration in range(ITERATIONS):
                 for turn in built.turns(iteration):
-                    step = self.step(setup, iteration, turn.name)
+                    step = self.step(name, setup, iteration, turn.name)
                     cond = {
                         "label": torch.zeros_like(step.batch.cond["label"])
                     }  # the unconditional prompt is left alone
-                    batch = dataclasses.replace(step.batch, cond=cond, real_cond=cond)
+                    batch = dataclasses.replace(step.batch, cond=cond, real_cond=step.batch.real_cond and cond)
                     loss = built.loss(turn, dataclasses.replace(step, batch=batch)).loss
                     losses[scale, iteration, turn.name] = float(loss.detach())
                     built.after_step(turn, iteration)
@@ -142,7 +149,7 @@ class TestMethod:
         for stops in ((ITERATIONS,), (ITERATIONS // 2 - 1, ITERATIONS)):
             folder = tmp_path / str(len(stops))
             for stop in stops:
-                built, setup = build(name)
+                built, setup = build(name, tmp_path)
                 trainer = trainer_of(built, setup, folder, batch_size=8, iterations=stop, gradient_accumulation=2)
                 latest = trainer.latest_checkpoint()
                 if latest is not None:
@@ -168,11 +175,14 @@ class TestMethod:
                 weight.grad = None
 
     @staticmethod
-    def step(setup: Any, iteration: int, turn: str) -> Step:
+    def step(name: str, setup: Setup, iteration: int, turn: str) -> Step:
+        batch = MixtureFeed(setup, 8).batch(iteration)
+        if method(name).needs_pictures(config_of(name)) is None:  # then a job on prompts alone is let through
+            batch = dataclasses.replace(batch, real=None, real_cond=None)
         return Step(
             iteration=iteration,
             micro=0,
-            batch=MixtureFeed(setup, 8).batch(iteration),
+            batch=batch,
             shared=generator_of("shared", turn, iteration),
             local=generator_of("local", turn, seed_of(iteration)),
         )
