@@ -53,6 +53,20 @@ class FewStepConfig(MethodConfig):
         return self
 
 
+def check_told_times(schedules: dict[int, StepSchedule]) -> None:
+    """Refuses conditioning times of their own, for methods that train the network at the times of its states alone.
+
+    Raises:
+        ValueError: a schedule has times that the student would never have been trained at.
+    """
+    for steps, schedule in schedules.items():
+        if schedule.network_times != schedule.timesteps:
+            raise ValueError(
+                f"schedules: {steps} has conditioning {schedule.conditioning}, but this method tells the student the times "
+                f"of its states, {schedule.timesteps}: leave conditioning out"
+            )
+
+
 class FewStepMethod(Method):
     """A method that distils the guided teacher into one student, which is sampled with the configured schedules."""
 
@@ -193,6 +207,11 @@ class SelfTaughtConfig(LoneStudentConfig):
     target_decay: float = Field(
         0.95, ge=0, lt=1, description="decay of the target's moving average; 0: the student is its own target"
     )
+
+    @model_validator(mode="after")
+    def _is_told_the_times_of_its_states(self) -> Self:
+        check_told_times(self.schedules)
+        return self
 
     @model_validator(mode="after")
     def _range_holds_the_default(self) -> Self:

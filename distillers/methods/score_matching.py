@@ -24,7 +24,7 @@ from torch import Tensor, no_grad
 from distillers.critics import guided_x0
 from distillers.losses.score import Weighting, denoising_loss, score_weight
 from distillers.methods.base import Step, Turn, TurnLoss
-from distillers.methods.few_step import LoneStudent, LoneStudentConfig
+from distillers.methods.few_step import LoneStudent, LoneStudentConfig, check_told_times
 from distillers.rollout import draw_noise, draw_times
 from weights.diffusion.schedules import add_noise
 
@@ -42,6 +42,11 @@ class ScoreMatchingConfig(LoneStudentConfig):
     sigma_data: float = Field(1.0, gt=0, description="standard deviation of the latents, for the 'edm' weighting")
     weight_decay: float = Field(0.01, ge=0, description="weight decay of the student")
     warmup: int = Field(500, ge=0, description="updates over which the student's learning rate rises to its value")
+
+    @model_validator(mode="after")
+    def _is_told_the_times_of_its_states(self) -> Self:
+        check_told_times(self.schedules)
+        return self
 
     @model_validator(mode="after")
     def _times_lie_inside(self) -> Self:

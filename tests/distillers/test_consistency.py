@@ -11,6 +11,7 @@ from torch import Tensor
 
 import distillers.methods.consistency as module
 from distillers.critics import guided_x0
+from distillers.methods import method
 from distillers.methods.base import Setup, Turn
 from distillers.methods.consistency import Consistency, ConsistencyConfig
 from tests.distillers.conventions import in_every_convention
@@ -59,6 +60,14 @@ def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValidationError) as error:
         ConsistencyConfig.model_validate({field: value})
     assert field in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["consistency", "tscd", "scm", "hybrid", "score_matching"])
+def test_a_student_that_is_only_told_its_states_times_is_served_so(name: str) -> None:
+    with pytest.raises(
+        ValidationError, match=r"schedules: 1 has conditioning \[0.4\].* \[1.0\]: leave conditioning out"
+    ):
+        method(name).Config(schedules={1: {"timesteps": [1.0], "conditioning": [0.4]}})
 
 
 def test_it_needs_pictures_and_says_what_it_baked_in() -> None:
