@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from distillers.adapters import save_adapters
@@ -93,7 +94,12 @@ class JobRun:
         on_cpu = not torch.cuda.is_available()
         device = PartialState(cpu=on_cpu).device
         self.precision = resolve_precision(self.job.train.precision, device)
-        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if self.precision == "bfloat16" else "no")
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if self.precision == "bfloat16" else "no",
+            # The trainer divides by the micro-batches itself; by default, a launcher's settings would divide once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
         self.reporter = reporter or Reporter(folder, main=self.accelerator.is_main_process)
         self.trainer: Trainer | None = None
         self.preparation = Stopwatch()

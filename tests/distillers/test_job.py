@@ -504,6 +504,18 @@ def test_a_failure_is_told_in_its_own_words_on_a_terminal(
     assert "failed: [enforce fail] no memory for [/data]" in shown
 
 
+def test_a_launchers_settings_do_not_change_a_job(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    weight = torch.ones((), requires_grad=True)
+    run = JobRun(raw, tmp_path, Store(tmp_path / "store"))
+    run.accelerator.backward(8 * weight)
+    assert weight.grad == 8
+    assert run.accelerator.mixed_precision == "no"
+
+
 def test_an_apple_gpu_is_left_alone(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no float64, so it would fail at the first conversion; accelerate would choose it by itself."""
     asked: list[bool] = []
