@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
+from distillers.critics import guided_x0
 from distillers.methods.base import Setup, Workspace
 from distillers.processes import agreed, place, together
-from weights.denoiser import Cond
+from weights.denoiser import Cond, Denoiser
 from weights.diffusion.samplers import ImageNoise, initial_state, sample_ode, trailing_times
 from weights.drawing import guided
 
@@ -16,6 +17,18 @@ SHARD = 64
 LATENTS_AT_ONCE = 16 * 64 * 64
 """Latent positions per teacher call: 16 images of 512 pixels, 4 of 1024; guidance doubles the rows."""
 WHAT = "drawing teacher's pictures"
+
+
+class _GuidedInside(Denoiser):
+    """The teacher as the losses see it under a guidance interval (`guided_x0`)."""
+
+    def __init__(self, setup: Setup, scale: float, interval: tuple[float, float]) -> None:
+        super().__init__()
+        self.denoiser, self.schedule = setup.teacher, setup.teacher.schedule
+        self.uncond, self.scale, self.interval = setup.uncond, scale, interval
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return guided_x0(self.denoiser, x_t, t, cond, self.uncond, self.scale, self.interval)
 
 
 class TeacherPairs:
@@ -33,22 +46,25 @@ class TeacherPairs:
         seeds = [self.workspace.seed("pair", number) for number in pairs.tolist()]
         return ImageNoise(seeds, self.setup.latent_shape, self.setup.device)()
 
-    def make(self, steps: int, guidance_scale: float) -> None:
+    def make(self, steps: int, guidance_scale: float, interval: tuple[float, float] | None = None) -> None:
         """Generates all pairs that are not on disk: ``steps`` evaluations of the teacher each, twice as many if guided.
 
         Args:
             steps: of DDIM, with trailing times.
             guidance_scale: the teacher's; 1.0 is off.
+            interval: guide only where ``low <= t <= high``; everywhere when left out.
         """
         ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
-        files = [
-            self.workspace.folder / f"pairs-{steps}-{guidance_scale:g}-{a:06d}-{b:06d}.safetensors" for a, b in ends
-        ]
+        kind = f"{steps}-{guidance_scale:g}" + ("" if interval is None else "-in-{:g}-{:g}".format(*interval))
+        files = [self.workspace.folder / f"pairs-{kind}-{a:06d}-{b:06d}.safetensors" for a, b in ends]
+        teacher: Denoiser = guided(self.setup.teacher, self.setup.uncond, guidance_scale)
+        if interval is not None:
+            teacher = _GuidedInside(self.setup, guidance_scale, interval)
 
         def made(number: int) -> Path:
             """Generates the shard if it is not on this disk; another process may run on another machine."""
             if not files[number].exists():
-                self._make_shard(files[number], torch.arange(*ends[number]), steps, guidance_scale)
+                self._make_shard(files[number], torch.arange(*ends[number]), steps, teacher)
             return files[number]
 
         device, (rank, processes) = self.setup.device, place()
@@ -63,10 +79,9 @@ class TeacherPairs:
         self._pictures, self._rows = (torch.cat([shard[name] for shard in shards]) for name in ("pictures", "rows"))
 
     @torch.no_grad()
-    def _make_shard(self, path: Path, pairs: Tensor, steps: int, guidance_scale: float) -> None:
+    def _make_shard(self, path: Path, pairs: Tensor, steps: int, teacher: Denoiser) -> None:
         generator = torch.Generator().manual_seed(self.workspace.seed("pair rows", int(pairs[0])))
         rows = torch.randint(self.workspace.prompts, (len(pairs),), generator=generator)
-        teacher = guided(self.setup.teacher, self.setup.uncond, guidance_scale)
         parts = []
         for own, asked in zip(*(torch.split(each, self._at_once()) for each in (pairs, rows)), strict=True):
             x_t = initial_state(self.noise(own), teacher.schedule)

@@ -94,7 +94,8 @@ class DMD2(ScoreDistillation):
     def prepare(self, workspace: Workspace) -> None:
         if self.config.regression_iterations:
             self.pairs = TeacherPairs(workspace, self.setup, self.config.regression_pairs)
-            self.pairs.make(self.config.regression_steps, self.config.guidance_scale)
+            config = self.config
+            self.pairs.make(config.regression_steps, config.guidance_scale, config.guidance_interval)
 
     def loss(self, turn: Turn, step: Step) -> TurnLoss:
         return self._regression_loss(step) if turn.name == "regression" else super().loss(turn, step)

@@ -440,6 +440,25 @@ def test_pairs_are_the_teachers_and_made_once(tmp_path: Path) -> None:
         torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
+def test_pairs_are_those_of_a_teacher_guided_where_the_scores_are(tmp_path: Path) -> None:
+    """In one step, from t = 1: beyond the interval, the teacher is not guided, as in the losses."""
+    found = []
+    for name, scale, interval in (("off", 1.0, None), ("below", 4.0, (0.0, 0.9)), ("all", 4.0, (0.0, 1.0))):
+        config = DMD2Config(
+            regression_iterations=1,
+            regression_pairs=8,
+            regression_steps=1,
+            guidance_scale=scale,
+            guidance_interval=interval,
+        )
+        method = DMD2(config, mixture_setup())
+        method.prepare(workspace(tmp_path))
+        assert method.pairs is not None, name
+        found.append(method.pairs.draw(64, generator_of("draw"))[1])
+    assert torch.equal(found[0], found[1])
+    assert (found[2] - found[0]).abs().min() > 0.1
+
+
 def test_large_pairs_are_drawn_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pictures(folder: str) -> torch.Tensor:
         method = DMD2(DMD2Config(regression_iterations=1, regression_pairs=70, regression_steps=2), mixture_setup())
