@@ -95,7 +95,9 @@ class TurnAboutConfig(ScoreDistillationConfig):
 
     As in their public code, which is EDM's, there is no warm-up and the fake score has EDM's weighting. AdamW's weight
     decay of 0.01, where they use Adam without, is the family's: at their learning rate of 1e-5, an update shrinks the
-    weights by a ten-millionth.
+    weights by a ten-millionth. Their code updates the fake score first, on samples of its own, and then the student; here
+    the student is updated first and its samples are shared, as in DMD2, so that the fake score is one update of the student
+    further behind (``share_samples = false`` undoes this, for another evaluation).
     """
 
     guidance_scale: float = Field(
