@@ -198,6 +198,21 @@ def test_an_unknown_prediction_is_refused(unet_folder: Path, tmp_path: Path) -> 
         load(AUTO, other)
 
 
+def test_eps_in_pure_noise_is_refused(unet_folder: Path, tmp_path: Path) -> None:
+    """x_0 = (x_t - sigma eps) / alpha, and alpha is 0 there."""
+    other = tmp_path / "other"
+    shutil.copytree(unet_folder, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    usual = {"steps_offset": 1, "clip_sample": False}  # diffusers warns of others
+    DDIMScheduler(rescale_betas_zero_snr=True, **usual).save_pretrained(other / "scheduler")
+    with pytest.raises(ValueError, match="or turn rescale_betas_zero_snr off"):
+        load(AUTO, other)
+    DDIMScheduler(**usual).save_pretrained(other / "scheduler")
+    load(AUTO, other)
+
+
 def test_a_scheduler_of_another_kind_of_noise_is_refused(unet_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(unet_folder, other)

@@ -98,6 +98,12 @@ class StableDiffusion(PipelineModel):
                 f"the scheduler, {type(scheduler).__name__}, does not preserve variance: use one with alphas_cumprod, such "
                 "as a DDPMScheduler or an EulerDiscreteScheduler"
             )
+        if prediction == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "the scheduler's prediction_type is 'epsilon', but with rescale_betas_zero_snr it starts from pure noise, "
+                "in which eps says nothing about the image: use 'v_prediction' if the network predicts v, or turn "
+                "rescale_betas_zero_snr off"
+            )
         return DiscreteVP(scheduler.alphas_cumprod), _PREDICTIONS[prediction]
 
     def components(self) -> dict[str, nn.Module]:
