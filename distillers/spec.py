@@ -18,6 +18,7 @@ from distillers.methods.base import Method, MethodConfig
 from weights.bundled import bundled_bases
 from weights.contracts import DistillJob, check_name
 from weights.families import AUTO
+from weights.fields import no_such_field
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 FREE = {
@@ -105,7 +106,7 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     try:
         job = DistillJob.model_validate(raw)
     except ValidationError as error:
-        raise BadSpec(_errors(error)) from error
+        raise BadSpec(_errors(error, DistillJob)) from error
     errors = []
     known = [AUTO, *family_names()]
     if job.family not in known:
@@ -116,7 +117,7 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     except UnknownMethod as error:
         raise BadSpec([*errors, _error("method", str(error))]) from error
     except ValidationError as error:
-        raise BadSpec([*errors, *_errors(error, "config")]) from error
+        raise BadSpec([*errors, *_errors(error, chosen.Config, "config")]) from error
     errors += [*_against_the_method(job, chosen, config), *_against_capture(job, chosen, config)]
     errors += [*_against_the_base(job), *_against_the_data(job), *_against_each_other(job), *_against_the_names(job)]
     if errors:
@@ -290,11 +291,12 @@ def _error(param: str, message: str) -> dict[str, str]:
     return {"param": param, "message": message}
 
 
-def _errors(error: ValidationError, prefix: str = "") -> list[dict[str, str]]:
+def _errors(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[dict[str, str]]:
     found = []
     for each in error.errors():
         param = ".".join(str(part) for part in ([prefix] if prefix else []) + list(each["loc"]))
-        message = each["msg"].removeprefix("Value error, ")
+        unknown = each["type"] == "extra_forbidden"
+        message = no_such_field(model, each["loc"]) if unknown else each["msg"].removeprefix("Value error, ")
         given = each.get("input")
         shown = "" if isinstance(given, dict | list) or each["type"] == "missing" else f" (got {given!r})"
         found.append(_error(param or "job", message + shown))

@@ -31,6 +31,7 @@ from distillers.methods.score_settings import ScoreDistillationConfig
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import Denoiser
 from weights.families.base import TextToImage
+from weights.fields import no_such_field
 
 
 class DisBackConfig(MethodConfig):
@@ -90,17 +91,17 @@ class DisBackConfig(MethodConfig):
         try:
             return cast(ScoreDistillationConfig, family[self.method].Config.model_validate(self.settings))
         except ValidationError as error:
-            known = family[self.method].Config.model_fields
-            raise ValueError("; ".join(_told(dict(each), sorted(known)) for each in error.errors())) from error
+            wrapped = family[self.method].Config
+            raise ValueError("; ".join(_told(dict(each), wrapped) for each in error.errors())) from error
 
 
-def _told(error: dict[str, Any], known: list[str]) -> str:
+def _told(error: dict[str, Any], config: type[MethodConfig]) -> str:
     """One of pydantic's errors about the wrapped method's settings, with the bad value and what is allowed."""
     field, given = ".".join(["settings", *map(str, error["loc"])]), error["input"]
-    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
-        return f"{field}: there is no such setting (got {given!r}): use one of {', '.join(known)}"
+    unknown = error["type"] == "extra_forbidden"
+    message = no_such_field(config, error["loc"]) if unknown else error["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, dict) else f" (got {given!r})"
-    return f"{field}: {error['msg'].removeprefix('Value error, ')}{shown}"
+    return f"{field}: {message}{shown}"
 
 
 class DisBack(Method):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from service.jobs.base import CheckFailed, InvalidSpec
 from weights.contracts import DistillJob
+from weights.fields import no_such_field
 
 CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
@@ -32,6 +33,8 @@ def parse_spec(raw: Any, prefix: str = "") -> DistillJob:
 
 def _sentence(problem: Any) -> str:
     """Describe the problem, with the value that caused it if that is short."""
+    if problem["type"] == "extra_forbidden":
+        return no_such_field(DistillJob, problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     given = repr(problem["input"])
     return message if problem["type"] in {"missing", "value_error"} or len(given) > 80 else f"{message}, got {given}"

@@ -61,7 +61,7 @@ def test_errors_of_the_wrapped_method_have_the_bad_value_and_what_is_allowed() -
     told = str(error.value)
     for part in (
         "settings.student_every: Input should be greater than or equal to 1 (got 0)",
-        "settings.student_rate: there is no such setting (got 1e-05): use one of adversary, ",
+        "settings.student_rate: there is no such field: did you mean student_lr? Use one of schedules, ",
         " student_lr, ",
         "settings.optimizer: Input should be 'adamw' or 'muon' (got 'sgd')",
     ):

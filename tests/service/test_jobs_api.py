@@ -107,7 +107,7 @@ def test_a_job_from_its_spec_to_a_drawn_picture(client: TestClient) -> None:
         ({"method": 3}, "method", "invalid_value", "got 3"),
         ({"stuff": 1}, "stuff", "unknown_parameter", "stuff"),
         ({"train": {"batch_size": 0}}, "train.batch_size", "invalid_value", "got 0"),
-        ({"train": {"batchsize": 1}}, "train.batchsize", "unknown_parameter", "train.batchsize"),
+        ({"train": {"batchsize": 1}}, "train.batchsize", "unknown_parameter", "did you mean batch_size? Use one of"),
         ({"lora": {"rank": "big"}}, "lora.rank", "invalid_value", "'big'"),
         ({"method": "nothing"}, "method", "invalid_value", "no method 'nothing'"),
         ({"config": {"steps": 0}}, "config.steps", "invalid_value", "at least 1"),
