@@ -214,6 +214,8 @@ def _against_the_names(job: DistillJob) -> list[dict[str, str]]:
             check_name(name)
     except ValueError as error:
         return [_error("student", f"the partition's parts need names of their own: {error}")]
+    if job.student in bundled_bases():
+        return [_error("student", f"{job.student!r} is the bundled base: choose another name")]
     return []
 
 

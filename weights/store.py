@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from weights.bundled import bundled_bases
 from weights.contracts import DistillJob, StudentManifest, check_name
 from weights.files import sync_folder, write_file
 from weights.student_files import (
@@ -167,12 +168,14 @@ class Store:
         Raises:
             AlreadyExists: the name is taken in root (bundled students may be hidden).
             NotFound: the folder, or a student that this one routes to, does not exist.
-            Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file.
+            Forbidden: a file of a kind that is not allowed, a symlink, or a hidden file; or the name is a bundled base's.
             Corrupt: a safetensors file does not parse, or the manifest could not be read back.
             DiskFull: no space is left; the staging folder is removed, and an old version stays.
             StoreError: the folder or root cannot be read or written.
         """
         name, folder = manifest.name, Path(folder)
+        if name in bundled_bases():
+            raise Forbidden(f"{name!r} is the bundled base, which would hide the student: choose another name")
         link = self.root / name
         taken = f"student {name!r} exists already: replace it (replace=True, --replace), or choose another name"
         with _clear_errors(name):

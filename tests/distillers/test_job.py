@@ -84,6 +84,7 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"base": "~/nowhere"}, "base", "'~' is written out"),
         ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
         ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
+        ({"student": "emoji-base"}, "student", "is the bundled base: choose another name"),
         ({"extra": 1}, "extra", "use one of student, method, base"),
         ({"train": {"iteration": 3}}, "train.iteration", "did you mean iterations? Use one of iterations, max_minutes"),
         ({"config": {"studnet_lr": 1}}, "config.studnet_lr", "did you mean student_lr?"),

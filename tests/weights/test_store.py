@@ -122,6 +122,11 @@ def test_a_taken_name_is_refused_unless_it_is_to_be_replaced(published: Store, t
     assert load_file(reader.path / WEIGHTS)["w"][0] == 1  # whoever opened the old one can still read it
 
 
+def test_a_bundled_base_keeps_its_name(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(Forbidden, match=r"'emoji-base' is the bundled base, .*: choose another name"):
+        store.publish(manifest("emoji-base"), student(tmp_path / "new"), replace=True)
+
+
 def test_replacing_needs_nothing_to_replace(store: Store, tmp_path: Path) -> None:
     store.publish(manifest(), student(tmp_path / "new", 3.0), replace=True)
     assert value(store) == 3
