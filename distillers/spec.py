@@ -119,7 +119,12 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
     except ValidationError as error:
         raise BadSpec([*errors, *_errors(error, chosen.Config, "config")]) from error
     errors += [*_against_the_method(job, chosen, config), *_against_capture(job, chosen, config)]
-    errors += [*_against_the_base(job), *_against_the_data(job), *_against_each_other(job), *_against_the_names(job)]
+    errors += [
+        *_against_the_base(job),
+        *_against_the_data(job, chosen.needs_pictures(config)),
+        *_against_each_other(job),
+        *_against_the_names(job),
+    ]
     if errors:
         raise BadSpec(errors)
     return job.model_copy(update={"config": config.model_dump(mode="json")}), config
@@ -128,9 +133,6 @@ def check_spec(raw: Any) -> tuple[DistillJob, MethodConfig]:
 def _against_the_method(job: DistillJob, chosen: type[Method], config: MethodConfig) -> list[dict[str, str]]:
     """Errors for what the method needs and the job lacks."""
     errors = []
-    reason = chosen.needs_pictures(config)
-    if reason and not _has_pictures(job):
-        errors.append(_error("data.source", f"{job.data.source!r} has no images, but {reason}"))
     reason = chosen.needs_whole_network(config)
     if reason and job.lora is not None:
         errors.append(_error("lora", f"{reason}; leave lora out"))
@@ -181,10 +183,19 @@ def _against_the_base(job: DistillJob) -> list[dict[str, str]]:
     return [_error("base", message)]
 
 
-def _against_the_data(job: DistillJob) -> list[dict[str, str]]:
+def _against_the_data(job: DistillJob, reason: str | None) -> list[dict[str, str]]:
+    """Errors in the data; ``reason`` is why the method needs images, if it does."""
     errors = []
-    if not _has_pictures(job):
-        errors.append(_error("data.source", f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"))
+    if "source" not in job.data.model_fields_set and job.base not in bundled_bases():
+        if reason or job.data.prompts is None:  # the emoji would teach another teacher its captions and images
+            message = (
+                f"left out, which means the bundled emoji, but the base is {job.base!r}: give a folder with metadata.jsonl "
+                "and its images, or write 'emoji' to mean it"
+            )
+            errors.append(_error("data.source", message))
+    elif job.data.source != "emoji" and not Path(job.data.source, "metadata.jsonl").is_file():
+        message = f"{job.data.source!r} is neither 'emoji' nor a folder with metadata.jsonl"
+        errors.append(_error("data.source", f"{message} ({reason})" if reason else message))
     if job.data.prompts is not None and not job.data.recombines and not Path(job.data.prompts).is_file():
         errors.append(
             _error("data.prompts", f"there is no file {job.data.prompts!r} ('recombined' needs source 'emoji')")
@@ -217,10 +228,6 @@ def _against_the_names(job: DistillJob) -> list[dict[str, str]]:
     if job.student in bundled_bases():
         return [_error("student", f"{job.student!r} is the bundled base: choose another name")]
     return []
-
-
-def _has_pictures(job: DistillJob) -> bool:
-    return job.data.source == "emoji" or Path(job.data.source, "metadata.jsonl").is_file()
 
 
 def fingerprint(job: DistillJob, *digests: str) -> str:

@@ -73,7 +73,9 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
     except OSError as error:
         raise CheckFailed(f"the spec could not be checked: {command[0]} cannot be started: {error}") from error
     try:
-        out, err = await asyncio.wait_for(process.communicate(job.model_dump_json().encode()), patience)
+        out, err = await asyncio.wait_for(
+            process.communicate(job.model_dump_json(exclude_unset=True).encode()), patience
+        )
     except TimeoutError as error:
         raise CheckFailed(f"the spec could not be checked: no answer within {patience:.0f} s") from error
     finally:

@@ -82,7 +82,13 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
         ({"base": "/nowhere"}, "base", "'/nowhere' is not a folder with a model_index.json on this machine: give"),
         ({"base": "../nowhere"}, "base", "a bundled base (emoji-base) or a hub id"),
         ({"base": "~/nowhere"}, "base", "'~' is written out"),
-        ({"data": {"source": "/nowhere"}}, "data.source", "metadata.jsonl"),
+        (
+            {"data": {"source": "/nowhere"}},
+            "data.source",
+            "'/nowhere' is neither 'emoji' nor a folder with metadata.jsonl (gan_weight 0.001 compares with real images; ",
+        ),
+        ({"data": {}}, "data.source", "left out, which means the bundled emoji, but the base is '"),
+        ({"base": "somebody/some-model", "data": {}, "method": "sid"}, "data.source", "or write 'emoji' to mean it"),
         ({"data": {"prompts": "/nowhere"}}, "data.prompts", "no file"),
         ({"student": "emoji-base"}, "student", "is the bundled base: choose another name"),
         ({"extra": 1}, "extra", "use one of student, method, base"),
@@ -118,6 +124,20 @@ def test_a_base_that_may_be_there_is_left_to_the_job(
 ) -> None:
     monkeypatch.chdir(folder)
     assert check_spec({**raw, "base": base})[0].base == base
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": "emoji-base", "data": {}},
+        {"data": {"source": "emoji"}},
+        {"data": {"prompts": __file__}, "config": {"gan_weight": 0.0}},
+    ],
+)
+def test_the_emoji_are_used_for_their_own_base_or_where_they_are_named(
+    raw: dict[str, Any], change: dict[str, Any]
+) -> None:
+    assert check_spec({**raw, **change})[0].data.source == "emoji"
 
 
 def test_recipes_check_and_overrides_change_them() -> None:
