@@ -91,6 +91,11 @@ def run(arguments: list[str]) -> int:
     from weights.store import Store
 
     folder = options.folder or Path("runs") / raw["student"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # here, since the job reports its errors into this folder
+    except OSError as error:
+        print(f"the job's folder {folder} cannot be made ({error}): give another with --folder", file=sys.stderr)
+        return 2
     store = Store(options.store.expanduser(), STUDENTS)
     kind = MultiRun if checked.parts else JobRun
     job = kind(raw, folder, store, cache=options.cache, replace=options.replace, shared=options.shared)

@@ -138,6 +138,7 @@ class JobRun:
             self._finished(done)
             return
         self._refuse_taken_name(self.job.student)
+        self.store.check_publishes()
         previous = [(number, signal.signal(number, self.stop)) for number in ASKING]
         try:
             manifest = self._make(resume)

@@ -199,6 +199,21 @@ class Store:
                 self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
         return published
 
+    def check_publishes(self) -> None:
+        """Check that students can be written here, before hours of training rather than after them.
+
+        Raises:
+            StoreError: they cannot.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with self._staging():
+                pass
+        except OSError as error:
+            raise StoreError(
+                f"no student can be published in the store {self.root} ({error}): give another folder, or make it writable"
+            ) from error
+
     def amend(self, manifest: StudentManifest) -> StudentManifest:
         """Publish a student again with the same files and another manifest, such as a new calibration.
 

@@ -175,6 +175,19 @@ def test_the_check_command(raw: dict[str, Any], tmp_path: Path, capsys: pytest.C
     assert "method" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_folders_that_cannot_be_written_stop_a_job_before_it_trains(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = tmp_path / "job.json", tmp_path / "file"
+    path.write_text(json.dumps(raw)), file.touch()
+    assert command.main([str(path), "--folder", str(file / "run")]) == 2
+    assert f"the job's folder {file / 'run'} cannot be made" in capsys.readouterr().err
+    assert command.main([str(path), "--folder", str(tmp_path / "run"), "--store", str(file / "students")]) == 1
+    (failed,) = events(tmp_path / "run")
+    assert isinstance(failed, Failed) and failed.step == 0
+    assert "give another folder, or make it writable" in failed.message
+
+
 def test_the_methods_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["methods"]) == 0
     listed = json.loads(capsys.readouterr().out)

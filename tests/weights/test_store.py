@@ -127,6 +127,14 @@ def test_a_bundled_base_keeps_its_name(store: Store, tmp_path: Path) -> None:
         store.publish(manifest("emoji-base"), student(tmp_path / "new"), replace=True)
 
 
+def test_whether_a_store_can_be_written_is_known_before_publishing(store: Store, tmp_path: Path) -> None:
+    store.check_publishes()
+    assert list(store.root.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"no student can be published in the store .*: give another folder, or"):
+        Store(tmp_path / "file" / "students").check_publishes()
+
+
 def test_replacing_needs_nothing_to_replace(store: Store, tmp_path: Path) -> None:
     store.publish(manifest(), student(tmp_path / "new", 3.0), replace=True)
     assert value(store) == 3
