@@ -313,9 +313,7 @@ def read_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         raise BadSettings("\n".join(_describe(problem) for problem in error.errors())) from None
     except ValueError as error:  # from pydantic-settings, for a list that is not JSON
-        raise BadSettings(
-            f'{error}: {error.__cause__}; write lists and objects as JSON, such as ["emoji-base"]'
-        ) from None
+        raise BadSettings(_not_json(error)) from None
 
 
 def _refuse_unknown_variables() -> None:
@@ -326,6 +324,15 @@ def _refuse_unknown_variables() -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {PREFIX}{close[0]}?" if close else "see docs/settings.md"
             raise BadSettings(f"{variable} is not a setting: {hint}")
+
+
+def _not_json(error: ValueError) -> str:
+    """The variable that pydantic-settings names only as a field, and its value."""
+    field = re.search(r'for field "(\w+)"', str(error))
+    variable = PREFIX + field[1].upper() if field else ""
+    example = '{"gpt-image-1": "my-student"}' if variable == f"{PREFIX}ALIASES" else '["emoji-base"]'
+    given = next((value for name, value in os.environ.items() if name.upper() == variable), "")
+    return f"{variable or error}: write lists and objects as JSON, such as {example}, got {given!r}"
 
 
 def _describe(problem: Any) -> str:
