@@ -113,6 +113,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":  # Pillow would clip it at 0 and 255, which makes 0 to 1 black
+        raise ValueError("its pixels are floating-point numbers of an unknown range: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         high = (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
         return Image.fromarray(high).convert("RGB")

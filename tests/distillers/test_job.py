@@ -16,7 +16,7 @@ import distillers.__main__ as command
 from distillers.corpus import load_corpus
 from distillers.data import Feed, cached_conditions
 from distillers.events import Reporter, now
-from distillers.folder import BadData
+from distillers.folder import BadData, load_picture
 from distillers.job import STOPPED, JobRun
 from distillers.processes import Interrupted
 from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, read_spec, recipes
@@ -272,6 +272,9 @@ def test_pictures_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     corpus = load_corpus(DataSpec(source=str(folder)), 4)
     assert corpus.pictures is not None
     assert (corpus.pictures([0]) == 128).all()
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(folder / "deep.tiff")
+    with pytest.raises(BadData, match=r"deep\.tiff is not a readable image .* save it with 8 or 16 bits"):
+        load_picture(folder / "deep.tiff", 4)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
     with pytest.raises(BadData, match=r"deep\.png is not a readable image \(Image size \(64 pixels\)"):
         corpus.pictures([0])
