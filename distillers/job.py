@@ -49,6 +49,13 @@ EXPECTED = (ValueError, Diverged, StoreError, OSError)
 """Failures that are fully described by their message; anything else is a bug, and is shown with its traceback."""
 
 
+SMALLER = (
+    "lower train.batch_size and raise train.gradient_accumulation by as much, set train.gradient_checkpointing, or train "
+    "a LoRA with lora.shared_base"
+)
+"""What needs less memory."""
+
+
 class JobRun:
     """A running job: builds its components in order, trains and publishes."""
 
@@ -354,6 +361,8 @@ class JobRun:
         step, checkpoint = self._position()
         expected = isinstance(error, EXPECTED)
         message = str(error) if expected else f"{type(error).__name__}: {error}"
+        if out_of_memory(error):
+            expected, message = True, f"out of memory with batch_size {self.job.train.batch_size}: {SMALLER} ({error})"
         self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
         if not self.accelerator.is_main_process:  # its reporter writes nothing
             print(f"process {self.accelerator.process_index}: {message}", file=sys.stderr)
@@ -366,6 +375,14 @@ class JobRun:
             return 0, None
         latest = self.trainer.latest_checkpoint()
         return self.trainer.iteration, str(latest.relative_to(self.folder)) if latest else None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is a GPU's allocator that failed, or the CPU's, whose errors have no class of their own."""
+    failed = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in failed)
+    )
 
 
 def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:

@@ -650,6 +650,22 @@ def test_a_spec_that_cannot_be_written_leaves_the_old_one(
     assert (folder / "job.json").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail]: can't allocate memory: 9 bytes")],
+)
+def test_a_batch_too_large_for_the_memory_says_what_needs_less(
+    error: Exception, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "run", run)
+    assert JobRun(raw, tmp_path / "job", Store(tmp_path / "store")).run(resume=False) == 1
+    message = events(tmp_path / "job")[-1].message
+    assert message.startswith("out of memory with batch_size 2: lower train.batch_size and") and str(error) in message
+
+
 def test_a_diverged_job_says_where_and_what_is_left(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
