@@ -3,7 +3,8 @@
     python -m distillers JOB [--folder DIR] [--store ROOT] [--cache DIR] [--resume] [--replace] [--set train.seed=1]
                              [--shared DIR]
     python -m distillers check [FILE | -]       print a spec's errors, or the spec with all defaults filled in, as JSON
-    python -m distillers methods                print every method with the schema of its settings, as JSON
+    python -m distillers methods [NAME ...]     print the settings of these methods, with their defaults and meanings; or
+                                                every method with the schema of its settings, as JSON
 
 JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events are written as JSON lines to standard
 output and to DIR/events.jsonl; on a terminal, a progress bar replaces the former. After SIGTERM or Ctrl-C the job
@@ -23,10 +24,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["check"]:
         return check(arguments[1:])
     if arguments[:1] == ["methods"]:
-        from distillers.spec import describe_methods
-
-        print(json.dumps(describe_methods()))
-        return 0
+        return show_methods(arguments[1:])
     return run(arguments)
 
 
@@ -43,6 +41,26 @@ def check(arguments: list[str]) -> int:
         print(json.dumps({"ok": False, "errors": error.errors}))
         return 1
     print(json.dumps({"ok": True, "job": job.model_dump(mode="json")}))
+    return 0
+
+
+def show_methods(names: list[str]) -> int:
+    """Prints the settings of the methods as text, or of every method as JSON."""
+    from distillers.methods import UnknownMethod, method
+    from distillers.spec import describe_methods
+
+    if not names:
+        print(json.dumps(describe_methods()))
+        return 0
+    try:
+        configs = [method(name).Config for name in names]
+    except UnknownMethod as error:
+        print(error, file=sys.stderr)
+        return 2
+    for config in configs:
+        defaults = config().model_dump(mode="json")
+        for name, field in config.model_fields.items():
+            print(f"{name} = {json.dumps(defaults[name])}\n    {field.description}")
     return 0
 
 

@@ -194,6 +194,10 @@ def test_the_methods_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert listed == describe_methods()
     dmd2 = next(each for each in listed if each["name"] == "dmd2")
     assert dmd2["description"].startswith("DMD2") and "guidance_scale" in dmd2["config"]["properties"]
+    assert command.main(["methods", "dmd2"]) == 0
+    assert "\nguidance_scale = 1.75\n    teacher's guidance w: " in capsys.readouterr().out
+    assert command.main(["methods", "dmd3"]) == 2
+    assert "unknown method 'dmd3': use one of add, " in capsys.readouterr().err
 
 
 # Data
