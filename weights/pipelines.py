@@ -99,10 +99,13 @@ class PipelineModel(TextToImage):
         return cls.pipeline_class.__name__
 
     @classmethod
+    def check_source(cls, source: str | Path) -> None:
+        _checked(source, cls)
+
+    @classmethod
     @quiet
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        folder = resolve_base(source)
-        _check_kind(folder, cls)
+        folder = _checked(source, cls)
         card = read_card(folder)
         check_weights(folder, card)
         pipeline = cls.pipeline_class.from_pretrained(
@@ -268,11 +271,12 @@ def _weightless(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={id(each): each.to("meta") for each in tensors})
 
 
-def _check_kind(folder: Path, family: type[PipelineModel]) -> None:
-    """Reject other pipeline classes, which diffusers would load as far as the component names match."""
+def _checked(source: str | Path, family: type[PipelineModel]) -> Path:
+    """The pipeline's folder, unless it is of another class, which diffusers would load as far as names match."""
+    folder = resolve_base(source)
     kind = pipeline_class_name(folder)
     if kind == family.pipeline_name():
-        return
+        return folder
     taker = taker_of(kind)
     fix = f": family {taker!r} takes it" if taker is not None else ""
     raise ValueError(

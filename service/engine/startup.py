@@ -6,7 +6,6 @@ from typing import Any, cast
 import torch
 
 from service.settings import BadSettings, Settings
-from weights.bundled import resolve_base
 from weights.families import AUTO, families, family_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -16,7 +15,7 @@ def families_of_bases(settings: Settings) -> dict[str, str]:
     """The family of each base that the settings name, after checking that the base exists.
 
     Raises:
-        BadSettings: the family or a base does not exist, or no family loads the base.
+        BadSettings: the family or a base does not exist, or the family, or none, loads the base.
     """
     known = [AUTO, *families()]
     if settings.family not in known:
@@ -25,12 +24,11 @@ def families_of_bases(settings: Settings) -> dict[str, str]:
 
 
 def _family(asked: str, base: str) -> str:
-    """The family of a base: the one asked for, which its loader checks against the pipeline, or the pipeline's own."""
+    """The family of a base: the one asked for, if it takes the base, or the pipeline's own."""
     try:
         if asked == AUTO:
             return family_of(base)
-        if families()[asked].pipeline_name() is not None:
-            resolve_base(base)
+        families()[asked].check_source(base)
     except (FileNotFoundError, ValueError) as error:
         raise BadSettings(f"FEWSTEP_BASES: {error}") from None
     return asked

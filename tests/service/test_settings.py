@@ -94,6 +94,8 @@ def test_each_base_has_the_family_of_its_pipeline(tmp_path: Path) -> None:
     assert families_of_bases(Settings(bases=["ring"], family="gaussian_mixture")) == {"ring": "gaussian_mixture"}
     with pytest.raises(BadSettings, match=r"FEWSTEP_BASES: .*c holds a KolorsPipeline, which no family loads"):
         families_of_bases(Settings(bases=[*known, unknown]))
+    with pytest.raises(BadSettings, match=r"FEWSTEP_BASES: .*a holds a FluxPipeline.*: family 'flux' takes it"):
+        families_of_bases(Settings(bases=known, family="stable_diffusion"))
 
 
 def test_the_engine_refuses_an_unknown_default(tiny_base: object) -> None:

@@ -67,6 +67,16 @@ class TextToImage(ABC):
 
     @classmethod
     @abstractmethod
+    def check_source(cls, source: str | Path) -> None:
+        """Check, without loading anything, that `load` takes ``source``, as far as that can be told.
+
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: it is a model of another family.
+        """
+
+    @classmethod
+    @abstractmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         """Load the model in ``source``: a folder, or whatever else the family accepts.
 

@@ -241,14 +241,18 @@ class GaussianMixture(TextToImage):
             self.denoiser = MLPDenoiser(network, self.schedule, prediction)
 
     @classmethod
+    def check_source(cls, source: str | Path) -> None:
+        if str(source) not in PRESETS:
+            raise ValueError(f"no mixture is named {str(source)!r}; available: {', '.join(sorted(PRESETS))}")
+
+    @classmethod
     def load(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
         """Load a preset by name.
 
         Raises:
             ValueError: no preset has that name.
         """
-        if str(source) not in PRESETS:
-            raise ValueError(f"no mixture is named {str(source)!r}; available: {', '.join(sorted(PRESETS))}")
+        cls.check_source(source)
         model = cls(PRESETS[str(source)]()).to(device, dtype)
         model.network.eval().requires_grad_(False)
         return model
