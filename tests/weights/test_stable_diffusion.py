@@ -321,20 +321,36 @@ def test_a_student_that_is_told_its_guidance_survives_the_store_and_exports(
     assert (ours - diffusers_pixels(pipeline, 4, 3.0, seed=7)).abs().mean() * 255 > 0.01
 
 
-def test_a_one_step_student_that_is_told_another_time_exports(
-    unet_base: StableDiffusion, unet_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("told", "plain", "timesteps"),
+    [
+        # SDXL's published one-step DMD2 student starts from pure noise as if it were t = 0.4.
+        (StepSchedule(timesteps=[1.0], conditioning=[0.4]), StepSchedule(timesteps=[1.0]), [399]),
+        (StepSchedule(timesteps=[0.4]), StepSchedule(timesteps=[1.0]), [399]),
+        (
+            StepSchedule(timesteps=[1.0, 0.49], conditioning=[0.98, 0.49]),
+            StepSchedule(timesteps=[1.0, 0.49]),
+            [979, 489],
+        ),
+    ],
+)
+def test_a_student_whose_first_step_is_told_another_time_exports(
+    unet_base: StableDiffusion,
+    unet_folder: Path,
+    tmp_path: Path,
+    told: StepSchedule,
+    plain: StepSchedule,
+    timesteps: list[int],
 ) -> None:
-    """SDXL's published one-step DMD2 student starts from pure noise as if it were t = 0.4."""
-    store, cond = Store(tmp_path / "store"), unet_base.encode_prompts([PROMPT])
-    told, plain = StepSchedule(timesteps=[1.0], conditioning=[0.4]), StepSchedule(timesteps=[1.0])
-    published(store, unet_base, unet_folder, tmp_path, schedules={1: told})
+    store, cond, steps = Store(tmp_path / "store"), unet_base.encode_prompts([PROMPT]), len(timesteps)
+    published(store, unet_base, unet_folder, tmp_path, schedules={steps: told})
     student = load_student(store.open("student"), unet_base)
-    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", 1), dtype=torch.float32)
-    theirs = diffusers_pixels(pipeline, 1, 1.0, seed=7)
+    pipeline = DiffusionPipeline.from_pretrained(export(store, "student", tmp_path / "out", steps), dtype=torch.float32)
+    theirs = diffusers_pixels(pipeline, steps, 1.0, seed=7)
     ours, other = ((student.decode(draw(student, cond, None, [7], s).latents) + 1) / 2 for s in (told, plain))
     assert (ours - theirs).abs().mean() * 255 < 0.01
     assert (other - theirs).abs().mean() * 255 > 0.01, "the time must show"
-    assert pipeline.scheduler.timesteps.tolist() == [399]
+    assert pipeline.scheduler.timesteps.tolist() == timesteps
 
 
 def test_a_network_of_another_size_survives_the_store(
@@ -379,7 +395,7 @@ def test_export_refuses_what_diffusers_cannot_run(base: PipelineModel, base_fold
         (1, r"t = \[0\.4\] for states at \[1\.0\], but" if flow else r"t = \[0\.4005\], between two of the 1000"),
         (2, "consistency"),
         (3, "runs 3 steps at"),
-        (5, r"t = \[0\.4, .* tells? it .* export .* without conditioning times"),
+        (5, r"t = \[0\.4, .* tells? it .* export .* conditioning times"),
         (6, "1 to 5, not 6"),
     ):
         with pytest.raises(ValueError, match=message):

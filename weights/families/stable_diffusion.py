@@ -178,17 +178,16 @@ class StableDiffusion(PipelineModel):
         pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
 
     def _student_scheduler(self, schedule: StepSchedule) -> Any:
-        if len(schedule.timesteps) > 1 and schedule.network_times != schedule.timesteps:
+        if schedule.network_times[1:] != schedule.timesteps[1:]:
             raise ValueError(
-                f"the student's network is told t = {schedule.network_times} for states at {schedule.timesteps}, but "
-                "diffusers' LCMScheduler tells it the time to which the step before has noised the state: serve it, or "
-                "export its one-step schedule or one without conditioning times"
+                f"the student's network is told t = {schedule.network_times} for states at {schedule.timesteps}, but after "
+                "the first step diffusers' LCMScheduler tells it the time to which the step before has noised the state: "
+                "serve it, or export a schedule whose conditioning times differ in the first step alone"
             )
         timesteps = self._timesteps(schedule.network_times)
         config = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
         config |= {"thresholding": False, "clip_sample": False}  # a student's x_0 is not clipped
-        if len(timesteps) == 1:
-            config |= self._ending_at(timesteps[0])
+        config |= self._ending_at(timesteps[0])
         scheduler = LCMScheduler.from_config(config, original_inference_steps=len(timesteps))
         scheduler.set_timesteps(len(timesteps))
         if scheduler.timesteps.tolist() != timesteps:
@@ -211,10 +210,10 @@ class StableDiffusion(PipelineModel):
         return [round(t * count) - 1 for t in times]
 
     def _ending_at(self, timestep: int) -> dict[str, Any]:
-        """Settings of a scheduler whose last timestep, at which LCMScheduler takes a single step, is this one.
+        """Settings of a scheduler whose last timestep, at which LCMScheduler takes its first step, is this one.
 
-        The step's state is unit noise whatever the timestep: the schedule preserves variance. So a student that is told
-        another time than its state's needs no more than a shorter schedule.
+        That step's state is unit noise whatever the timestep: the schedule preserves variance. So a student whose first
+        step is told an earlier time needs no more than a shorter schedule.
         """
         betas = self.pipeline.scheduler.betas
         if timestep == len(betas) - 1:
