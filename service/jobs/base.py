@@ -26,7 +26,7 @@ class JobError:
     """Why a job failed: a sentence, a stable code, and the last lines that its process wrote to standard error."""
 
     message: str
-    code: Literal["job_failed", "job_killed", "job_lost", "launch_failed"]
+    code: Literal["job_failed", "job_killed", "job_lost", "launch_failed", "spec_unreadable"]
     stderr: str = ""
 
 
@@ -60,6 +60,8 @@ class Job:
     device: str | None = None
     lease_until: float | None = None
     cancel_requested: bool = False
+    unreadable: str | None = None
+    """Why this version cannot read the spec, which another one wrote; ``spec`` then has only its student and method."""
 
     @property
     def ended(self) -> bool:

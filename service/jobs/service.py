@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from service.jobs.base import InvalidSpec, Job, JobConflict, JobEvent, JobSettings, JobsUnavailable
+from service.jobs.base import RESUMABLE, InvalidSpec, Job, JobConflict, JobEvent, JobSettings, JobsUnavailable
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor
 from service.jobs.supervisor import Supervisor
@@ -156,7 +156,13 @@ class TableJobs:
 
         The job itself may have taken it: it was killed after publishing, before it could report success.
         """
-        spec = self._table.get(job_id).spec
+        job = self._table.get(job_id)
+        if job.unreadable is not None and job.status in RESUMABLE:
+            raise JobConflict(
+                f"the spec of job {job_id!r} was written by another version of Fewstep, and this one cannot read it "
+                f"({job.unreadable}): resume the job under that version, or submit it again"
+            )
+        spec = job.spec
         store = Store(self._settings.store, STUDENTS)
         students = store.names()
         taken = taken_names(self._settings, students)

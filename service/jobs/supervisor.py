@@ -156,6 +156,14 @@ class Supervisor:
 
     async def _run(self, job: Job, device: str) -> None:
         """Run one attempt, from its launch to recording how it ended."""
+        if job.unreadable is not None:
+            message = (
+                f"The job's spec was written by another version of Fewstep, and this one cannot read it ({job.unreadable}): "
+                "resume the job under that version, or submit it again."
+            )
+            unreadable = JobError(message=message, code="spec_unreadable")
+            await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=unreadable))
+            return
         log.info("Job %s (student %s) starts attempt %d on %s.", job.id, job.spec.student, job.attempt, device)
         reader = EventReader(self.folder(job))
         await asyncio.to_thread(lambda: list(reader.new()))  # skip what earlier attempts wrote

@@ -11,22 +11,30 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from service.jobs.base import Job, JobConflict, JobError, JobNotFound, JobsUnavailable, Progress, Status
 from weights.contracts import DistillJob
 
 WRITABLE = "let this process's user write the file and its folder, or name another folder (FEWSTEP_JOBS_DIR)"
+OTHER_VERSION = "use that version, or name another jobs folder or database (FEWSTEP_JOBS_DIR, FEWSTEP_DATABASE_URL)"
+DAMAGED = (
+    "the file is damaged: restore it from a backup, or move it and its -wal and -shm files away and restart, which "
+    "forgets the jobs but keeps their folders and all students"
+)
 FIXES = {
     "SQLITE_READONLY": WRITABLE,
     "SQLITE_CANTOPEN": WRITABLE,
     "SQLITE_FULL": "free some space on its disk",
     "SQLITE_BUSY": "check which process is holding it",
+    "SQLITE_CORRUPT": DAMAGED,
+    "SQLITE_NOTADB": DAMAGED,
 }
 """What to do about a SQLite file, by the prefix of the error's name."""
 ID_PATTERN = re.compile(r"distill-[0-9a-f]{24}")
@@ -65,12 +73,22 @@ _NOT_HELD: dict[str, Any] = {"owner": None, "device": None, "lease_until": None}
 
 
 def _as_job(row: sa.Row[Any]) -> Job:
+    """The row as a job, even if another version wrote it: one such row must not take the list and the queue with it."""
     values = dict(row._mapping)
-    del values["student"]
-    values["spec"] = DistillJob.model_validate(values["spec"])
-    values["error"] = JobError(**values["error"]) if values["error"] else None
-    values["progress"] = Progress(**values["progress"]) if values["progress"] else None
+    student, raw = values.pop("student"), values["spec"]
+    try:
+        values["spec"] = DistillJob.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        values["unreadable"] = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        values["spec"] = DistillJob.model_construct(student=student, method=str(raw.get("method")))
+    values["error"] = JobError(**_known(JobError, values["error"])) if values["error"] else None
+    values["progress"] = Progress(**_known(Progress, values["progress"])) if values["progress"] else None
     return Job(**values)
+
+
+def _known(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: stored[each.name] for each in fields(kind) if each.name in stored}
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
@@ -117,16 +135,29 @@ class JobTable:
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
 
     def create_tables(self) -> None:
-        """Create what is missing; several processes may do so at once."""
+        """Create the table if it is missing; several processes may do so at once.
+
+        Raises:
+            JobsUnavailable: the database cannot be used, or its table was made by another version.
+        """
         with self._telling():
             for attempt in range(3):
                 try:
                     metadata.create_all(self._engine)
-                    return
+                    break
                 except (sa.exc.OperationalError, sa.exc.ProgrammingError, IntegrityError):
                     if attempt == 2:  # not just two processes starting for the first time at once
                         raise
                     time.sleep(0.2)
+            columns = {each["name"]: each for each in sa.inspect(self._engine).get_columns(jobs.name)}
+        missing = [name for name in jobs.c.keys() if name not in columns]  # noqa: SIM118 (not a dict)
+        # A newer version may have added columns; those that this one would have to fill make every new job fail.
+        needed = [n for n, c in columns.items() if n not in jobs.c and not c["nullable"] and c["default"] is None]
+        if missing or needed:
+            what = (
+                f"it lacks the columns {', '.join(missing)}" if missing else f"it needs the columns {', '.join(needed)}"
+            )
+            raise JobsUnavailable(self._unusable(f"{what}, so another version of Fewstep made it", OTHER_VERSION))
 
     def close(self) -> None:
         """Close all connections."""
@@ -177,7 +208,7 @@ class JobTable:
     def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
         with self._begin() as connection:
             row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
-            return None if row is None else _as_job(row)  # if the row cannot be read, the update is rolled back
+            return None if row is None else _as_job(row)
 
     def claim(self, owner: str, device: str, lease: float) -> Job | None:
         """Claim the oldest queued job for ``device``; None if there is none, or the device is running a job already."""

@@ -73,7 +73,7 @@ class JobObject(_Wire):
     status: Status
     student: str = Field(description="Name of the model that exists once the job has succeeded.")
     method: str
-    spec: DistillJob
+    spec: DistillJob | None = Field(description="Null if another version wrote it, and this one cannot read it.")
     attempt: int = Field(description="How often the job was started, including resumes.")
     cancel_requested: bool
     error: ErrorObject | None
@@ -125,7 +125,7 @@ def job_object(job: Job) -> JobObject:
         status=job.status,
         student=job.spec.student,
         method=job.spec.method,
-        spec=job.spec,
+        spec=job.spec if job.unreadable is None else None,
         attempt=job.attempt,
         cancel_requested=job.cancel_requested,
         error=ErrorObject(**vars(job.error)) if job.error else None,
