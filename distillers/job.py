@@ -19,6 +19,7 @@ from distillers.captured import check_place
 from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed, cached_embeddings, floats
 from distillers.events import Reporter, now
+from distillers.identity import identity_of
 from distillers.methods import method
 from distillers.methods.base import Method, Workspace
 from distillers.partition import Partition, part_of, stored_partition
@@ -26,9 +27,9 @@ from distillers.precision import resolve_precision
 from distillers.processes import Interrupted, Tick, main_first
 from distillers.seeds import seed_of
 from distillers.sheets import Sheet
-from distillers.spec import BadSpec, check_spec, differences, fingerprint, read_spec
+from distillers.spec import BadSpec, check_spec
 from distillers.stopwatch import Stopwatch
-from distillers.trainer import BadCheckpoint, Diverged, Trainer
+from distillers.trainer import Diverged, Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
@@ -232,7 +233,7 @@ class JobRun:
             accelerator=self.accelerator,
             folder=self.folder,
             reporter=self.reporter,
-            fingerprint=fingerprint(job, *builder.teaching()),
+            identity=identity_of(job, self.config, *builder.teaching()),
             sheet=self._sheet(feed, built),
         )
         self._resume(trainer)
@@ -313,19 +314,8 @@ class JobRun:
         latest = trainer.latest_checkpoint()
         if latest is None:
             return
-        try:
-            trainer.load(latest)
-        except BadCheckpoint as error:
-            changed = self._changed()
-            raise BadCheckpoint(f"{error}; changed: {', '.join(changed)}" if changed else str(error)) from error
+        trainer.load(latest)
         self._write_spec()
-
-    def _changed(self) -> list[str]:
-        """What differs from the spec in the folder; nothing if it cannot be read."""
-        try:
-            return differences(check_spec(read_spec(str(self.folder / SPEC)))[0], self.job)
-        except BadSpec:
-            return []
 
     def _publish(self, trainer: Trainer) -> StudentManifest:
         student = trainer.method.student

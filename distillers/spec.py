@@ -28,6 +28,9 @@ FREE = {
 """Trainer settings that may differ when a job is resumed: they change how far it runs, not its course (except for a
 cooldown, which shifts with the iterations)."""
 
+LIBERTIES: Any = {"student": True, "licence": True, "train": FREE, "partition": {"order"}}
+"""All that may differ when a job is resumed, as pydantic's ``exclude``."""
+
 PATHS = ("/", ".", "~")
 """How a base that is a path begins; a relative one without a dot may be a hub id."""
 
@@ -231,49 +234,19 @@ def _against_the_names(job: DistillJob) -> list[dict[str, str]]:
 
 
 def fingerprint(job: DistillJob, *digests: str) -> str:
-    """A digest of everything that a resumed run must have in common with its checkpoint.
+    """A digest of everything that a resumed run must have in common with its checkpoint (see `distillers.identity`).
 
     Args:
         job: its settings count, except for those that only affect the duration or the reporting.
         digests: of the weights that teach: the base's and, if there is a guide, the guide's.
     """
-    return hashlib.sha256(json.dumps([_lasting(job), *digests], sort_keys=True).encode()).hexdigest()
-
-
-def _lasting(job: DistillJob) -> dict[str, Any]:
-    """The settings that must not change while a job is resumed."""
-    plain = job.model_dump(
-        mode="json", exclude={"student": True, "licence": True, "train": FREE, "partition": {"order"}}
-    )
+    plain = job.model_dump(mode="json", exclude=LIBERTIES)
     for field in ("partition", "network", "guide"):
         if plain[field] is None:  # keeps the fingerprints of checkpoints from before the field existed
             del plain[field]
     if not plain["train"]["capture"]:
         del plain["train"]["capture"]
-    return plain
-
-
-def differences(former: DistillJob, job: DistillJob) -> list[str]:
-    """The settings for which a job cannot be resumed from the former's checkpoints, with both values.
-
-    Args:
-        former: with its method's defaults filled in.
-        job: likewise.
-    """
-    old, new = _flat(_lasting(former)), _flat(_lasting(job))
-    return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in plain.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return found
+    return hashlib.sha256(json.dumps([plain, *digests], sort_keys=True).encode()).hexdigest()
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distillers.captured import Captured
 from distillers.checkpoint import load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
+from distillers.identity import Identity
 from distillers.methods.base import Batch, Method, Step, Turn
 from distillers.precision import fast_kernels
 from distillers.processes import Interrupted, agreed, wait
@@ -55,7 +56,7 @@ class Trainer:
         accelerator: Accelerator,
         folder: Path,
         reporter: Reporter,
-        fingerprint: str,
+        identity: Identity,
         sheet: Sheet | None = None,
     ) -> None:
         """
@@ -66,7 +67,7 @@ class Trainer:
             accelerator: devices and mixed precision.
             folder: the job's; checkpoints/ and samples/ are created in it.
             reporter: receives the events.
-            fingerprint: digest of everything that must not change between a checkpoint and its resumption.
+            identity: everything that must not change between a checkpoint and its resumption.
             sheet: generates sample sheets; none are generated when left out.
 
         Raises:
@@ -78,7 +79,7 @@ class Trainer:
         self.accelerator = accelerator
         self.folder = folder
         self.reporter = reporter
-        self.fingerprint = fingerprint
+        self.identity = identity
         self.sheet = sheet
         self.iteration = 0
         self.time = Stopwatch()
@@ -360,7 +361,7 @@ class Trainer:
             "seed": self.spec.seed,
             "seconds": self.time.seconds,
             "processor_seconds": self.time.processor_seconds,
-            "fingerprint": self.fingerprint,
+            "settings": self.identity.settings,
             "sizes": self.watch.sizes,
             "updates": {name: network.updates for name, network in self.networks.items()},
             "averaged": {name: n.average.updates for name, n in self.networks.items() if n.average is not None},
@@ -379,10 +380,11 @@ class Trainer:
             ValueError: it cannot be read.
         """
         tensors, state = load_checkpoint(path)
-        if state["fingerprint"] != self.fingerprint:
+        differences = self.identity.differences(state)
+        if differences:
             raise BadCheckpoint(
-                f"{path} was written with other settings, or with another version of the base or the guide, so continuing "
-                "from it would mix two jobs: restore them, or start in an empty folder"
+                f"{path} was written with other settings ({', '.join(differences)}), so continuing from it would mix two "
+                "jobs: restore them, or start in an empty folder"
             )
         for name, network in self.networks.items():
             updates, averaged = state["updates"][name], state["averaged"].get(name)

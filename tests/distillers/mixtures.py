@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from distillers.events import Reporter
+from distillers.identity import Identity
 from distillers.methods.base import Batch, Method, Setup, Step
 from distillers.seeds import generator_of
 from distillers.trainer import Trainer
@@ -101,7 +102,7 @@ def trainer_of(method: Method, setup: Setup, folder: Path, *, batch_size: int = 
         accelerator=Accelerator(cpu=True),
         folder=folder,
         reporter=reporter,
-        fingerprint="test",
+        identity=Identity({"of": "the test"}, frozenset(), "test"),
     )
 
 

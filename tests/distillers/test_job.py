@@ -17,6 +17,7 @@ from distillers.corpus import load_corpus
 from distillers.data import Feed, cached_conditions
 from distillers.events import Reporter, now
 from distillers.folder import BadData, load_picture
+from distillers.identity import Identity, identity_of
 from distillers.job import STOPPED, JobRun
 from distillers.processes import Interrupted
 from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, read_spec, recipes
@@ -159,6 +160,36 @@ def test_the_fingerprint_ignores_how_far_a_job_goes_and_knows_its_base(raw: dict
     other, _ = check_spec({**raw, "train": {**raw["train"], "batch_size": 3}})
     assert fingerprint(job, "digest") == fingerprint(longer, "digest") != fingerprint(other, "digest")
     assert fingerprint(job, "digest") != fingerprint(job, "of a base that was trained further")
+
+
+def test_a_checkpoint_is_continued_by_a_version_with_more_settings(raw: dict[str, Any]) -> None:
+    def of(raw: dict[str, Any], *digests: str) -> Identity:
+        return identity_of(*check_spec(raw), *digests)
+
+    now = of(raw, "digest")
+    before = {name: value for name, value in now.settings.items() if name not in ("train.capture", "config.adversary")}
+    assert len(before) == len(now.settings) - 2
+    assert now.differences({"settings": json.loads(json.dumps(before))}) == []
+    tuned = of({**raw, "train": {**raw["train"], "capture": True}}, "digest")
+    assert tuned.differences({"settings": before}) == ["train.capture (not there -> True)"]
+    longer = of({**raw, "student": "other", "train": {**raw["train"], "iterations": 99}}, "digest")
+    assert longer.differences({"settings": now.settings}) == []
+
+
+def test_what_keeps_a_checkpoint_from_being_continued_is_named(raw: dict[str, Any]) -> None:
+    now = identity_of(*check_spec(raw), "digest")
+    lora = identity_of(*check_spec({**raw, "lora": {}, "train": {**raw["train"], "batch_size": 3}}), "digest")
+    assert lora.differences({"settings": now.settings}) == [
+        f"train.batch_size ({raw['train']['batch_size']} -> 3)",
+        "lora (None -> given)",
+    ]
+    further = identity_of(*check_spec(raw), "of a base that was trained further")
+    assert further.differences({"settings": now.settings}) == [
+        "base's weights ('digest' -> 'of a base that was trained further')"
+    ]
+    assert now.differences({"settings": now.settings | {"config.gone": 1}}) == ["config.gone (1 -> not there)"]
+    early = {"fingerprint": fingerprint(check_spec(raw)[0], "digest")}  # of version 0.1.0
+    assert now.differences(early) == [] != further.differences(early)
 
 
 def test_the_check_command(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,7 +509,7 @@ def test_a_guide_that_was_published_anew_is_another_job_s(raw: dict[str, Any], t
     anew = raw | small | {"train": {**raw["train"], "seed": 7}}
     assert JobRun(anew, tmp_path / "third", store, replace=True).run(resume=False) == 0
     assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 1
-    assert "another version of the base or the guide" in events(tmp_path / "second")[-1].message
+    assert "guide's weights" in events(tmp_path / "second")[-1].message
     # The same job makes the first one's weights again.
     assert JobRun(raw | small, tmp_path / "fourth", store, replace=True).run(resume=False) == 0
     assert JobRun(longer, tmp_path / "second", store, replace=True).run(resume=True) == 0
@@ -691,7 +722,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(raw: dict[str, Any], tmp_
     raw["config"] |= {"student_lr": 0.5}
     raw["train"] |= {"log_every": 7, "batch_size": 3}
     for resume, told in (
-        (True, "other settings.*; changed: config.student_lr was 0.01, is 0.5, train.batch_size was 2, is 3$"),
+        (True, r"other settings \(train.batch_size \(2 -> 3\), config.student_lr \(0.01 -> 0.5\)\)"),
         (False, "--folder: .* holds a job's checkpoints"),
     ):
         assert JobRun(raw, tmp_path / "run", store, replace=True).run(resume) == 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distillers.checkpoint import load_checkpoint
 from distillers.ema import Average
+from distillers.identity import Identity
 from distillers.methods.base import Method, MethodConfig, OptimizerSettings, Setup, Step, Trained, Turn, TurnLoss
 from distillers.precision import fast_kernels, resolve_precision
 from distillers.processes import Interrupted
@@ -247,8 +248,8 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
     trainer = fake_trainer(tmp_path)
     trainer.save()
     other = fake_trainer(tmp_path)
-    other.fingerprint = "another"
-    with pytest.raises(BadCheckpoint, match="other settings"):
+    other.identity = Identity({"of": "another"}, frozenset(), "another")
+    with pytest.raises(BadCheckpoint, match=r"other settings \(of \('the test' -> 'another'\)\)"):
         other.load(other.latest_checkpoint())
 
 
