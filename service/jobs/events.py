@@ -22,10 +22,12 @@ class EventReader:
 
     Args:
         folder: the job's folder; the file need not exist yet.
+        after: the number of lines to skip; they are counted, but not parsed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: int = 0) -> None:
         self._path = folder / EVENTS_FILE
+        self._after = after
         self._offset = 0
         self._number = 0
 
@@ -42,6 +44,8 @@ class EventReader:
                     return
                 self._offset += len(line)
                 self._number += 1
+                if self._number <= self._after:
+                    continue
                 try:
                     event = EVENTS.validate_json(line)
                 except ValidationError:
@@ -52,9 +56,7 @@ class EventReader:
 def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], bool]:
     """Up to ``limit`` events after line ``after``, oldest first; and whether there are more."""
     found: list[JobEvent] = []
-    for event in EventReader(folder).new():
-        if event.number <= after:
-            continue
+    for event in EventReader(folder, after).new():
         if len(found) == limit:
             return found, True
         found.append(event)

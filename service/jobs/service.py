@@ -121,12 +121,12 @@ class TableJobs:
     async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent | Job | None]:
         """See `Jobs.follow`."""
         job = await self.get(job_id)
-        reader = EventReader(self._settings.folder / job.id)
+        reader = EventReader(self._settings.folder / job.id, after)
         quiet = 0.0
         while True:
             # Read the job before its events, since an ended job writes no more.
             job = await self.get(job_id)
-            events = await asyncio.to_thread(lambda: [item for item in reader.new() if item.number > after])
+            events = await asyncio.to_thread(lambda: list(reader.new()))
             for item in events:
                 yield item
             if job.ended:

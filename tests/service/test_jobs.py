@@ -40,7 +40,7 @@ from tests.service.jobs_help import (
     supervised,
     until,
 )  # fmt: skip
-from weights.contracts import DistillJob
+from weights.contracts import EVENTS, DistillJob
 
 
 @pytest.fixture
@@ -243,6 +243,23 @@ def test_events_are_read_once_however_they_were_written(
     assert seen[-1].event["kind"] == "finished"
     assert read_events(folder, 0, 10) == (seen, False)
     assert read_events(folder, 1, 1) == (seen[1:2], True)
+
+
+def test_a_page_parses_only_its_own_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of a long log, and a client that polls with its last event, would otherwise parse all of it each time."""
+    line = '{"kind": "progress", "at": "2026-01-01T00:00:00Z", "step": 1, "iterations": 9, "metrics": {}}\n'
+    (tmp_path / "events.jsonl").write_text(line * 50)
+    parsed = []
+
+    class Counting:
+        def validate_json(self, line: bytes) -> Any:
+            parsed.append(line)
+            return EVENTS.validate_json(line)
+
+    monkeypatch.setattr("service.jobs.events.EVENTS", Counting())
+    page, more = read_events(tmp_path, 40, 5)
+    assert ([event.number for event in page], more) == ([41, 42, 43, 44, 45], True)
+    assert len(parsed) == 6, "the page's and the next, which tells that there are more"
 
 
 def test_tail_gives_whole_lines(tmp_path: Path) -> None:
