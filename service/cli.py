@@ -268,13 +268,14 @@ def delete(
 
 def _delete_here(name: str, store: Path | None) -> None:
     settings = _settings(store=store)
-    from service.deletion import NoSuchModel, StillNeeded, delete_student
+    from service.deletion import NoSuchModel, StillNeeded, delete_student, job_needing
+    from service.jobs.base import JobsUnavailable
     from weights.bundled import STUDENTS
     from weights.store import Store, StoreError
 
     try:
-        delete_student(name, Store(settings.store, STUDENTS), settings)
-    except (NoSuchModel, StillNeeded, StoreError) as error:
+        delete_student(name, Store(settings.store, STUDENTS), settings, job_needing(name, settings))
+    except (NoSuchModel, StillNeeded, StoreError, JobsUnavailable) as error:
         fail(error)
 
 

@@ -13,17 +13,19 @@ class StillNeeded(RuntimeError):
     """The model stays; the message says what needs it, or why it cannot be deleted from the store."""
 
 
-def delete_student(name: str, store: Store, settings: Settings) -> None:
+def delete_student(name: str, store: Store, settings: Settings, job: str | None = None) -> None:
     """Delete a student; requests that already use it are not disturbed.
 
     Args:
         name: name of the student.
         store: the store that holds it.
         settings: settings of the server of this store, which must be able to start again.
+        job: id of a job that has not ended and reads the student, if there is one.
 
     Raises:
         NoSuchModel: no model has this name.
-        StillNeeded: it is a base, an alias, bundled, named by the settings, or a member of a router that still exists.
+        StillNeeded: it is a base, an alias, bundled, named by the settings, read by a job, or a member of a router that
+            still exists.
         StoreError: the store cannot be read or written.
     """
     if name in settings.bases:
@@ -41,6 +43,11 @@ def delete_student(name: str, store: Store, settings: Settings) -> None:
             raise StillNeeded(
                 f"FEWSTEP_{variable} names {name!r}, so no server would start without it: change the setting first"
             )
+    if job is not None:
+        raise StillNeeded(
+            f"job {job!r} has not ended and starts from {name!r}, or is guided by it, whenever it is started again: cancel "
+            "the job or let it end first"
+        )
     try:
         check_name(name)
         store.delete(name)
@@ -49,3 +56,21 @@ def delete_student(name: str, store: Store, settings: Settings) -> None:
         raise NoSuchModel(f"no student is named {name[:80]!r}; available: {known}") from error
     except Forbidden as error:
         raise StillNeeded(str(error)) from error
+
+
+def job_needing(name: str, settings: Settings) -> str | None:
+    """The id of a job in these settings' table that has not ended and reads the student, for `delete_student`.
+
+    Raises:
+        JobsUnavailable: the table cannot be used.
+    """
+    if settings.database_url is None and not settings.jobs_file.exists():  # looking must not create it
+        return None
+    from service.jobs.table import JobTable
+
+    table = JobTable(settings.job_settings().url)
+    try:
+        job = table.needing(name)
+    finally:
+        table.close()
+    return None if job is None else job.id

@@ -232,10 +232,15 @@ class Settings(BaseSettings):
     picture_seconds: float = Field(3_600.0, gt=0, description="Seconds for which an image's URL works.")
     picture_metadata: bool = Field(True, description="Write prompt, seed, steps and model into PNG files.")
 
+    @property
+    def jobs_file(self) -> Path:
+        """The job table, if no database is set."""
+        return self.jobs_dir / "jobs.sqlite3"
+
     def job_settings(self) -> JobSettings:
         """The job service's part of these settings."""
         return JobSettings(
-            url=self.database_url or f"sqlite:///{self.jobs_dir / 'jobs.sqlite3'}",
+            url=self.database_url or f"sqlite:///{self.jobs_file}",
             folder=self.jobs_dir,
             store=self.store,
             work=self.job_work,

@@ -143,6 +143,9 @@ class Jobs(Protocol):
     def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent | Job | None]:
         """Yield events after line ``after`` as they occur, None after a silence, and finally the ended job."""
 
+    async def needing(self, student: str) -> Job | None:
+        """A job that has not ended and that starts from this student, or is guided by it."""
+
     async def cancel(self, job_id: str) -> Job:
         """Cancel a queued job at once, or ask a running one to stop. Raises JobNotFound, or JobConflict if it ended."""
 
@@ -176,6 +179,12 @@ class JobSettings:
             )
         if not self.command:
             raise ValueError("command is empty: give the program that runs one job, such as `python -m distillers`")
+
+
+def students_read(spec: DistillJob) -> list[str]:
+    """The published students that a job loads whenever it is started: the one it starts from, and its guide."""
+    guide = None if spec.guide is None else spec.guide.student
+    return [name for name in (spec.start, guide) if name is not None]
 
 
 def find_devices(wanted: Sequence[str]) -> tuple[str, ...]:

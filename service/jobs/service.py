@@ -5,7 +5,16 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from service.jobs.base import RESUMABLE, InvalidSpec, Job, JobConflict, JobEvent, JobSettings, JobsUnavailable
+from service.jobs.base import (
+    RESUMABLE,
+    InvalidSpec,
+    Job,
+    JobConflict,
+    JobEvent,
+    JobSettings,
+    JobsUnavailable,
+    students_read,
+)
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor
 from service.jobs.supervisor import Supervisor
@@ -138,6 +147,10 @@ class TableJobs:
                 yield None
             await asyncio.sleep(self._settings.poll_seconds)
 
+    async def needing(self, student: str) -> Job | None:
+        """See `Jobs.needing`."""
+        return await asyncio.to_thread(self._table.needing, student)
+
     async def cancel(self, job_id: str) -> Job:
         """See `Jobs.cancel`."""
         job = await asyncio.to_thread(self._table.cancel, job_id)
@@ -165,6 +178,12 @@ class TableJobs:
         spec = job.spec
         store = Store(self._settings.store, STUDENTS)
         students = store.names()
+        gone = [name for name in students_read(spec) if name not in students]
+        if gone and job.status in RESUMABLE:
+            raise JobConflict(
+                f"student {gone[0]!r}, which job {job_id!r} reads, is no longer in the store: publish it again to resume "
+                "the job"
+            )
         taken = taken_names(self._settings, students)
         for each in (spec, *spec.parts):
             name = each.student

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from service.jobs.base import Job, JobConflict, JobError, JobNotFound, JobsUnavailable, Progress, Status
+from service.jobs.base import Job, JobConflict, JobError, JobNotFound, JobsUnavailable, Progress, Status, students_read
 from weights.contracts import DistillJob
 
 WRITABLE = "let this process's user write the file and its folder, or name another folder (FEWSTEP_JOBS_DIR)"
@@ -204,6 +204,12 @@ class JobTable:
         """Every job that a supervisor holds."""
         with self._begin() as connection:
             return [_as_job(row) for row in connection.execute(jobs.select().where(_running)).all()]
+
+    def needing(self, student: str) -> Job | None:
+        """A job that has not ended and that starts from this student, or is guided by it."""
+        with self._begin() as connection:
+            found = [_as_job(row) for row in connection.execute(jobs.select().where(_open)).all()]
+        return next((job for job in found if student in students_read(job.spec)), None)
 
     def _update(self, where: Sequence[sa.ColumnElement[bool]], values: dict[str, Any]) -> Job | None:
         with self._begin() as connection:

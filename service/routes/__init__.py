@@ -1,6 +1,7 @@
 """The routes, and the helpers that they share."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,16 +9,21 @@ from fastapi import Request
 from PIL.Image import Image
 
 from service.engine.base import Drawn, Engine
+from service.errors import ApiError
+from service.jobs.base import JobsUnavailable
 from service.pictures import PictureStore, encode, facts_of
 from service.running import Running
 from service.schemas import DiversityUsed, DrawingInfo, ErrorBody, ImageRequest, LoraOption
 from service.settings import Settings
 
+log = logging.getLogger(__name__)
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is invalid; `param` names the field."},
     "default": {"model": ErrorBody, "description": "Any other error."},
 }
 
+RETRY_SECONDS = 10
+"""Retry-After for an unusable table: disk space may be freed, and databases restart."""
 QUICK = 2**14
 """Up to this many pixels, encoding a PNG or JPEG is faster than handing it to another thread: four 64x64 images."""
 
@@ -86,6 +92,13 @@ def drawing_info(drawn: Drawn) -> DrawingInfo:
         student=drawn.student,
         loras=[LoraOption(name=name, scale=scale) for name, scale in drawn.loras] or None,
     )
+
+
+def unavailable(error: JobsUnavailable) -> ApiError:
+    """The response for a job table that cannot be used, which is also logged."""
+    log.error("%s", error)
+    headers = {"Retry-After": str(RETRY_SECONDS)}
+    return ApiError(503, str(error), code="job_table_unavailable", headers=headers)
 
 
 def size_of(image: Image) -> str:

@@ -25,14 +25,12 @@ from service.jobs.base import (
     JobsUnavailable,
     Status,
 )
-from service.routes import ERRORS, draining_of
+from service.routes import ERRORS, draining_of, unavailable
 from service.streaming import Awaited, EventStream, server_sent
 from weights.contracts import DistillJob
 
 log = logging.getLogger(__name__)
 MAX_BATCH = 100
-RETRY_SECONDS = 10
-"""Retry-After for an unusable table: disk space may be freed, and databases restart."""
 EVENT_PREFIX = "evt-"
 JSON = re.compile(r"application/(.*\+)?json")
 
@@ -202,9 +200,7 @@ async def _answer(work: Awaitable[T], param: str | None = None) -> T:
     except CheckFailed as error:
         raise ApiError(500, str(error), code="check_failed") from error
     except JobsUnavailable as error:
-        log.error("%s", error)
-        headers = {"Retry-After": str(RETRY_SECONDS)}
-        raise ApiError(503, str(error), code="job_table_unavailable", headers=headers) from error
+        raise unavailable(error) from error
 
 
 def _jobs(request: Request) -> Jobs:

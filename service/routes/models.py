@@ -1,5 +1,6 @@
 """``/v1/models``: listing and deleting models."""
 
+import asyncio
 import logging
 
 from fastapi import APIRouter, Request
@@ -7,7 +8,8 @@ from fastapi import APIRouter, Request
 from service.deletion import NoSuchModel, StillNeeded, delete_student
 from service.engine.base import ModelInfo
 from service.errors import ApiError, shorten
-from service.routes import ERRORS, engine_of, settings_of
+from service.jobs.base import Jobs, JobsUnavailable
+from service.routes import ERRORS, engine_of, settings_of, unavailable
 from service.schemas import DeletedModel, DiversityUsed, Model, ModelList
 from weights.bundled import STUDENTS
 from weights.store import Store, StoreError
@@ -34,16 +36,21 @@ async def get_model(model_id: str, request: Request) -> Model:
     raise ApiError(404, message, param="model", code="model_not_found")
 
 
-# A plain function, which FastAPI runs in a thread, since it writes to the store.
 @router.delete("/{model_id:path}")
-def delete_model(model_id: str, request: Request) -> DeletedModel:
+async def delete_model(model_id: str, request: Request) -> DeletedModel:
     """Delete a student from the store; images in progress are finished. Needs a key with the scope `admin`.
 
-    Bundled students, bases, aliases, models that the settings name, and members of a router cannot be deleted (409).
+    Bundled students, bases, aliases, models that the settings name, members of a router, and what a job that has not ended
+    starts from or is guided by cannot be deleted (409).
     """
     settings = settings_of(request)
+    jobs: Jobs | None = request.app.state.jobs
     try:
-        delete_student(model_id, Store(settings.store, STUDENTS), settings)
+        job = None if jobs is None else await jobs.needing(model_id)
+        needed_by = None if job is None else job.id
+        await asyncio.to_thread(delete_student, model_id, Store(settings.store, STUDENTS), settings, needed_by)
+    except JobsUnavailable as error:
+        raise unavailable(error) from error
     except NoSuchModel as error:
         raise ApiError(404, str(error), param="model", code="model_not_found") from error
     except StillNeeded as error:

@@ -14,8 +14,10 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
 from service.app import create_app
+from service.deletion import job_needing
 from service.jobs.base import JobEvent, JobSettings
 from service.jobs.service import TableJobs
+from service.jobs.table import JobTable
 from service.routes.jobs import event_object
 from service.settings import Settings
 from tests.service.answers import UNREADABLE
@@ -141,6 +143,28 @@ def publish(settings: Settings, folder: Path, name: str, job: DistillJob | None 
 def test_a_job_may_start_from_a_published_student(idle: TestClient, settings: Settings, tmp_path: Path) -> None:
     publish(settings, tmp_path / "work", "first")
     assert idle.post(JOBS, json=spec("second") | {"start": "first"}).json()["spec"]["start"] == "first"
+
+
+def test_what_an_open_job_reads_is_not_deleted(idle: TestClient, settings: Settings, tmp_path: Path) -> None:
+    """Each start of the job loads it, also after an interruption: the job could not go on from its checkpoint."""
+    for name in ("first", "guide"):
+        publish(settings, tmp_path / "work", name)
+    job = idle.post(JOBS, json=spec("second") | {"start": "first", "guide": {"student": "guide"}}).json()
+    for name in ("first", "guide"):
+        assert job["id"] in refused(idle.delete(f"/v1/models/{name}"), 409, "model", "model_needed")
+    idle.post(f"{JOBS}/{job['id']}/cancel")
+    for name in ("first", "guide"):
+        assert idle.delete(f"/v1/models/{name}").json()["deleted"]
+    assert "publish it again" in refused(idle.post(f"{JOBS}/{job['id']}/resume"), 409, None, "job_conflict")
+
+
+def test_the_terminal_asks_the_job_table_too(settings: Settings, tmp_path: Path) -> None:
+    assert job_needing("first", settings) is None and not settings.jobs_dir.exists()
+    table = JobTable(settings.job_settings().url)
+    table.create_tables()
+    (job,) = table.add([DistillJob(student="second", method="fake", start="first")])
+    assert (job_needing("first", settings), job_needing("second", settings)) == (job.id, None)
+    table.close()
 
 
 def test_a_guide_has_to_be_published(idle: TestClient) -> None:
