@@ -1,5 +1,6 @@
 """Reporting of a job: JSON lines on standard output and in events.jsonl, TensorBoard scalars, a progress bar."""
 
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,9 +87,12 @@ class Reporter:
                 self._print(f"[red]failed:[/red] {escape(event.message)}")
 
     def append(self, event: AnyEvent) -> None:
-        """Writes the event's line to the file."""
-        with (self.folder / "events.jsonl").open("a") as file:
-            file.write(event.model_dump_json() + "\n")
+        """Writes the event's line to the file, after ending one that a full disk or a kill has cut short."""
+        with (self.folder / "events.jsonl").open("ab+") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 1))
+            cut = file.read(1) not in (b"", b"\n")
+            file.write(b"\n" * cut + event.model_dump_json().encode() + b"\n")
 
     def tick(self, what: str, done: int, total: int, note: str = "") -> None:
         """Updates the progress bar, if there is one."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 import signal
 import sys
 import tempfile
@@ -146,7 +147,9 @@ class JobRun:
             self._finished(done)
             return
         self._refuse_taken_name(self.job.student)
-        self.store.check_publishes()
+        self.store.check_writable()  # rather than find out after days of training
+        if self.accelerator.is_main_process:
+            self._clear_leftovers()
         previous = [(number, signal.signal(number, self.stop)) for number in ASKING]
         try:
             manifest = self._make(resume)
@@ -180,6 +183,14 @@ class JobRun:
             raise BadSpec(
                 [{"param": "student", "message": f"{name!r} is already published: use another name, or --replace"}]
             )
+
+    def _clear_leftovers(self) -> None:
+        """Deletes what a killed attempt was writing, which may be as large as a checkpoint."""
+        for leftover in [*self.folder.glob("checkpoints/.*.tmp"), *self.folder.glob(".publish-*")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     @property
     def iterations(self) -> int:
@@ -353,7 +364,10 @@ class JobRun:
         message = str(error) if expected else f"{type(error).__name__}: {error}"
         if out_of_memory(error):
             expected, message = True, f"out of memory with batch_size {self.job.train.batch_size}: {SMALLER} ({error})"
-        self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
+        try:
+            self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
+        except OSError as unwritable:  # most likely what ended the job: a full disk
+            print(f"{message} (and events cannot be written: {unwritable})", file=sys.stderr)
         if not self.accelerator.is_main_process:  # its reporter writes nothing
             print(f"process {self.accelerator.process_index}: {message}", file=sys.stderr)
         if not expected:

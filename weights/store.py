@@ -20,6 +20,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 LEFTOVER_SECONDS = 24 * 3600
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSIONS = ".versions"
 _STAGING = ".staging-"
 
@@ -153,6 +155,23 @@ class Store:
         verify(found.path, found.manifest)
         return found
 
+    def check_writable(self) -> None:
+        """Check that root can be written, before a long computation of what to publish.
+
+        Raises:
+            DiskFull: no space is left for even an empty file.
+            StoreError: root cannot be created or written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.root).close()
+        except OSError as error:
+            kind = DiskFull if error.errno in FULL else StoreError
+            raise kind(
+                f"nothing could be published to the store {self.root} ({error.strerror}): let this process's user write "
+                "there and free some space, or name another store"
+            ) from error
+
     def publish(self, manifest: StudentManifest, folder: Path, replace: bool = False) -> StudentManifest:
         """Copy a student's files into the store, all or nothing.
 
@@ -198,21 +217,6 @@ class Store:
                 # A dangling link is no student, so it may be replaced.
                 self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
         return published
-
-    def check_publishes(self) -> None:
-        """Check that students can be written here, before hours of training rather than after them.
-
-        Raises:
-            StoreError: they cannot.
-        """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with self._staging():
-                pass
-        except OSError as error:
-            raise StoreError(
-                f"no student can be published in the store {self.root} ({error}): give another folder, or make it writable"
-            ) from error
 
     def amend(self, manifest: StudentManifest) -> StudentManifest:
         """Publish a student again with the same files and another manifest, such as a new calibration.
@@ -346,7 +350,7 @@ def _clear_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise DiskFull(
                 f"no space left for student {name!r} ({error}): nothing was changed; free some space and publish again"
             ) from error

@@ -273,7 +273,7 @@ def _error(status: int, told: str | None, stderr: str) -> JobError:
     if status < 0:
         message = f"The job's process was killed by signal {-status}; resume it to continue from its last checkpoint."
         return JobError(message=message, code="job_killed", stderr=stderr)
-    last = stderr.splitlines()[-1] if stderr else "it wrote nothing to standard error"
+    last = stderr.splitlines()[-1] if stderr else "it wrote nothing, as on a full disk; check the space, and resume it"
     return JobError(message=f"The job's process ended with status {status}: {last}", code="job_failed", stderr=stderr)
 
 

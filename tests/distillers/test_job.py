@@ -1,5 +1,6 @@
 """Jobs from spec to student: checks, data, publishing, sample sheets, stopping, failing."""
 
+import errno
 import json
 import os
 import re
@@ -216,7 +217,7 @@ def test_folders_that_cannot_be_written_stop_a_job_before_it_trains(
     assert command.main([str(path), "--folder", str(tmp_path / "run"), "--store", str(file / "students")]) == 1
     (failed,) = events(tmp_path / "run")
     assert isinstance(failed, Failed) and failed.step == 0
-    assert "give another folder, or make it writable" in failed.message
+    assert "or name another store" in failed.message
 
 
 def test_the_methods_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -667,6 +668,56 @@ def test_a_job_killed_between_publishing_and_saying_so_has_finished(
     raw["train"] |= {"iterations": 3}
     assert JobRun(raw, tmp_path / "run", store).run(resume=True) == 1
     assert "already published" in events(tmp_path / "run")[-1].message
+
+
+def test_a_job_whose_store_cannot_be_written_fails_before_it_trains(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    job = JobRun(raw, tmp_path / "run", Store(tmp_path / "file" / "store"))
+    monkeypatch.setattr(job, "_make", lambda _resume: pytest.fail("it must not train"))
+    assert job.run(resume=False) == 1
+    assert "name another store" in events(tmp_path / "run")[-1].message
+
+
+def test_a_job_on_a_full_disk_says_so_where_it_can(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = JobRun(raw, tmp_path / "run", Store(tmp_path / "store"))
+    monkeypatch.setattr(job, "_make", lambda _resume: full())
+    monkeypatch.setattr(job.reporter, "append", full)
+    assert job.run(resume=False) == 1
+    assert capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_a_line_that_was_cut_short_spoils_no_other_event(tmp_path: Path) -> None:
+    with Reporter(tmp_path) as reporter:
+        reporter.append(Failed(at=now(), step=1, message="first"))
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write('{"kind": "prog')
+        reporter.append(Failed(at=now(), step=2, message="second"))
+        reporter.append(Failed(at=now(), step=3, message="third"))
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert lines[1] == '{"kind": "prog'
+    assert [json.loads(lines[number])["message"] for number in (0, 2, 3)] == ["first", "second", "third"]
+
+
+def test_what_a_killed_attempt_was_writing_goes(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may be as large as a checkpoint, and nothing else would ever delete it."""
+    kept = tmp_path / "run" / "checkpoints" / "iteration-00000001.safetensors"
+    killed = [kept.with_name(f".{kept.name}.0123.tmp"), tmp_path / "run" / ".publish-0123" / "unet.safetensors"]
+    for path in (kept, *killed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    job = JobRun(raw, tmp_path / "run", Store(tmp_path / "store"))
+    monkeypatch.setattr(job, "_make", lambda _resume: None)
+    assert job.run(resume=True) == 0
+    assert kept.exists() and not any(path.exists() for path in killed) and not killed[1].parent.exists()
 
 
 def test_a_spec_that_cannot_be_written_leaves_the_old_one(
