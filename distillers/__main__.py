@@ -29,18 +29,26 @@ def main(arguments: list[str]) -> int:
 
 
 def check(arguments: list[str]) -> int:
-    """Prints ``{"ok": true, "job": {...}}``, or ``{"ok": false, "errors": [...]}`` with status 1."""
+    """Prints ``{"ok": true, "job": {...}}``, or ``{"ok": false, "errors": [...]}`` with status 1.
+
+    For a JSON list on standard input, it prints ``{"ok": true, "jobs": [...]}``, or the errors of the first spec that
+    has any, with its ``index``.
+    """
     from distillers.spec import BadSpec, check_spec, read_spec
 
     parser = argparse.ArgumentParser(prog="python -m distillers check")
     parser.add_argument("spec", nargs="?", default="-", help="file, recipe, or - for JSON on standard input")
     spec = parser.parse_args(arguments).spec
+    jobs: list[Any] = []
     try:
-        job, _ = check_spec(_stdin_json() if spec == "-" else read_spec(spec))
+        raw = _stdin_json() if spec == "-" else read_spec(spec)
+        several = isinstance(raw, list)
+        for each in raw if several else [raw]:
+            jobs.append(check_spec(each)[0].model_dump(mode="json"))
     except BadSpec as error:
-        print(json.dumps({"ok": False, "errors": error.errors}))
+        print(json.dumps({"ok": False, "index": len(jobs), "errors": error.errors}))
         return 1
-    print(json.dumps({"ok": True, "job": job.model_dump(mode="json")}))
+    print(json.dumps({"ok": True, "jobs": jobs} if several else {"ok": True, "job": jobs[0]}))
     return 0
 
 

@@ -25,7 +25,7 @@ from weights.contracts import DistillJob
 from weights.store import Store
 
 CHECKS_AT_ONCE = 2
-"""Most processes that check specs, over all requests; a single request has one at a time."""
+"""Most processes that check specs, over all requests; a request has one."""
 QUIET_SECONDS = 15.0
 """Seconds without an event after which a follower is notified that the job still exists."""
 

@@ -1,7 +1,8 @@
 """Validates job specs. The common part is a contract; a method's own configuration is known only to the distillers.
 
-The service never imports the distillers, so it asks a process: ``COMMAND check -`` reads a spec from standard input and
-answers ``{"ok": true, "job": {...}}`` or ``{"ok": false, "errors": [{"param", "message"}, ...]}``.
+The service never imports the distillers, so it asks a process: ``COMMAND check -`` reads a list of specs from standard
+input and answers ``{"ok": true, "jobs": [{...}, ...]}`` or ``{"ok": false, "index": of the first that is refused,
+"errors": [{"param", "message"}, ...]}``. Starting it takes seconds, and a check milliseconds, so a batch is one process.
 """
 
 import asyncio
@@ -47,17 +48,19 @@ def _refusal(problems: Sequence[tuple[str, str]], prefix: str, code: str = "inva
     return InvalidSpec("; ".join(dict.fromkeys(sentences)), names[0] or None, code)
 
 
-async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patience: float) -> DistillJob:
-    """The spec as the distillers understand it, with their defaults filled in.
+async def ask(
+    command: Sequence[str], jobs: Sequence[DistillJob], prefixes: Sequence[str], patience: float
+) -> list[DistillJob]:
+    """The specs as the distillers understand them, with their defaults filled in.
 
     Args:
         command: the program that runs jobs, such as ``python -m distillers``.
-        job: the parsed spec.
-        prefix: put before the name of an invalid field.
+        jobs: the parsed specs.
+        prefixes: for each spec, put before the name of an invalid field.
         patience: seconds to wait for the answer.
 
     Raises:
-        InvalidSpec: the distillers refuse the spec.
+        InvalidSpec: the distillers refuse a spec; for the first one.
         CheckFailed: they gave no readable answer.
     """
     try:
@@ -72,10 +75,9 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
         )
     except OSError as error:
         raise CheckFailed(f"the spec could not be checked: {command[0]} cannot be started: {error}") from error
+    question = json.dumps([job.model_dump(mode="json", exclude_unset=True) for job in jobs]).encode()
     try:
-        out, err = await asyncio.wait_for(
-            process.communicate(job.model_dump_json(exclude_unset=True).encode()), patience
-        )
+        out, err = await asyncio.wait_for(process.communicate(question), patience)
     except TimeoutError as error:
         raise CheckFailed(f"the spec could not be checked: no answer within {patience:.0f} s") from error
     finally:
@@ -85,9 +87,9 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
     try:
         answer = json.loads(out)
         if answer["ok"]:
-            return DistillJob.model_validate(answer["job"])
+            return [DistillJob.model_validate(job) for _, job in zip(jobs, answer["jobs"], strict=True)]
         problems = [(str(e["param"] or ""), str(e["message"]).rstrip(".")) for e in answer["errors"]]
-        refusal = _refusal(problems, prefix)
+        refusal = _refusal(problems, prefixes[answer["index"]])
     except (ValueError, KeyError, TypeError, IndexError) as error:
         tail = err.decode(errors="replace").strip()[-500:]
         raise CheckFailed(
@@ -99,27 +101,22 @@ async def check_spec(command: Sequence[str], job: DistillJob, prefix: str, patie
 async def check_specs(
     command: Sequence[str], specs: Sequence[Any], gate: asyncio.Semaphore, *, batch: bool = False, patience: float
 ) -> list[DistillJob]:
-    """Parse and check the specs, one after another.
+    """Parse the specs, and have them checked by one process.
 
-    A request holds at most one slot of the gate, however many specs it has. The gate is first come, first served, so
-    that after each check of a batch another request's spec gets its turn.
+    A request holds one slot of the gate for one check, however many specs it has. The gate is first come, first served.
 
     Args:
         command: the program that runs jobs.
         specs: decoded JSON.
         gate: limits the number of check processes over all requests.
         batch: refer to fields as ``jobs.<index>.<field>`` in errors.
-        patience: seconds to wait for each answer.
+        patience: seconds to wait for the answer.
 
     Raises:
         InvalidSpec: for the first invalid spec.
-        CheckFailed: see `check_spec`.
+        CheckFailed: see `ask`.
     """
     prefixes = [f"jobs.{index}." if batch else "" for index in range(len(specs))]
     parsed = [parse_spec(raw, prefix) for raw, prefix in zip(specs, prefixes, strict=True)]
-
-    checked = []
-    for job, prefix in zip(parsed, prefixes, strict=True):
-        async with gate:
-            checked.append(await check_spec(command, job, prefix, patience))
-    return checked
+    async with gate:
+        return await ask(command, parsed, prefixes, patience)

@@ -17,18 +17,22 @@ from typing import Any
 
 
 def check() -> int:
-    job = json.load(sys.stdin)
-    errors = []
-    if job["method"] == "crash":
-        print("the check crashed", file=sys.stderr)
-        return 3
-    if job["method"] != "fake":
-        errors.append({"param": "method", "message": f"no method {job['method']!r}: use 'fake'"})
-    if job["config"].get("steps", 1) < 1:
-        errors.append({"param": "config.steps", "message": "must be at least 1"})
-    job["config"].setdefault("steps", 5)
-    print(json.dumps({"ok": False, "errors": errors} if errors else {"ok": True, "job": job}))
-    return 1 if errors else 0
+    jobs = json.load(sys.stdin)
+    for index, job in enumerate(jobs):
+        errors = []
+        if job["method"] == "crash":
+            print("the check crashed", file=sys.stderr)
+            return 3
+        if job["method"] != "fake":
+            errors.append({"param": "method", "message": f"no method {job['method']!r}: use 'fake'"})
+        if job["config"].get("steps", 1) < 1:
+            errors.append({"param": "config.steps", "message": "must be at least 1"})
+        job["config"].setdefault("steps", 5)
+        if errors:
+            print(json.dumps({"ok": False, "index": index, "errors": errors}))
+            return 1
+    print(json.dumps({"ok": True, "jobs": jobs}))
+    return 0
 
 
 class Run:
