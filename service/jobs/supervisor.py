@@ -205,7 +205,12 @@ class Supervisor:
                     renewed = time.monotonic()
                 except JobsUnavailable as error:
                     log.error("The lease on job %s could not be renewed: %s", job.id, error)
-                    current = job if time.monotonic() - renewed < self._settings.lease_seconds * 2 / 3 else None
+                    lasts = self._settings.lease_seconds - (time.monotonic() - renewed)
+                    if lasts <= self._settings.lease_seconds / 3:
+                        log.warning("Job %s is ended before others may take it over: its lease runs out.", job.id)
+                        await attempt.stop(max(0.0, 0.6 * lasts))  # enough for a checkpoint that is quick to write
+                        return job, None
+                    current = job
                 if current is None:
                     log.warning(
                         "Attempt %d of job %s no longer belongs to this worker: ending it.", job.attempt, job.id

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,10 +22,10 @@ from hypothesis import strategies as st
 
 from service.jobs import validation
 from service.jobs.base import JobConflict, JobError, JobNotFound, JobsUnavailable, device_environment, find_devices
-from service.jobs.events import EventReader, read_events
+from service.jobs.events import Account, EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail
 from service.jobs.processes import is_dead, new_owner
-from service.jobs.service import CHECKS_AT_ONCE, TableJobs
+from service.jobs.service import CHECKS_AT_ONCE, TableJobs, make_supervisor
 from service.jobs.supervisor import Supervisor
 from service.jobs.table import JobTable
 from tests.service.jobs_help import (
@@ -585,6 +586,40 @@ def test_a_supervisor_without_its_database_ends_its_attempt(tmp_path: Path, monk
                     await asyncio.sleep(0.02)
 
     run(scenario())
+
+
+def test_an_attempt_that_loses_the_database_may_save_while_its_lease_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = job_settings(tmp_path, lease_seconds=30.0)
+    table = open_table(settings)
+    table.add([spec()])
+    job = table.claim("me", "host/cpu", 30)
+    assert job is not None
+    times = iter([0.0, 19.0, 21.0])
+    monkeypatch.setattr("service.jobs.supervisor.time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(table, "heartbeat", away)
+    graces = []
+
+    class Attempt:
+        async def wait(self) -> int:
+            await asyncio.sleep(PATIENCE)
+            return 0
+
+        async def stop(self, grace: float) -> int:
+            graces.append(grace)
+            return 143
+
+        def stderr_tail(self) -> str:
+            return ""
+
+    async def scenario() -> None:
+        supervisor = make_supervisor(settings, table)
+        followed = await supervisor._follow(job, Attempt(), EventReader(tmp_path), Account())
+        assert followed == (job, None)
+
+    run(scenario())
+    assert graces == [pytest.approx(5.4)], "most of what is left of the lease, and no more"
 
 
 def away(*_: Any, **__: Any) -> Any:
