@@ -21,7 +21,7 @@ JOB = {
     "config": {"student_every": 1, "schedules": {"1": {"timesteps": [1.0]}, "2": {"timesteps": [1.0, 0.5]}}},
     "licence": "Apache-2.0",
 }
-JOB_SECONDS = 420
+JOB_SECONDS = 900
 
 
 def ask(address: str, body: Any = None, status: int = 200) -> Any:
