@@ -25,7 +25,7 @@ fail() { echo "smoke: $*" >&2; exit 1; }
 compose build --quiet api # the worker runs the same image
 say "image built: $(docker image inspect fewstep:cpu --format '{{.Size}}' | awk '{printf "%.2f GB", $1 / 1e9}')"
 
-compose up --detach --no-build --wait --wait-timeout 300
+compose up --detach --no-build --wait --wait-timeout 900
 say "API and worker are healthy"
 
 python3 docker/smoke.py "http://127.0.0.1:$PORT" "$work"
@@ -41,7 +41,7 @@ for service in api worker; do
 done
 
 compose restart api >/dev/null
-compose up --detach --no-build --wait --wait-timeout 300
+compose up --detach --no-build --wait --wait-timeout 900
 python3 docker/smoke.py "http://127.0.0.1:$PORT" "$work" --after-restart
 say "the student is still there after a restart"
 echo "smoke: passed in ${SECONDS} s"
