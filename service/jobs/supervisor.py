@@ -21,6 +21,8 @@ from service.jobs.processes import host_name, is_dead, new_owner
 from service.jobs.table import JobTable
 
 log = logging.getLogger(__name__)
+STOPPED = 143
+"""Exit status of a job that has saved and ended after SIGTERM."""
 
 
 class Supervisor:
@@ -277,6 +279,11 @@ def _error(status: int, told: str | None, stderr: str) -> JobError:
         return JobError(message=told, code="job_failed", stderr=stderr)
     if status < 0:
         message = f"The job's process was killed by signal {-status}; resume it to continue from its last checkpoint."
+        return JobError(message=message, code="job_killed", stderr=stderr)
+    if status == STOPPED:
+        message = (
+            "The job's process was stopped from outside, by SIGTERM; resume it to continue from its last checkpoint."
+        )
         return JobError(message=message, code="job_killed", stderr=stderr)
     last = stderr.splitlines()[-1] if stderr else "it wrote nothing, as on a full disk; check the space, and resume it"
     return JobError(message=f"The job's process ended with status {status}: {last}", code="job_failed", stderr=stderr)

@@ -26,7 +26,7 @@ from service.jobs.events import Account, EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail
 from service.jobs.processes import is_dead, new_owner
 from service.jobs.service import CHECKS_AT_ONCE, TableJobs, make_supervisor
-from service.jobs.supervisor import Supervisor
+from service.jobs.supervisor import Supervisor, _error
 from service.jobs.table import JobTable
 from tests.service.jobs_help import (
     FAKE,
@@ -586,6 +586,19 @@ def test_a_supervisor_without_its_database_ends_its_attempt(tmp_path: Path, monk
                     await asyncio.sleep(0.02)
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "code"),
+    [
+        (1, "status 1: it wrote nothing, as on a full disk", "job_failed"),
+        (143, "stopped from outside, by SIGTERM; resume it", "job_killed"),
+        (-9, "killed by signal 9; resume it", "job_killed"),
+    ],
+)
+def test_how_a_silent_job_ended(status: int, says: str, code: str) -> None:
+    error = _error(status, None, "")
+    assert says in error.message and error.code == code
 
 
 def test_an_attempt_that_loses_the_database_may_save_while_its_lease_lasts(
