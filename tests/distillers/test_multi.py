@@ -263,7 +263,7 @@ def test_a_failing_part_says_which_and_why(raw: dict[str, Any], tmp_path: Path) 
         ({"partition": {"students": 1}}, "partition.students", "greater than or equal to 2"),
         ({"partition": {"students": 2, "part": 2}}, "partition", "part: 2 must be below students, 2"),
         ({"partition": {"students": 2, "by": "colour"}}, "partition.by", "'kmeans' or 'groups'"),
-        ({"partition": {"students": 2, "way": 1}}, "partition.way", "not permitted"),
+        ({"partition": {"students": 2, "way": 1}}, "partition.way", "no such field"),
         ({"student": "x" * 63}, "student", "parts need names of their own"),
     ],
 )

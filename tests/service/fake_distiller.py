@@ -25,9 +25,10 @@ def check() -> int:
             return 3
         if job["method"] != "fake":
             errors.append({"param": "method", "message": f"no method {job['method']!r}: use 'fake'"})
-        if job["config"].get("steps", 1) < 1:
+        config = job.setdefault("config", {})
+        if config.get("steps", 1) < 1:
             errors.append({"param": "config.steps", "message": "must be at least 1"})
-        job["config"].setdefault("steps", 5)
+        config.setdefault("steps", 5)
         if errors:
             print(json.dumps({"ok": False, "index": index, "errors": errors}))
             return 1

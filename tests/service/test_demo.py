@@ -145,7 +145,7 @@ def test_the_whole_line_for_real(tmp_path: Path, tiny_base: TinyBase, monkeypatc
     monkeypatch.setenv("FEWSTEP_PINNED", '["my-student"]')
     monkeypatch.setenv("fewstep_aliases", '{"best": "my-student"}')  # in any case, as settings are
     train = {"iterations": 2, "batch_size": 2, "threads": 1}
-    spec = {"student": "fresh", "method": "dmd2", "base": tiny_base.id, "train": train}
+    spec = {"student": "fresh", "method": "dmd2", "base": tiny_base.id, "data": {"source": "emoji"}, "train": train}
     said = io.StringIO()
     path = run_demo(tmp_path, spec, Console(file=said, width=200))
     with Image.open(path) as sheet:
