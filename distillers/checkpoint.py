@@ -19,6 +19,11 @@ from weights.files import replacing
 _HEADER = "state"
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a job's folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("iteration-*.safetensors"))
+
+
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes ``tensors`` and the JSON-serialisable ``state`` to ``path``, atomically and durably."""
     with replacing(path) as temporary:

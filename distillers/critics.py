@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, cond_rows
+from weights.diffusion.guidance import scale_at
 from weights.diffusion.schedules import expand
 
 
@@ -81,10 +82,7 @@ def guided_x0(
         interval: guide only where ``low <= t <= high``; everywhere when left out.
     """
     if denoiser.embeds_guidance:
-        told = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t))
-        if interval is not None:
-            told = torch.where((t >= interval[0]) & (t <= interval[1]), told, torch.ones_like(told))
-        return denoiser(x_t, t, {**cond, GUIDANCE: told})
+        return denoiser(x_t, t, {**cond, GUIDANCE: scale_at(scale, t, interval)})
     if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser(x_t, t, cond)
     if interval is None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from distillers.adapters import save_adapters
 from distillers.building import Builder
 from distillers.captured import check_place
+from distillers.checkpoint import checkpoints_in
 from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed, cached_embeddings, floats
 from distillers.events import Reporter, now
@@ -43,14 +44,10 @@ STOPPED = 143
 """Exit status after SIGTERM, as a shell reports it; also used for SIGINT (Ctrl-C), which has the same effect."""
 ASKING = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a job to save and stop."""
-
-
 SPEC = "job.json"
 """The job's spec, in its folder."""
 EXPECTED = (ValueError, Diverged, StoreError, OSError)
 """Failures that are fully described by their message; anything else is a bug, and is shown with its traceback."""
-
-
 SMALLER = (
     "lower train.batch_size and raise train.gradient_accumulation by as much, set train.gradient_checkpointing, or train "
     "a LoRA with lora.shared_base"
@@ -206,7 +203,7 @@ class JobRun:
         job, device = self.job, self.accelerator.device
         if job.train.capture:
             check_place(self.accelerator)  # before anything slow
-        if not checkpointed(self.folder):
+        if not checkpoints_in(self.folder):
             self._write_spec()
         elif not resume:
             message = f"{self.folder} holds a job's checkpoints: use --resume, or another folder"
@@ -391,9 +388,4 @@ def out_of_memory(error: Exception) -> bool:
 
 def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:
     """The student, if this very job has already published it from the checkpoints in the folder."""
-    return store.made_by(job) if checkpointed(folder) else None
-
-
-def checkpointed(folder: Path) -> bool:
-    """Whether the folder holds a job's checkpoints."""
-    return any((folder / "checkpoints").glob("iteration-*.safetensors"))
+    return store.made_by(job) if checkpoints_in(folder) else None

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from distillers.corpus import load_corpus
-from distillers.job import STOPPED, JobRun, published
+from distillers.job import SPEC, STOPPED, JobRun, published
 from distillers.merging import MergedEvents, PartReporter
 from distillers.partition import FILE, Partition
 from distillers.processes import Interrupted
@@ -196,7 +196,7 @@ class MultiRun(JobRun):
 
     def _launch(self, part: int, resume: bool) -> "subprocess.Popen[str]":
         folder = self._folder(part)
-        spec = folder / "job.json"
+        spec = folder / SPEC
         write_atomically(spec, self.parts[part].model_dump_json(indent=2) + "\n")
         options = {"--folder": folder, "--store": self.store.root, "--shared": self.shared}
         if self.given_cache is not None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from distillers.checkpoint import load_checkpoint, save_checkpoint
-from distillers.critics import guided_x0
 from distillers.methods.base import Setup, Workspace
 from distillers.processes import agreed, place, together
 from weights.denoiser import Cond, Denoiser
@@ -17,18 +16,6 @@ SHARD = 64
 LATENTS_AT_ONCE = 16 * 64 * 64
 """Latent positions per teacher call: 16 images of 512 pixels, 4 of 1024; guidance doubles the rows."""
 WHAT = "drawing teacher's pictures"
-
-
-class _GuidedInside(Denoiser):
-    """The teacher as the losses see it under a guidance interval (`guided_x0`)."""
-
-    def __init__(self, setup: Setup, scale: float, interval: tuple[float, float]) -> None:
-        super().__init__()
-        self.denoiser, self.schedule = setup.teacher, setup.teacher.schedule
-        self.uncond, self.scale, self.interval = setup.uncond, scale, interval
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return guided_x0(self.denoiser, x_t, t, cond, self.uncond, self.scale, self.interval)
 
 
 class TeacherPairs:
@@ -57,9 +44,7 @@ class TeacherPairs:
         ends = [(start, min(start + SHARD, self.count)) for start in range(0, self.count, SHARD)]
         kind = f"{steps}-{guidance_scale:g}" + ("" if interval is None else "-in-{:g}-{:g}".format(*interval))
         files = [self.workspace.folder / f"pairs-{kind}-{a:06d}-{b:06d}.safetensors" for a, b in ends]
-        teacher: Denoiser = guided(self.setup.teacher, self.setup.uncond, guidance_scale)
-        if interval is not None:
-            teacher = _GuidedInside(self.setup, guidance_scale, interval)
+        teacher = guided(self.setup.teacher, self.setup.uncond, guidance_scale, interval)
 
         def made(number: int) -> Path:
             """Generates the shard if it is not on this disk; another process may run on another machine."""

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from distillers.captured import Captured
-from distillers.checkpoint import load_checkpoint, save_checkpoint
+from distillers.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from distillers.events import Reporter, now
 from distillers.identity import Identity
 from distillers.methods.base import Batch, Method, Step, Turn
@@ -331,12 +331,9 @@ class Trainer:
 
     # Checkpoints
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("iteration-*.safetensors"))
-
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint's path."""
-        paths = self._checkpoints()
+        paths = checkpoints_in(self.folder)
         return paths[-1] if paths else None
 
     def save(self) -> None:
@@ -368,7 +365,7 @@ class Trainer:
             "optimizers": optimizers,
         }
         save_checkpoint(path, tensors, state)
-        for old in self._checkpoints()[: -self.spec.keep_checkpoints]:
+        for old in checkpoints_in(self.folder)[: -self.spec.keep_checkpoints]:
             old.unlink()
         self._saved("checkpoint", path)
 

@@ -40,19 +40,21 @@ class Drawing:
     """Network evaluations per image, including the base leg's; a guided step counts as two."""
 
 
-def guided(denoiser: Denoiser, uncond: Cond | None, guidance_scale: float) -> Denoiser:
-    """The denoiser under classifier-free guidance.
+def guided(
+    denoiser: Denoiser, uncond: Cond | None, guidance_scale: float, interval: tuple[float, float] | None = None
+) -> Denoiser:
+    """The denoiser under classifier-free guidance, only where ``low <= t <= high`` if there is an interval.
 
     Raises:
         CannotDraw: guidance was requested without the unconditional (or negative) condition that it needs.
     """
     if denoiser.embeds_guidance:
-        return EmbeddedGuidance(denoiser, guidance_scale)
+        return EmbeddedGuidance(denoiser, guidance_scale, interval)
     if guidance_scale == 1:
         return denoiser
     if uncond is None:
         raise CannotDraw(f"guidance_scale {guidance_scale} needs an unconditional condition; 1.0 turns guidance off")
-    return Guided(denoiser, uncond, guidance_scale)
+    return Guided(denoiser, uncond, guidance_scale, interval)
 
 
 def draw_base(

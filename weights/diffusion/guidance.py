@@ -18,6 +18,14 @@ from weights.denoiser import GUIDANCE, Cond, Denoiser, cond_cat, cond_repeat, co
 from weights.diffusion.schedules import expand
 
 
+def scale_at(scale: float | Tensor, t: Tensor, interval: tuple[float, float] | None) -> Tensor:
+    """The scale of each row, ``(B,)`` float32 for times ``(B,)``: 1, which is off, beyond the interval if there is one."""
+    scales = torch.as_tensor(scale, dtype=torch.float32, device=t.device).expand(len(t))
+    if interval is None:
+        return scales
+    return torch.where((t >= interval[0]) & (t <= interval[1]), scales, torch.ones_like(scales))
+
+
 class Guided(Denoiser):
     """A denoiser under classifier-free guidance, evaluated in one call of twice the batch.
 
@@ -53,10 +61,7 @@ class Guided(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The guided estimate of x_0; shapes as in `Denoiser.forward`."""
-        scale = torch.as_tensor(self.scale, dtype=torch.float32, device=x_t.device).expand(x_t.shape[0])
-        if self.interval is not None:
-            low, high = self.interval
-            scale = torch.where((t >= low) & (t <= high), scale, torch.ones_like(scale))
+        scale = scale_at(self.scale, t, self.interval)
         if bool((scale == 1).all()):
             return self._single(x_t, t, cond)
         uncond = self._uncond_rows(x_t)
@@ -153,14 +158,14 @@ class EmbeddedGuidance(Denoiser):
     Args:
         denoiser: a denoiser whose ``embeds_guidance`` is true.
         scale: w.
+        interval: guide only where ``low <= t <= high``; everywhere when left out.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, scale: float, interval: tuple[float, float] | None = None) -> None:
         super().__init__()
-        self.denoiser, self.schedule, self.scale = denoiser, denoiser.schedule, scale
+        self.denoiser, self.schedule, self.scale, self.interval = denoiser, denoiser.schedule, scale, interval
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The estimate of x_0 at that scale; shapes as in `Denoiser.forward`."""
-        told = torch.full((len(x_t),), self.scale, device=x_t.device)
-        x0: Tensor = self.denoiser(x_t, t, {**cond, GUIDANCE: told})
+        x0: Tensor = self.denoiser(x_t, t, {**cond, GUIDANCE: scale_at(self.scale, t, self.interval)})
         return x0
