@@ -11,6 +11,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.engine.base import (
@@ -24,6 +26,7 @@ from service.engine.base import (
     UnknownModel,
 )
 from service.rates import RateLimited
+from weights.fields import instead_of_field
 
 log = logging.getLogger(__name__)
 SHOWN = 80
@@ -111,12 +114,21 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(500, message, code="engine_error")
 
 
-def from_validation(errors: Sequence[Any]) -> ApiError:
-    """A 400 that describes every invalid field; ``param`` is the first of them."""
-    unknown = [_param(error) for error in errors if error["type"] == "extra_forbidden"]
+def from_validation(errors: Sequence[Any], model: type[BaseModel] | None = None) -> ApiError:
+    """A 400 that describes every invalid field; ``param`` is the first of them.
+
+    Args:
+        errors: pydantic's.
+        model: what the body was read as, whose names are offered for the first unknown field.
+    """
+    unknown = [error for error in errors if error["type"] == "extra_forbidden"]
     if unknown:
-        names = ", ".join(shorten(name) for name in unknown)
-        return ApiError(400, f"unknown parameter(s): {names}", param=unknown[0], code="unknown_parameter")
+        names = [shorten(_param(error)) for error in unknown]
+        message = f"unknown parameter(s): {', '.join(names)}"
+        if model is not None:  # for one alone: a body may have thousands, and a search for the nearest name takes time
+            which = f"; for {names[0]}" if len(names) > 1 else ""
+            message += f"{which}: {instead_of_field(model, unknown[0]['loc'][1:])}"
+        return ApiError(400, message, param=_param(unknown[0]), code="unknown_parameter")
     first = errors[0]
     message = "; ".join(dict.fromkeys(_describe(error) for error in errors))
     codes = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
@@ -189,9 +201,17 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     return respond(error.status_code, str(error.detail), headers=headers)
 
 
-async def _on_validation(_request: Request, error: Exception) -> JSONResponse:
+def _body_model(request: Request) -> type[BaseModel] | None:
+    """What the request's route reads its body as."""
+    route = request.scope.get("route")
+    field = route.body_field if isinstance(route, APIRoute) else None
+    kind = None if field is None else field.field_info.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    answer = from_validation(error.errors())
+    answer = from_validation(error.errors(), _body_model(request))
     return respond(answer.status_code, answer.detail, param=answer.param, code=answer.code)
 
 

@@ -1,4 +1,4 @@
-"""What a contract's fields are called: for errors about a field that it does not have."""
+"""What may be written instead of a name that is not known: for errors about fields and parameters."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,18 @@ def no_such_field(model: type[BaseModel], place: Sequence[int | str]) -> str:
         model: what was read.
         place: pydantic's location of the field in it, which ends with the field's own name.
     """
-    known = list(_model_at(model, place[:-1]).model_fields)
-    near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.7)
-    return f"there is no such field: {f'did you mean {near[0]}? Use' if near else 'use'} one of {', '.join(known)}"
+    return f"there is no such field: {instead_of_field(model, place)}"
+
+
+def instead_of_field(model: type[BaseModel], place: Sequence[int | str]) -> str:
+    """What to use instead of a field that is not one of its model's; see `no_such_field`."""
+    return instead_of(str(place[-1]), list(_model_at(model, place[:-1]).model_fields))
+
+
+def instead_of(name: str, known: Sequence[str]) -> str:
+    """The nearest of the known names, if one is near, and all of them, of which there is at least one."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"{f'did you mean {near[0]}? Use' if near else 'use'} one of {', '.join(known)}"
 
 
 def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:

@@ -223,9 +223,9 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         ),
         ({"diversity": {"base_steps": 9}}, "diversity.base_steps", "less than or equal to 8, got 9"),
         ({"diversity": {"unprompted": 1}}, "diversity.unprompted", "less than 1, got 1"),
-        ({"diversity": {"steps": 1}}, "diversity.steps", "unknown parameter(s): 'diversity.steps'"),
-        ({"setps": 2}, "setps", "unknown parameter(s): 'setps'"),
-        ({"a": 1, "b": 2}, "a", "unknown parameter(s): 'a', 'b'"),
+        ({"diversity": {"steps": 1}}, "diversity.steps", "'diversity.steps': use one of base_steps, base_guidance"),
+        ({"setps": 2}, "setps", "unknown parameter(s): 'setps': did you mean steps? Use one of prompt, model, n, "),
+        ({"a": 1, "b": 2}, "a", "unknown parameter(s): 'a', 'b'; for 'a': use one of prompt, "),
         ({"x" * 500: 1}, "x" * 80, "unknown parameter(s)"),
     ],
 )

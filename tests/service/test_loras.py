@@ -47,7 +47,7 @@ def test_without_loras_nothing_is_said_of_them(client: TestClient, engine: FakeE
         ([{"name": "ink"}, {"name": "ink", "scale": 0.5}], "loras", "names a LoRA twice"),
         ([{"scale": 1.0}], "loras.0.name", "required"),
         ([{"name": "ink", "scale": 5}], "loras.0.scale", "less than or equal to 4"),
-        ([{"name": "ink", "weight": 1}], "loras.0.weight", "unknown parameter"),
+        ([{"name": "ink", "weight": 1}], "loras.0.weight", "'loras.0.weight': use one of name, scale"),
         ("ink", "loras", "list"),
     ],
 )
