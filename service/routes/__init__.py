@@ -5,16 +5,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-from fastapi import Request
+from fastapi import Depends, Request
 from PIL.Image import Image
 
 from service.engine.base import Drawn, Engine
-from service.errors import ApiError
+from service.errors import SHOWN, ApiError, shorten
 from service.jobs.base import JobsUnavailable
 from service.pictures import PictureStore, encode, facts_of
 from service.running import Running
 from service.schemas import DiversityUsed, DrawingInfo, ErrorBody, ImageRequest, LoraOption
 from service.settings import Settings
+from weights.fields import instead_of
 
 log = logging.getLogger(__name__)
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -26,6 +27,26 @@ RETRY_SECONDS = 10
 """Retry-After for an unusable table: disk space may be freed, and databases restart."""
 QUICK = 2**14
 """Up to this many pixels, encoding a PNG or JPEG is faster than handing it to another thread: four 64x64 images."""
+
+
+async def _refuse_unknown_query(request: Request) -> None:  # async, or FastAPI would call it in another thread
+    route = request.scope["route"]
+    known = [field.alias for field in route.dependant.query_params]
+    name = next((each for each in request.query_params if each not in known), None)
+    if name is None:
+        return
+    fix = instead_of(name, known) if known else "this path takes none"
+    if route.body_field is not None:
+        fix += "; send the request's fields as JSON in its body"
+    message = f"there is no query parameter {shorten(name)}: {fix}"
+    raise ApiError(400, message, param=name[:SHOWN], code="unknown_parameter")
+
+
+NO_OTHER_QUERY = [Depends(_refuse_unknown_query)]
+"""Dependencies of routes that refuse query parameters which they do not have.
+
+Health checks, metrics and image URLs are without: probes, scrapers and browsers add parameters of their own there.
+"""
 
 
 def engine_of(request: Request) -> Engine:

@@ -14,6 +14,7 @@ from service.errors import ApiError, shorten
 from service.pictures import Format
 from service.routes import (
     ERRORS,
+    NO_OTHER_QUERY,
     client_of,
     drawing_info,
     engine_of,
@@ -39,6 +40,7 @@ T = TypeVar("T")
     "/generations",
     response_model=ImageResponse,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    dependencies=NO_OTHER_QUERY,
 )
 async def generate(body: ImageRequest, request: Request) -> Response:
     """Generate `n` images of a prompt.
@@ -71,7 +73,7 @@ async def generate(body: ImageRequest, request: Request) -> Response:
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
-@router.delete("/generations/{request_id}", status_code=204)
+@router.delete("/generations/{request_id}", status_code=204, dependencies=NO_OTHER_QUERY)
 async def cancel(request_id: str, request: Request) -> None:
     """Cancel one of your own requests in progress, by its X-Request-ID.
 

@@ -25,7 +25,7 @@ from service.jobs.base import (
     JobsUnavailable,
     Status,
 )
-from service.routes import ERRORS, draining_of, unavailable
+from service.routes import ERRORS, NO_OTHER_QUERY, draining_of, unavailable
 from service.streaming import Awaited, EventStream, server_sent
 from weights.contracts import DistillJob
 
@@ -36,7 +36,7 @@ JSON = re.compile(r"application/(.*\+)?json")
 
 T = TypeVar("T")
 
-router = APIRouter(prefix="/v1/distillation/jobs", tags=["distillation"], responses=ERRORS)
+router = APIRouter(prefix="/v1/distillation/jobs", tags=["distillation"], responses=ERRORS, dependencies=NO_OTHER_QUERY)
 
 
 class _Wire(BaseModel):

@@ -9,13 +9,13 @@ from service.deletion import NoSuchModel, StillNeeded, delete_student
 from service.engine.base import ModelInfo
 from service.errors import ApiError, shorten
 from service.jobs.base import Jobs, JobsUnavailable
-from service.routes import ERRORS, engine_of, settings_of, unavailable
+from service.routes import ERRORS, NO_OTHER_QUERY, engine_of, settings_of, unavailable
 from service.schemas import DeletedModel, DiversityUsed, Model, ModelList
 from weights.bundled import STUDENTS
 from weights.store import Store, StoreError
 
 log = logging.getLogger(__name__)
-router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS)
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=ERRORS, dependencies=NO_OTHER_QUERY)
 
 
 @router.get("")

@@ -46,6 +46,30 @@ def test_a_method_that_is_not_allowed(client: TestClient) -> None:
     assert "use POST" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "says"),
+    [
+        (
+            "POST",
+            URL,
+            "there is no query parameter 'steps': this path takes none; send the request's fields as JSON in",
+        ),
+        ("POST", "/v1/images/trace", "this path takes none; send"),
+        ("GET", "/v1/models", "there is no query parameter 'steps': this path takes none"),
+        ("DELETE", f"{URL}/some-request", "this path takes none"),
+    ],
+)
+def test_query_parameters_that_are_none(client: TestClient, method: str, path: str, says: str) -> None:
+    body = {"prompt": "red apple"} if method == "POST" else None
+    error = error_of(client.request(method, path, params={"steps": 1}, json=body), 400)
+    assert (error["param"], error["code"]) == ("steps", "unknown_parameter")
+    assert says in error["message"]
+
+
+def test_probes_may_add_query_parameters(client: TestClient) -> None:
+    assert client.get("/health/live", params={"probe": 1}).status_code == 200
+
+
 def test_a_body_that_announces_too_much(client: TestClient, engine: FakeEngine) -> None:
     response = client.post(URL, json={"prompt": "x" * 5000})
     assert error_of(response, 413)["code"] == "body_too_large"

@@ -317,6 +317,7 @@ def test_the_list_in_pages(idle: TestClient) -> None:
         ({"limit": 101}, "limit", "invalid_value"),
         ({"limit": "x"}, "limit", "invalid_value"),
         ({"after": "distill-nobody"}, "after", "job_not_found"),
+        ({"limt": 5}, "limt", "unknown_parameter"),
     ],
 )
 def test_a_wrong_page(idle: TestClient, query: dict[str, Any], param: str, code: str) -> None:
