@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
@@ -15,13 +16,28 @@ If a process id is reused within this time, the job's lease still expires.
 """
 
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Holds a random number that Linux draws when it boots, so it differs between machines of one name."""
+
+
+def machine_name() -> str:
+    """This machine's name, with its boot's number where there is one, as machines that share a table may share a name.
+
+    All processes of a machine, or of a container, have the same name for it, until it boots again.
+    """
+    try:
+        return f"{socket.gethostname()}-{BOOT_ID.read_text().strip()}"
+    except OSError:
+        return socket.gethostname()
+
+
 def host_name() -> str:
     """This machine's name and, if it has any, its process namespace, so that process ids are comparable."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
-        return socket.gethostname()
-    return f"{socket.gethostname()}/{namespace}"
+        return machine_name()
+    return f"{machine_name()}/{namespace}"
 
 
 def new_owner() -> str:
@@ -31,7 +47,7 @@ def new_owner() -> str:
 
 
 def is_dead(owner: str) -> bool:
-    """Whether the owner's process is known to have ended. False for another machine's, where this is unknown."""
+    """Whether the owner's process is known to have ended. False where this is unknown: on another machine or boot."""
     host, pid, created, _ = owner.split("|")
     if host != host_name():
         return False

@@ -17,7 +17,7 @@ from pathlib import Path
 from service.jobs.base import Job, JobError, JobSettings, JobsUnavailable, find_devices
 from service.jobs.events import Account, EventReader
 from service.jobs.executor import Attempt, Executor, tail
-from service.jobs.processes import host_name, is_dead, new_owner
+from service.jobs.processes import is_dead, machine_name, new_owner
 from service.jobs.table import JobTable
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Supervisor:
 
     async def _work(self, device: str) -> None:
         """Claim and run jobs on one device until told to stop; an unusable database is waited out."""
-        place = f"{host_name().partition('/')[0]}/{device}"
+        place = f"{machine_name()}/{device}"
         while not self._stopping.is_set():
             try:
                 job = await asyncio.to_thread(self._table.claim, self._owner, place, self._settings.lease_seconds)

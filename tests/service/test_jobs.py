@@ -24,7 +24,7 @@ from service.jobs import validation
 from service.jobs.base import JobConflict, JobError, JobNotFound, JobsUnavailable, device_environment, find_devices
 from service.jobs.events import Account, EventReader, read_events
 from service.jobs.executor import LocalExecutor, tail
-from service.jobs.processes import is_dead, new_owner
+from service.jobs.processes import is_dead, machine_name, new_owner
 from service.jobs.service import CHECKS_AT_ONCE, TableJobs, make_supervisor
 from service.jobs.supervisor import Supervisor, _error
 from service.jobs.table import JobTable
@@ -732,6 +732,20 @@ def test_owners_tell_the_living_from_the_dead() -> None:
     stepped = psutil.Process().create_time() + 3.0  # as it is told once the clock was set
     assert not is_dead(f"{host}|{pid}|{stepped!r}|{token}")
     assert not is_dead(f"elsewhere|{pid}|1.0|{token}")
+
+
+def test_machines_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their process ids have nothing to do with each other, and each has a device of its own."""
+    monkeypatch.setattr("service.jobs.processes.BOOT_ID", tmp_path / "boot_id")
+    without = machine_name()  # as where there is no such file
+    (tmp_path / "boot_id").write_text("first\n")
+    host, pid, _, token = new_owner().split("|")
+    here = machine_name()
+    assert is_dead(f"{host}|{pid}|1.0|{token}")
+    (tmp_path / "boot_id").write_text("second\n")
+    assert not is_dead(f"{host}|{pid}|1.0|{token}")
+    assert len({without, here, machine_name()}) == 3
+    assert here.startswith(without)
 
 
 def test_a_batch_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
