@@ -3,8 +3,9 @@
 A job is one submitted `weights.contracts.DistillJob`. It is ``queued`` until a supervisor claims it, ``running`` while
 an attempt at it runs, and then ``succeeded``, ``failed`` or ``cancelled``. A failed or cancelled job can be queued
 again and continues from its checkpoint. Each claim increments ``attempt``, and each time that a dead supervisor's job is
-taken over increments ``losses`` (which resuming clears). Together they are the fencing token: every update of an
-attempt names both numbers, and is refused if they are no longer the row's.
+taken over increments ``losses``. Together they are the fencing token: every update of an attempt names both numbers, and
+is refused if they are no longer the row's. So ``losses`` may start again only while no attempt runs: when a job is
+resumed, or is queued again after a loss, if the lost attempt had saved a checkpoint.
 """
 
 import os
@@ -38,6 +39,8 @@ class Progress:
     iterations: int
     metrics: dict[str, float] = field(default_factory=dict)
     seconds_left: float | None = None
+    checkpoint_attempt: int | None = None
+    """The attempt that saved the newest checkpoint; None before the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Job:
     progress: Progress | None = None
     attempt: int = 0
     losses: int = 0
+    """How often it was lost with its supervisor, without a new checkpoint in between."""
     owner: str | None = None
     device: str | None = None
     lease_until: float | None = None
@@ -170,6 +174,7 @@ class JobSettings:
     grace_seconds: float = 60.0
     check_seconds: float = 120.0
     max_losses: int = 3
+    """How often a job may be lost, without a new checkpoint in between, before it fails."""
 
     def __post_init__(self) -> None:
         if self.lease_seconds < 3 * self.poll_seconds:

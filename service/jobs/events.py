@@ -67,6 +67,8 @@ def read_events(folder: Path, after: int, limit: int) -> tuple[list[JobEvent], b
 class Account:
     """What a job has reported about itself in the events read so far."""
 
+    attempt: int | None = None
+    """The attempt that writes the events, where that matters."""
     progress: Progress | None = None
     finished: dict[str, Any] | None = None
     """The event that reports success."""
@@ -77,13 +79,18 @@ class Account:
         """Record one more event."""
         match event["kind"]:
             case "started":
-                self.progress = Progress(step=event["resumed_from"], iterations=event["iterations"])
+                self._reach(step=event["resumed_from"], iterations=event["iterations"])
             case "progress":
-                values = {name: event[name] for name in ("step", "iterations", "metrics", "seconds_left")}
-                self.progress = Progress(**values)
+                self._reach(**{name: event[name] for name in ("step", "iterations", "metrics", "seconds_left")})
+            case "checkpoint" if self.progress is not None:
+                self.progress = replace(self.progress, checkpoint_attempt=self.attempt)
             case "finished":
                 self.finished = event
                 if self.progress is not None:  # progress is reported only every so many steps
                     self.progress = replace(self.progress, step=event["step"], seconds_left=0.0)
             case "failed":
                 self.failed = event["message"]
+
+    def _reach(self, **values: Any) -> None:
+        saved_by = None if self.progress is None else self.progress.checkpoint_attempt
+        self.progress = Progress(**values, checkpoint_attempt=saved_by)

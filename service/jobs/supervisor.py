@@ -130,8 +130,14 @@ class Supervisor:
             await asyncio.to_thread(lambda: self._table.finish(job, "succeeded", result=result, progress=progress))
         elif job.cancel_requested:
             await asyncio.to_thread(self._table.finish, job, "cancelled")
+        elif job.progress is not None and job.progress.checkpoint_attempt == job.attempt:
+            # It got further since the last loss: a long job may be lost any number of times, as where machines come and go.
+            await asyncio.to_thread(self._table.requeue, job, 1)
         elif job.losses > self._settings.max_losses:
-            message = f"The job's supervisor died {job.losses} times while it ran; resume it to try again."
+            message = (
+                f"The job's supervisor died {job.losses} times without a new checkpoint in between: if the machines are "
+                "well, lower train.checkpoint_every; resume the job to try again."
+            )
             stderr = await asyncio.to_thread(self._last_words, lost)
             error = JobError(message=message, code="job_lost", stderr=stderr)
             await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=error))
@@ -175,7 +181,7 @@ class Supervisor:
             problem = JobError(message=f"The job could not be started: {error}", code="launch_failed")
             await asyncio.to_thread(lambda: self._table.finish(job, "failed", error=problem))
             return
-        account = Account(progress=job.progress)
+        account = Account(attempt=job.attempt, progress=job.progress)
         self._followed.add(job.id)
         try:
             job, status = await self._follow(job, attempt, reader, account)

@@ -254,9 +254,15 @@ class JobTable:
         }
         return self._update([*self._held(job), jobs.c.lease_until == job.lease_until], values)
 
-    def requeue(self, job: Job) -> Job | None:
-        """Return this attempt's job to the queue, to continue from its checkpoint."""
-        return self._update(self._held(job), {"status": "queued", **_NOT_HELD})
+    def requeue(self, job: Job, losses: int | None = None) -> Job | None:
+        """Return this attempt's job to the queue, to continue from its checkpoint.
+
+        Args:
+            job: as its attempt holds it.
+            losses: replaces the job's; old attempts stay fenced off, since the next claim increments their number.
+        """
+        values = {"status": "queued", "losses": job.losses if losses is None else losses, **_NOT_HELD}
+        return self._update(self._held(job), values)
 
     def finish(
         self,

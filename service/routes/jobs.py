@@ -23,6 +23,7 @@ from service.jobs.base import (
     JobNotFound,
     Jobs,
     JobsUnavailable,
+    Progress,
     Status,
 )
 from service.routes import ERRORS, NO_OTHER_QUERY, draining_of, unavailable
@@ -128,8 +129,12 @@ def job_object(job: Job) -> JobObject:
         cancel_requested=job.cancel_requested,
         error=ErrorObject(**vars(job.error)) if job.error else None,
         result=job.result,
-        progress=ProgressObject(**vars(job.progress)) if job.progress else None,
+        progress=_progress_object(job.progress) if job.progress else None,
     )
+
+
+def _progress_object(progress: Progress) -> ProgressObject:
+    return ProgressObject(**{name: getattr(progress, name) for name in ProgressObject.model_fields})
 
 
 def _job_list(jobs: list[Job], has_more: bool) -> JobList:

@@ -493,6 +493,37 @@ def test_an_expired_lease_is_taken_over_from_another_machine(tmp_path: Path) -> 
     run(scenario())
 
 
+def test_only_losses_without_a_new_checkpoint_count(tmp_path: Path) -> None:
+    settings = job_settings(tmp_path, max_losses=2)
+    table = open_table(settings)
+    supervisor = Supervisor(table, LocalExecutor(FAKE, settings.store), settings)
+    (job,) = table.add([spec()])
+
+    async def lost_after(*lines: dict[str, Any]) -> tuple[str, int]:
+        held = table.claim("elsewhere|1|1.0|x", "elsewhere/cpu", -1.0)
+        assert held is not None
+        account = Account(attempt=held.attempt, progress=held.progress)
+        for line in lines:
+            account.add(EVENTS.validate_python(line).model_dump(mode="json"))
+        assert table.heartbeat(held, -1.0, account.progress) is not None
+        await supervisor.reclaim()
+        assert table.heartbeat(held, 10, None) is None, "the lost attempt is fenced off"
+        found = table.get(job.id)
+        return found.status, found.losses
+
+    async def scenario() -> None:
+        started, progress, checkpoint, _ = LINES
+        for _ in range(settings.max_losses + 2):
+            assert await lost_after(started, progress, checkpoint, progress) == ("queued", 1)
+        assert await lost_after(started, progress) == ("queued", 2)
+        assert await lost_after() == ("failed", 3), "what an earlier attempt saved is no progress"
+        error = table.get(job.id).error
+        assert error is not None and error.code == "job_lost"
+        assert "3 times without a new checkpoint in between" in error.message
+
+    run(scenario())
+
+
 def test_a_job_that_outlived_its_supervisor_has_succeeded(tmp_path: Path) -> None:
     settings = job_settings(tmp_path)
 
