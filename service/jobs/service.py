@@ -1,7 +1,6 @@
 """The job service that the app uses: the job table and, in a server that also runs jobs, the supervisor."""
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ from service.jobs.base import (
     JobConflict,
     JobEvent,
     JobSettings,
-    JobsUnavailable,
     students_read,
 )
 from service.jobs.events import EventReader, read_events
 from service.jobs.executor import LocalExecutor
+from service.jobs.folders import check_folder
 from service.jobs.supervisor import Supervisor
 from service.jobs.table import JobTable
 from service.jobs.validation import check_specs
@@ -42,14 +41,7 @@ def prepare(settings: JobSettings, table: JobTable, works: bool) -> None:
         JobsUnavailable: the table or the folder cannot be used.
     """
     if works:
-        try:
-            settings.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=settings.folder).close()
-        except OSError as error:
-            raise JobsUnavailable(
-                f"FEWSTEP_JOBS_DIR: {settings.folder} cannot be written ({error.strerror}): let this process's user write "
-                "there, name another folder, or leave the work to other workers (FEWSTEP_JOB_WORK=false)"
-            ) from error
+        check_folder(settings.folder)  # even if it is full: images do not need it, and jobs wait
     table.create_tables()
 
 

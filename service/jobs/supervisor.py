@@ -17,6 +17,7 @@ from pathlib import Path
 from service.jobs.base import Job, JobError, JobSettings, JobsUnavailable, find_devices
 from service.jobs.events import Account, EventReader
 from service.jobs.executor import Attempt, Executor, tail
+from service.jobs.folders import ROOM, check_folder
 from service.jobs.processes import is_dead, machine_name, new_owner
 from service.jobs.table import JobTable
 
@@ -81,11 +82,11 @@ class Supervisor:
             log.error("%s. Trying again until it can be used.", error)
 
     async def _work(self, device: str) -> None:
-        """Claim and run jobs on one device until told to stop; an unusable database is waited out."""
+        """Claim and run jobs on one device until told to stop; an unusable database or folder is waited out."""
         place = f"{machine_name()}/{device}"
         while not self._stopping.is_set():
             try:
-                job = await asyncio.to_thread(self._table.claim, self._owner, place, self._settings.lease_seconds)
+                job = await asyncio.to_thread(self._claim, place)
                 self._complaint = ""
                 if job is not None:
                     await self._run(job, device)
@@ -95,6 +96,18 @@ class Supervisor:
             except Exception:  # whatever it is, this device must go on; the job's lease expires
                 log.exception("The job table cannot be used, or a job cannot be followed; trying again.")
             await self._pause()
+
+    def _claim(self, place: str) -> Job | None:
+        """The next job for a device, if there is one.
+
+        Raises:
+            JobsUnavailable: the table, or the folder of the jobs, cannot be used. On a full disk each job of the queue
+                would start and fail in its turn, for a fault that is the machine's and not its own.
+        """
+        if not self._table.waiting():
+            return None
+        check_folder(self._settings.folder, ROOM)
+        return self._table.claim(self._owner, place, self._settings.lease_seconds)
 
     async def _watch(self) -> None:
         """Look for jobs whose supervisor has died, until told to stop."""

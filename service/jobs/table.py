@@ -216,6 +216,11 @@ class JobTable:
             row = connection.execute(jobs.update().where(*where).values(values).returning(jobs)).one_or_none()
             return None if row is None else _as_job(row)
 
+    def waiting(self) -> bool:
+        """Whether a job is queued."""
+        with self._begin() as connection:
+            return connection.execute(sa.select(jobs.c.number).where(_queued).limit(1)).first() is not None
+
     def claim(self, owner: str, device: str, lease: float) -> Job | None:
         """Claim the oldest queued job for ``device``; None if there is none, or the device is running a job already."""
         oldest = (

@@ -1,6 +1,9 @@
 """A job table that cannot be used: one line says which and what to do about it, to clients, in the log and at the start."""
 
 import asyncio
+import errno
+import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from fastapi.testclient import TestClient
 
 from service import server
 from service.jobs.base import JobsUnavailable
-from service.jobs.service import TableJobs
+from service.jobs.service import TableJobs, make_supervisor, prepare
 from service.jobs.table import JobTable
 from service.settings import Settings
 from tests.service.fake_server import make_app
@@ -118,12 +121,12 @@ def test_the_log_says_once_what_is_tried_again(
     asked = []
 
     def away(*_: Any) -> None:
-        asked.append("claim")
+        asked.append("waiting")
         raise JobsUnavailable("the job table is away")
 
     async def scenario() -> None:
         table = open_table(settings)
-        monkeypatch.setattr(table, "claim", away)
+        monkeypatch.setattr(table, "waiting", away)
         async with supervised(settings, table):
             async with asyncio.timeout(30):
                 while len(asked) < 5:  # noqa: ASYNC110
@@ -166,3 +169,34 @@ def test_a_folder_that_takes_no_jobs_stops_who_works_on_them(tmp_path: Path) -> 
     with pytest.raises(JobsUnavailable, match=rf"FEWSTEP_JOBS_DIR: {settings.folder} cannot be written"):
         TableJobs(settings).open()
     TableJobs(job_settings(tmp_path, folder=tmp_path / "file/jobs", work=False)).open()
+
+
+def test_jobs_wait_while_their_folder_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would fail one after another. The server still starts, since images need no such folder."""
+    settings = job_settings(tmp_path)
+    table = open_table(settings)
+    supervisor = make_supervisor(settings, table)
+    prepare(settings, table, works=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("service.jobs.folders.tempfile.TemporaryFile", FullFile)
+        assert supervisor._claim("here/cpu") is None, "no job, no complaint"
+        (job,) = table.add([spec()])
+        message = rf"FEWSTEP_JOBS_DIR: {settings.folder} cannot be written \(No space .*\): free some space on its disk"
+        with pytest.raises(JobsUnavailable, match=message):
+            supervisor._claim("here/cpu")
+        assert (table.get(job.id).status, table.get(job.id).attempt) == ("queued", 0)
+        prepare(settings, table, works=True)
+    claimed = supervisor._claim("here/cpu")
+    assert claimed is not None and claimed.id == job.id
+
+
+class FullFile(io.BytesIO):
+    """A file on a full disk, which still takes empty ones."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def write(self, content: Any) -> int:
+        if content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return 0
