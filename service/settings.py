@@ -214,6 +214,13 @@ class Settings(BaseSettings):
     job_grace_seconds: float = Field(
         60.0, gt=0, le=3_600, description="Seconds for a cancelled job to save its checkpoint before it is killed."
     )
+    job_keep_days: float | None = Field(
+        None,
+        ge=0,
+        le=36_500,
+        description="Days after which an ended job's checkpoints, caches and samples are deleted, so that resuming it "
+        "starts it over; its spec, events and error output stay. All is kept if unset.",
+    )
 
     heartbeat_seconds: float = Field(
         10.0,
@@ -248,6 +255,7 @@ class Settings(BaseSettings):
             reserved=frozenset([*self.bases, *self.aliases]),
             lease_seconds=self.job_lease_seconds,
             grace_seconds=self.job_grace_seconds,
+            keep_days=self.job_keep_days,
         )
 
     @field_validator("store", "jobs_dir", "keys_file", "cache")

@@ -175,6 +175,8 @@ class JobSettings:
     check_seconds: float = 120.0
     max_losses: int = 3
     """How often a job may be lost, without a new checkpoint in between, before it fails."""
+    keep_days: float | None = None
+    """Days after its end for which a job's folder is kept whole; None: always."""
 
     def __post_init__(self) -> None:
         if self.lease_seconds < 3 * self.poll_seconds:

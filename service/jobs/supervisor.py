@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from service.jobs.base import Job, JobError, JobSettings, JobsUnavailable, find_devices
@@ -19,9 +20,12 @@ from service.jobs.events import Account, EventReader
 from service.jobs.executor import Attempt, Executor, tail
 from service.jobs.folders import ROOM, check_folder
 from service.jobs.processes import is_dead, machine_name, new_owner
+from service.jobs.retention import clear_ended
 from service.jobs.table import JobTable
 
 log = logging.getLogger(__name__)
+CLEAR_SECONDS = 3_600.0
+"""Seconds from one search for jobs that ended long ago to the next."""
 STOPPED = 143
 """Exit status of a job that has saved and ended after SIGTERM."""
 
@@ -53,7 +57,9 @@ class Supervisor:
         """Start working, in the running event loop."""
         self._stopping.clear()
         self._tasks = [asyncio.create_task(self._work(device), name=f"jobs on {device}") for device in self._devices]
-        self._tasks.append(asyncio.create_task(self._watch(), name="lost jobs"))
+        self._regularly(self.reclaim, self._settings.poll_seconds, "lost jobs")
+        if self._settings.keep_days is not None:
+            self._regularly(self._clear, CLEAR_SECONDS, "old jobs")
 
     async def stop(self) -> None:
         """Ask running attempts to save and exit, queue their jobs again, and return when that is done."""
@@ -109,17 +115,26 @@ class Supervisor:
         check_folder(self._settings.folder, ROOM)
         return self._table.claim(self._owner, place, self._settings.lease_seconds)
 
-    async def _watch(self) -> None:
-        """Look for jobs whose supervisor has died, until told to stop."""
-        while not self._stopping.is_set():
-            try:
-                await self.reclaim()
-            except JobsUnavailable as error:
-                self._complain(error)
-            except Exception:  # as above
-                log.exception("Looking for lost jobs failed; trying again.")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), self._settings.poll_seconds)
+    def _regularly(self, look: Callable[[], Awaitable[None]], seconds: float, what: str) -> None:
+        """Look for such jobs now and then every so many seconds, until told to stop."""
+
+        async def repeat() -> None:
+            while not self._stopping.is_set():
+                try:
+                    await look()
+                except JobsUnavailable as error:
+                    self._complain(error)
+                except Exception:  # as above
+                    log.exception("Looking for %s failed; trying again.", what)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), seconds)
+
+        self._tasks.append(asyncio.create_task(repeat(), name=what))
+
+    async def _clear(self) -> None:
+        days = self._settings.keep_days
+        assert days is not None, "asked for only then"
+        await asyncio.to_thread(clear_ended, self._table, self._settings.folder, days, self._stopping.is_set)
 
     async def reclaim(self) -> None:
         """Take over running jobs whose lease has expired or whose owner is dead: requeue them, or record their end."""

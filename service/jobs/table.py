@@ -19,7 +19,17 @@ import sqlalchemy as sa
 from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from service.jobs.base import Job, JobConflict, JobError, JobNotFound, JobsUnavailable, Progress, Status, students_read
+from service.jobs.base import (
+    ENDED,
+    Job,
+    JobConflict,
+    JobError,
+    JobNotFound,
+    JobsUnavailable,
+    Progress,
+    Status,
+    students_read,
+)
 from weights.contracts import DistillJob
 
 WRITABLE = "let this process's user write the file and its folder, or name another folder (FEWSTEP_JOBS_DIR)"
@@ -204,6 +214,26 @@ class JobTable:
         """Every job that a supervisor holds."""
         with self._begin() as connection:
             return [_as_job(row) for row in connection.execute(jobs.select().where(_running)).all()]
+
+    def ended_for(self, age: float) -> list[str]:
+        """The ids of all jobs that ended more than ``age`` seconds ago, oldest first."""
+        query = sa.select(jobs.c.id).where(*self._ended_for(age)).order_by(jobs.c.number)
+        with self._begin() as connection:
+            return list(connection.execute(query).scalars())
+
+    @contextmanager
+    def holding_ended(self, job_id: str, age: float) -> Iterator[bool]:
+        """Yields whether the job ended more than ``age`` seconds ago, and has not been resumed.
+
+        If so, whoever resumes it waits until the block ends, which must therefore be short.
+        """
+        with self._begin() as connection:
+            # An update that changes nothing, since it locks the row in every database.
+            held = jobs.update().where(jobs.c.id == job_id, *self._ended_for(age)).values(status=jobs.c.status)
+            yield connection.execute(held).rowcount == 1
+
+    def _ended_for(self, age: float) -> list[sa.ColumnElement[bool]]:
+        return [jobs.c.status.in_(ENDED), jobs.c.finished_at < self._clock() - age]
 
     def needing(self, student: str) -> Job | None:
         """A job that has not ended and that starts from this student, or is guided by it."""

@@ -324,7 +324,7 @@ async def cancel(request: Request, job_id: str) -> JobObject:
 
 @router.post("/{job_id}/resume")
 async def resume(request: Request, job_id: str) -> JobObject:
-    """Queue a failed or cancelled job again. It continues from its last checkpoint."""
+    """Queue a failed or cancelled job again. It continues from its last checkpoint, if the server still keeps that."""
     return job_object(await _answer(_jobs(request).resume(job_id)))
 
 
