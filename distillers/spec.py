@@ -1,6 +1,6 @@
 """Job specs: read from TOML or JSON, completed with the method's defaults, or rejected with a list of all errors.
 
-Nothing here loads a network, or imports the libraries that would.
+Nothing here loads a network, or imports the libraries that would, unless a job names its family.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 import weights.families
 from distillers.methods import UnknownMethod, method, methods
 from distillers.methods.base import Method, MethodConfig
-from weights.bundled import bundled_bases
+from weights.bundled import bundled_bases, pipeline_class_name
 from weights.contracts import DistillJob, check_name
-from weights.families import AUTO
+from weights.families import AUTO, families
 from weights.fields import no_such_field
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -176,14 +176,38 @@ def _against_capture(job: DistillJob, chosen: type[Method], config: MethodConfig
 
 
 def _against_the_base(job: DistillJob) -> list[dict[str, str]]:
-    """An error for a path to no model; names and hub ids begin otherwise, and are left to `resolve_base`."""
-    if not job.base.startswith(PATHS) or Path(job.base, "model_index.json").is_file():
+    """An error for what is no model here; other names and hub ids are left to `resolve_base` when the job starts."""
+    if Path(job.base, "model_index.json").is_file():
+        try:
+            pipeline_class_name(Path(job.base))
+        except ValueError as error:
+            return [_error("base", str(error))]
+    elif job.base.startswith(PATHS):
+        message = (
+            f"{job.base!r} is not a folder with a model_index.json on this machine: give the folder of a diffusers pipeline "
+            f"(an absolute path, in which '~' is written out), a bundled base ({', '.join(bundled_bases())}) or a hub id"
+        )
+        return [_error("base", message)]
+    return _against_the_family(job)
+
+
+def _against_the_family(job: DistillJob) -> list[dict[str, str]]:
+    """An error for a family that does not load the base, as far as that can be told without a download.
+
+    Families are imported, and diffusers with them, only if the job names one, as that takes seconds.
+    """
+    if job.family not in family_names():
         return []
-    message = (
-        f"{job.base!r} is not a folder with a model_index.json on this machine: give the folder of a diffusers pipeline (an "
-        f"absolute path, in which '~' is written out), a bundled base ({', '.join(bundled_bases())}) or a hub id"
-    )
-    return [_error("base", message)]
+    family = families()[job.family]
+    here = job.base in bundled_bases() or Path(job.base, "model_index.json").is_file()
+    if not here and family.pipeline_name() is not None:  # a hub's, which would be fetched
+        return []
+    try:
+        family.check_source(job.base)
+    except (FileNotFoundError, ValueError) as error:
+        message = f"{job.family!r} does not load the base {job.base!r} ({error}): use {AUTO!r}, or the family that does"
+        return [_error("family", message)]
+    return []
 
 
 def _against_the_data(job: DistillJob, reason: str | None) -> list[dict[str, str]]:

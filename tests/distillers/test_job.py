@@ -76,6 +76,13 @@ def test_the_checked_job_has_every_default(raw: dict[str, Any]) -> None:
     [
         ({"method": "dmd3"}, "method", "dmd2"),
         ({"family": "dit"}, "family", "stable_diffusion"),
+        ({"family": "flux"}, "family", "'flux' does not load the base '"),
+        ({"family": "sana", "base": "emoji-base"}, "family", "family 'stable_diffusion' takes it): use 'auto', or the"),
+        (
+            {"family": "gaussian_mixture", "base": "rings"},
+            "family",
+            "'rings' (no mixture is named 'rings'; available: ",
+        ),
         ({"student": "../x"}, "student", "lower-case"),
         ({"start": "a", "lora": {"rank": 2}}, "start", "leave out lora, or start"),
         ({"config": {"student_every": 0}}, "config.student_every", "greater than or equal to 1"),
@@ -126,6 +133,24 @@ def test_a_base_that_may_be_there_is_left_to_the_job(
 ) -> None:
     monkeypatch.chdir(folder)
     assert check_spec({**raw, "base": base})[0].base == base
+
+
+def test_a_family_that_fits_is_taken_and_others_cost_nothing(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for named in ({}, {"base": "emoji-base"}, {"base": "line", "family": "gaussian_mixture"}):
+        fields = {"family": "stable_diffusion", **raw, **named}
+        assert check_spec(fields)[0].family == fields["family"]
+    assert check_spec({**raw, "base": "somebody/some-model", "family": "flux"})[0].family == "flux", (
+        "nothing is fetched"
+    )
+    monkeypatch.setattr("distillers.spec.families", lambda: pytest.fail("which takes seconds"))
+    assert check_spec(raw)[0].family == "auto"
+
+
+def test_a_base_with_a_broken_index_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": ')
+    assert "is not a pipeline's index" in problems({**raw, "base": str(tmp_path)})["base"]
 
 
 @pytest.mark.parametrize(
