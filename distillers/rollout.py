@@ -2,11 +2,14 @@
 
 Backward simulation (DMD2, https://arxiv.org/abs/2405.14867, section 4.5): in training, the state that step k denoises
 is produced as at inference, by running the student's own steps 0..k-1 from fresh noise, without gradient. Noised real
-images instead are a mismatch: the student never sees such states at inference.
+images instead are a mismatch: the student never sees such states at inference. Nor does it have dropout then.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weights.contracts import StepSchedule
 from weights.denoiser import Cond, Denoiser
@@ -55,6 +58,23 @@ def at_time(value: float, x: Tensor) -> Tensor:
     return torch.full((len(x),), value, device=x.device)
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Context in which the network computes as at inference, without dropout; each module's mode is restored.
+
+    Only for passes without a graph: with gradient checkpointing, a backward pass would compute the network again in the
+    mode that it has by then.
+    """
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def simulate(
     student: Denoiser, noise: Tensor, schedule: StepSchedule, step: int, cond: Cond, generator: torch.Generator
@@ -62,7 +82,7 @@ def simulate(
     """The state that ``step`` denoises at inference, generated from fresh noise with ``step`` network evaluations.
 
     Args:
-        student: used as it is, without gradient.
+        student: used without gradient and without dropout.
         noise: ``(B, ...)``, unit normal.
         schedule: the step schedule being trained.
         step: from 0.
@@ -71,12 +91,15 @@ def simulate(
     """
     diffusion = student.schedule
     x_t = initial_state(noise, diffusion, schedule.timesteps[0])
-    for earlier in range(step):
-        x0 = student(x_t, at_time(schedule.network_times[earlier], x_t), cond)
-        fresh = None
-        if needs_noise(schedule, earlier):
-            fresh = draw_noise(tuple(noise.shape), generator, noise.device)
-        x_t = few_step_update(x_t, x0, earlier, schedule, diffusion, fresh)
+    if step == 0:
+        return x_t
+    with evaluating(student):
+        for earlier in range(step):
+            x0 = student(x_t, at_time(schedule.network_times[earlier], x_t), cond)
+            fresh = None
+            if needs_noise(schedule, earlier):
+                fresh = draw_noise(tuple(noise.shape), generator, noise.device)
+            x_t = few_step_update(x_t, x0, earlier, schedule, diffusion, fresh)
     return x_t
 
 

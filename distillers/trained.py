@@ -32,6 +32,11 @@ class TrainedNetwork:
         self.average = Average(self.module, ema_decay) if trained.average and ema_decay > 0 else None
         self.updates = 0
 
+    def train(self, mode: bool) -> None:
+        """Sets the network's training mode; false turns dropout off."""
+        if self.module.training != mode:  # visiting every module of a large network takes a while
+            self.module.train(mode)
+
     def begin(self, turn: Turn) -> float:
         """Prepares the next update, in a turn.
 

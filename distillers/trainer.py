@@ -21,6 +21,7 @@ from distillers.identity import Identity
 from distillers.methods.base import Batch, Method, Step, Turn
 from distillers.precision import fast_kernels
 from distillers.processes import Interrupted, agreed, wait
+from distillers.rollout import evaluating
 from distillers.seeds import generator_of, seed_of
 from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
@@ -227,8 +228,13 @@ class Trainer:
         return min(1.0, (self.spec.iterations - self.iteration) / cooling) if cooling >= 1 else 1.0
 
     def _only(self, turn: Turn) -> None:
-        """Enables gradients for the turn's networks only, so that the loss reaches no others and no work is wasted."""
+        """Enables gradients for the turn's networks only, so that the loss reaches no others and no work is wasted.
+
+        Others are evaluated without dropout, for the whole turn, since a backward pass may compute them again. Only the
+        student keeps its dropout: critics judge the images that its own turn makes.
+        """
         for name, network in self.networks.items():
+            network.train(name in turn.trains or name == "student")
             for weight in network.weights.values():
                 weight.requires_grad_(name in turn.trains)
 
@@ -309,11 +315,9 @@ class Trainer:
         if self.sheet is None or not self.accelerator.is_main_process:
             return
         path = self.folder / "samples" / f"iteration-{self.iteration:08d}.png"
-        network = self.networks["student"].module
-        network.eval()
-        with self.averaged(), self.accelerator.autocast(), fast_kernels(self.accelerator.device):
+        inference = evaluating(self.networks["student"].module)
+        with inference, self.averaged(), self.accelerator.autocast(), fast_kernels(self.accelerator.device):
             pictures = self.sheet.draw(self.method.student)
-        network.train()
         self.reporter.picture(self.iteration, "samples", self.sheet.save(pictures, path))
         self._saved("samples", path)
 

@@ -65,7 +65,7 @@ class LoraSpec(Contract):
 
     rank: int = Field(64, ge=1, le=1024)
     alpha: float | None = Field(None, gt=0, description="scale of the adapters; the rank if left out")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of their inputs dropped in the step that is trained")
     shared_base: bool = Field(
         False,
         description="keep one copy of the base's weights in memory, shared by the teacher and every network that trains "

@@ -76,7 +76,7 @@ class Consistency(SelfTaught):
         x_t, guided, x_s = self._solve(real, cond, t, s, step)
         with torch.no_grad():
             # At s = 0 the target is the DDIM step's image, not a prediction (computed for these rows, then discarded).
-            later = self.target(x_s, s.clamp_min(1 / config.solver_steps), cond)
+            later = self._answer(x_s, s.clamp_min(1 / config.solver_steps), cond)
             target = torch.where(expand(s, x_s) > 0, later, guided)
         loss = regression_loss(self.student.denoiser(x_t, t, cond), target, config.huber)
         with torch.no_grad():

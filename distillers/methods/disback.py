@@ -120,7 +120,7 @@ class DisBack(Method):
         """Weights by point, from 1; the last point is the fake score itself and not stored here."""
         self._learning = [name for name, weight in self._fake_weights().items() if weight.requires_grad]
         self._target = setup.new_network(settings.fake_score_lora)
-        self._target.network.requires_grad_(False)
+        self._target.network.requires_grad_(False).eval()
         self._target_point = 0
 
     @classmethod

@@ -20,7 +20,7 @@ from distillers.methods.base import (
     Trained,
     Turn,
 )
-from distillers.rollout import at_time, draw_noise, draw_step, noised_real, simulate
+from distillers.rollout import at_time, draw_noise, draw_step, evaluating, noised_real, simulate
 from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import GUIDANCE, Cond, Denoiser
 from weights.families.base import TextToImage
@@ -280,6 +280,12 @@ class SelfTaught(LoneStudent):
     def target(self) -> Denoiser:
         """The denoiser whose predictions at the cleaner state are the target."""
         return (self.average or self._student).denoiser
+
+    @torch.no_grad()
+    def _answer(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The target's x0 estimate ``(B, ...)``, without dropout, which would be noise in it."""
+        with evaluating(self.target):
+            return self.target(x_t, t, cond)
 
     @torch.no_grad()
     def after_step(self, turn: Turn, iteration: int) -> None:

@@ -48,8 +48,6 @@ and it learns the teacher's own estimate.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Self
 
 import torch
@@ -72,7 +70,7 @@ from distillers.methods.base import (
     TurnLoss,
 )
 from distillers.methods.few_step import SelfTaught, SelfTaughtConfig
-from distillers.rollout import draw_lognormal_times, draw_noise
+from distillers.rollout import draw_lognormal_times, draw_noise, evaluating
 from distillers.tangents import Differentiation, difference_along, jvp_along
 from weights.denoiser import Cond, cond_cat
 from weights.diffusion.conversion import Converted
@@ -248,7 +246,7 @@ class SCM(SelfTaught):
         def function(x: Tensor, t: Tensor) -> Tensor:
             return trig_velocity(view(x, t / QUARTER_TURN, told), x, t)
 
-        with _evaluating((self.average or self.student).network):
+        with evaluating(self.target):  # dropout would make the two evaluations of a difference two different functions
             if exact:
                 return jvp_along(function, x_t, angle, velocity)
             earlier = torch.atan(angle.tan() * math.exp(-self.config.finite_difference_step))
@@ -259,14 +257,3 @@ class SCM(SelfTaught):
         """r, ``(B,)``."""
         warmed = min(1.0, iteration / self.config.tangent_warmup) if self.config.tangent_warmup else 1.0
         return warmed * (self.config.sigma_data * angle.tan() >= self.boundary)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode: dropout would make the two evaluations of a finite difference two different functions."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)

@@ -248,7 +248,7 @@ class TSCD(Consistency):
             x_s = torch.where(expand(s, x_s) > 0, x_s, guided)
             # Rows that have reached their edge need no prediction: it is computed for them, then discarded.
             asked = s.clamp_min(1 / steps)
-            answered = jump(x_s, self.target(x_s, asked, cond), asked, edge, schedule)
+            answered = jump(x_s, self._answer(x_s, asked, cond), asked, edge, schedule)
             target = torch.where(expand(later > lower, x_s), answered, x_s)
         ours = jump(x_t, self.student.denoiser(x_t, t, cond), t, edge, schedule)
         return Landing(ours=ours, target=target, edge=edge, top=upper / steps, cond=cond)
