@@ -108,12 +108,13 @@ class Trainer:
             Started(at=now(), step=self.iteration, iterations=self.spec.iterations, resumed_from=self.iteration)
         )
         saved = sampled = self.iteration
-        due = False
-        while self.iteration < self.spec.iterations and not self._out_of_time():
+        due, ended = False, self._ended()
+        while not ended:
             with self.time:  # saving and sampling do not count as training time
                 self._iterate()
             self.iteration += 1
-            if self.iteration % self.spec.log_every == 0:
+            ended = self._ended()
+            if ended or self.iteration % self.spec.log_every == 0:
                 self._log()
             if self._should_stop():
                 self.save()
@@ -130,9 +131,11 @@ class Trainer:
         if sampled != self.iteration:
             self.sample()
 
-    def _out_of_time(self) -> bool:
+    def _ended(self) -> bool:
+        """Whether the last iteration is done, or the time is up."""
         limit = self.spec.max_minutes
-        return agreed(limit is not None and self.time.seconds >= limit * 60, self.accelerator.device)
+        late = agreed(limit is not None and self.time.seconds >= limit * 60, self.accelerator.device)
+        return late or self.iteration >= self.spec.iterations
 
     def _should_stop(self) -> bool:
         return agreed(self.asked_to_stop, self.accelerator.device)
@@ -295,20 +298,12 @@ class Trainer:
             for name in metrics:
                 if name.endswith(("/loss", "/gradient_norm")):
                     self.check(name, metrics[name])
-        left = self.spec.iterations - self.iteration
-        seconds_left = self.time.seconds / self.iteration * left
+        step, end = self.iteration, self.spec.iterations
+        seconds_left = self.time.seconds / step * (end - step)
         if self.spec.max_minutes is not None:
             seconds_left = min(seconds_left, max(0.0, self.spec.max_minutes * 60 - self.time.seconds))
-        self.reporter.emit(
-            Progress(
-                at=now(),
-                step=self.iteration,
-                iterations=self.spec.iterations,
-                metrics=metrics,
-                seconds_left=seconds_left,
-            )
-        )
-        self.reporter.scalars(self.iteration, metrics)
+        self.reporter.emit(Progress(at=now(), step=step, iterations=end, metrics=metrics, seconds_left=seconds_left))
+        self.reporter.scalars(step, metrics)
 
     def sample(self) -> None:
         """Generates a sample sheet with the averaged student."""

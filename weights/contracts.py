@@ -99,7 +99,7 @@ class TrainSpec(Contract):
         0.0, ge=0, le=1, description="final share of the iterations, over which the learning rates fall towards 0"
     )
     gradient_clip: float = Field(10.0, gt=0, description="largest gradient norm")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, description="iterations between reports; the last one is always reported")
     checkpoint_every: int = Field(200, ge=1)
     sample_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)

@@ -301,6 +301,29 @@ def test_events_and_scalars_are_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+@pytest.mark.parametrize(("log_every", "steps"), [(100, [6]), (4, [4, 6]), (3, [3, 6])])
+def test_the_last_step_is_logged_once_however_short_the_job(tmp_path: Path, log_every: int, steps: list[int]) -> None:
+    """Before its state is saved, and not again by a job that is resumed when all is done."""
+    for resume in (False, True):
+        trainer = fake_trainer(tmp_path, log_every=log_every, checkpoint_every=6)
+        if resume:
+            trainer.load(trainer.latest_checkpoint())
+        with trainer.reporter:
+            trainer.run()
+    found = [event for event in events(tmp_path) if event.kind in ("progress", "checkpoint")]
+    assert [event.step for event in found] == [*steps, 6] and found[-1].kind == "checkpoint"
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [scalar.step for scalar in board.Scalars("student/loss")] == steps
+
+
+def test_the_last_step_before_the_time_was_up_is_logged(tmp_path: Path) -> None:
+    trainer = fake_trainer(tmp_path, iterations=1_000_000, max_minutes=1e-9)
+    with trainer.reporter:
+        trainer.run()
+    assert [(event.kind, event.step) for event in events(tmp_path)][1:] == [("progress", 1), ("checkpoint", 1)]
+
+
 def test_a_resumed_job_shows_every_step_once(tmp_path: Path) -> None:
     """Killed after step 6, with a checkpoint of step 4: steps 5 and 6 are trained again."""
     for resume in (False, True):

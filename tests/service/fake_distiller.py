@@ -2,7 +2,8 @@
 
 Its job's ``config`` says how it behaves: ``steps`` to count to, ``delay`` seconds a step, ``fail_at`` a step, ``deaf``
 to SIGTERM, ``child``: start a process of its own, ``report``: file that gets a line per start with the process ids,
-``refuse``: fail with this for a reason, told by an event alone, ``log_every``: as the trainer's.
+``refuse``: fail with this for a reason, told by an event alone, ``log_every``: as the trainer's, whose last step is
+always told.
 """
 
 import json
