@@ -35,8 +35,12 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any
             raise OSError(f"{path} cannot be written ({error}); older checkpoints are intact") from error
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path, *, with_tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns the tensors and the state written by `save_checkpoint`.
+
+    Args:
+        path: the file.
+        with_tensors: whether to read the tensors; without them, this takes no time.
 
     Raises:
         ValueError: the file is not one of our checkpoints (truncated, or written by something else).
@@ -44,7 +48,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            names = file.keys() if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # safetensors raises its own SafetensorError, which is not a public class
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); delete it to resume from an older one"

@@ -21,7 +21,7 @@ from distillers.checkpoint import checkpoints_in
 from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed, cached_embeddings, floats
 from distillers.events import Reporter, now
-from distillers.identity import identity_of
+from distillers.identity import began_in, identity_of
 from distillers.methods import method
 from distillers.methods.base import Method, Workspace
 from distillers.partition import Partition, part_of, stored_partition
@@ -99,7 +99,7 @@ class JobRun:
         # Nor may it choose an Apple GPU, which has no float64.
         on_cpu = not torch.cuda.is_available()
         device = PartialState(cpu=on_cpu).device
-        self.precision = resolve_precision(self.job.train.precision, device)
+        self.precision = self._precision(device)
         self.accelerator = Accelerator(
             cpu=on_cpu,
             mixed_precision="bf16" if self.precision == "bfloat16" else "no",
@@ -111,6 +111,12 @@ class JobRun:
         self.preparation = Stopwatch()
         self.centroids = torch.empty(0)  # those of the partition that this job is a part of
         self._stop = False
+
+    def _precision(self, device: torch.device) -> str:
+        """The number format: "auto" is decided when a job begins, and kept where another device resumes it."""
+        asked = self.job.train.precision
+        began = began_in([self.folder, *sorted(self.shared.glob("part-*"))]) if asked == "auto" else None
+        return began or resolve_precision(asked, device)
 
     def run(self, resume: bool) -> int:
         """Trains and publishes.
@@ -241,7 +247,7 @@ class JobRun:
             accelerator=self.accelerator,
             folder=self.folder,
             reporter=self.reporter,
-            identity=identity_of(job, self.config, *builder.teaching()),
+            identity=identity_of(job, self.config, *builder.teaching(), precision=self.precision),
             sheet=self._sheet(feed, built),
         )
         self._resume(trainer)

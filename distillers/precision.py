@@ -36,8 +36,8 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def resolve_precision(asked: Precision, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """Resolves "auto" for this device; other values are returned unchanged."""
+def resolve_precision(asked: Precision, device: torch.device) -> str:
+    """Resolves "auto" for this device: "bfloat16" or "float32". Other values are returned unchanged."""
     if asked != "auto":
         return asked
     return "bfloat16" if computes_in_bfloat16(device) else "float32"

@@ -84,7 +84,8 @@ class TrainSpec(Contract):
     gradient_accumulation: int = Field(1, ge=1)
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 if the device computes in it natively, else float32"
+        "auto",
+        description="auto: bfloat16 if the device computes in it natively, else float32; decided when the job begins",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if left out")
     gradient_checkpointing: bool = Field(

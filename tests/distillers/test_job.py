@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import distillers.__main__ as command
+from distillers.checkpoint import save_checkpoint
 from distillers.corpus import load_corpus
 from distillers.data import Feed, cached_conditions
 from distillers.events import Reporter, now
@@ -190,7 +191,7 @@ def test_the_fingerprint_ignores_how_far_a_job_goes_and_knows_its_base(raw: dict
 
 def test_a_checkpoint_is_continued_by_a_version_with_more_settings(raw: dict[str, Any]) -> None:
     def of(raw: dict[str, Any], *digests: str) -> Identity:
-        return identity_of(*check_spec(raw), *digests)
+        return identity_of(*check_spec(raw), *digests, precision="float32")
 
     now = of(raw, "digest")
     before = {name: value for name, value in now.settings.items() if name not in ("train.capture", "config.adversary")}
@@ -203,19 +204,49 @@ def test_a_checkpoint_is_continued_by_a_version_with_more_settings(raw: dict[str
 
 
 def test_what_keeps_a_checkpoint_from_being_continued_is_named(raw: dict[str, Any]) -> None:
-    now = identity_of(*check_spec(raw), "digest")
-    lora = identity_of(*check_spec({**raw, "lora": {}, "train": {**raw["train"], "batch_size": 3}}), "digest")
+    now = identity_of(*check_spec(raw), "digest", precision="float32")
+    changed = check_spec({**raw, "lora": {}, "train": {**raw["train"], "batch_size": 3}})
+    lora = identity_of(*changed, "digest", precision="float32")
     assert lora.differences({"settings": now.settings}) == [
         f"train.batch_size ({raw['train']['batch_size']} -> 3)",
         "lora (None -> given)",
     ]
-    further = identity_of(*check_spec(raw), "of a base that was trained further")
+    further = identity_of(*check_spec(raw), "of a base that was trained further", precision="float32")
     assert further.differences({"settings": now.settings}) == [
         "base's weights ('digest' -> 'of a base that was trained further')"
     ]
     assert now.differences({"settings": now.settings | {"config.gone": 1}}) == ["config.gone (1 -> not there)"]
     early = {"fingerprint": fingerprint(check_spec(raw)[0], "digest")}  # of version 0.1.0
     assert now.differences(early) == [] != further.differences(early)
+
+
+def test_a_checkpoint_says_what_precision_auto_was(raw: dict[str, Any]) -> None:
+    def of(asked: str, outcome: str) -> Identity:
+        changed = check_spec({**raw, "train": {**raw["train"], "precision": asked}})
+        return identity_of(*changed, "digest", precision=outcome)
+
+    began = {"settings": of("auto", "bfloat16").settings}
+    assert of("auto", "bfloat16").differences(began) == of("bfloat16", "bfloat16").differences(began) == []
+    assert of("float32", "float32").differences(began) == ["train.precision ('bfloat16' -> 'float32')"]
+    early = {"settings": began["settings"] | {"train.precision": "auto"}}
+    assert of("auto", "float32").differences(early) == []
+    assert of("float32", "float32").differences(early) == ["train.precision (not there -> 'float32')"]
+
+
+@pytest.mark.parametrize("place", ["run", "run/part-1"])
+def test_precision_auto_is_what_it_was_when_the_job_or_another_part_of_it_began(
+    place: str, raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distillers.job.resolve_precision", lambda *_: pytest.fail("the checkpoint says it"))
+    began = tmp_path / place / "checkpoints"
+    save_checkpoint(began / "iteration-00000002.safetensors", {}, {"settings": {"train.precision": "float32"}})
+    raw["train"]["precision"] = "auto"
+    part = {"folder": tmp_path / "run" / "part-0", "shared": tmp_path / "run"} if "part" in place else {}
+    run = JobRun(raw, store=Store(tmp_path / "store"), **{"folder": tmp_path / "run", **part})
+    assert run.precision == "float32"
+    (began / "iteration-00000003.safetensors").write_bytes(b"torn")
+    with pytest.raises(pytest.fail.Exception, match="the checkpoint says it"):
+        JobRun(raw, store=Store(tmp_path / "store"), **{"folder": tmp_path / "run", **part})
 
 
 def test_the_check_command(raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
