@@ -21,6 +21,7 @@ from distillers.checkpoint import checkpoints_in
 from distillers.corpus import Corpus, load_corpus
 from distillers.data import Feed, cached_embeddings, floats
 from distillers.events import Reporter, now
+from distillers.failures import described
 from distillers.identity import began_in, identity_of
 from distillers.methods import method
 from distillers.methods.base import Method, Workspace
@@ -31,12 +32,12 @@ from distillers.seeds import seed_of
 from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec
 from distillers.stopwatch import Stopwatch
-from distillers.trainer import Diverged, Trainer
+from distillers.trainer import Trainer
 from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.files import write_atomically
-from weights.store import Store, StoreError
+from weights.store import Store
 from weights.students import base_reference
 from weights.version import code_version
 
@@ -46,13 +47,6 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a job to save and stop."""
 SPEC = "job.json"
 """The job's spec, in its folder."""
-EXPECTED = (ValueError, Diverged, StoreError, OSError)
-"""Failures that are fully described by their message; anything else is a bug, and is shown with its traceback."""
-SMALLER = (
-    "lower train.batch_size and raise train.gradient_accumulation by as much, set train.gradient_checkpointing, or train "
-    "a LoRA with lora.shared_base"
-)
-"""What needs less memory."""
 
 
 class JobRun:
@@ -212,8 +206,7 @@ class JobRun:
         if not checkpoints_in(self.folder):
             self._write_spec()
         elif not resume:
-            message = f"{self.folder} holds a job's checkpoints: use --resume, or another folder"
-            raise BadSpec([{"param": "--folder", "message": message}])
+            raise in_use(self.folder)
         torch.manual_seed(seed_of(job.train.seed, "build"))  # heads and adapters are initialised at random
         self.reference = base_reference(job.base)
         base = load(job.family, job.base, device, torch.float32)
@@ -363,10 +356,7 @@ class JobRun:
 
     def _failed(self, error: Exception) -> None:
         step, checkpoint = self._position()
-        expected = isinstance(error, EXPECTED)
-        message = str(error) if expected else f"{type(error).__name__}: {error}"
-        if out_of_memory(error):
-            expected, message = True, f"out of memory with batch_size {self.job.train.batch_size}: {SMALLER} ({error})"
+        message, expected = described(error, self.job.train.batch_size)
         try:
             self.reporter.emit(Failed(at=now(), step=step, message=message, last_checkpoint=checkpoint))
         except OSError as unwritable:  # most likely what ended the job: a full disk
@@ -384,12 +374,10 @@ class JobRun:
         return self.trainer.iteration, str(latest.relative_to(self.folder)) if latest else None
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether it is a GPU's allocator that failed, or the CPU's, whose errors have no class of their own."""
-    failed = ("can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in failed)
-    )
+def in_use(folder: Path) -> BadSpec:
+    """The error of a job that was not told to resume, in a folder with checkpoints."""
+    message = f"{folder} holds a job's checkpoints: use --resume, or another folder"
+    return BadSpec([{"param": "--folder", "message": message}])
 
 
 def published(job: DistillJob, folder: Path, store: Store) -> StudentManifest | None:

@@ -1,5 +1,6 @@
 """Merges the events of a job's parts into one stream, which the service reads for a job with several students."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distillers.events import Reporter, now
@@ -17,12 +18,22 @@ class MergedEvents:
         parts: number of parts.
         train: each part's settings.
         parallel: whether the parts run at the same time.
+        accepted: called when the first part begins to train, from its newest checkpoint if it has one.
     """
 
-    def __init__(self, reporter: Reporter, parts: int, train: TrainSpec, *, parallel: bool) -> None:
+    def __init__(
+        self,
+        reporter: Reporter,
+        parts: int,
+        train: TrainSpec,
+        *,
+        parallel: bool,
+        accepted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.reporter = reporter
         self.train = train
         self.parallel = parallel
+        self.accepted = accepted
         self.steps = [0] * parts
         self.started: set[int] = set()
         self.failures: dict[int, str] = {}
@@ -73,6 +84,7 @@ class MergedEvents:
         self.started.add(part)
         if not self._said_so:
             self._said_so = True
+            self.accepted()
             step = self.step
             self.reporter.emit(Started(at=now(), step=step, iterations=self.iterations, resumed_from=step))
 

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
+from distillers.checkpoint import checkpoints_in
 from distillers.corpus import load_corpus
-from distillers.job import SPEC, STOPPED, JobRun, published
+from distillers.job import STOPPED, JobRun, in_use, published
 from distillers.merging import MergedEvents, PartReporter
 from distillers.partition import FILE, Partition
 from distillers.processes import Interrupted
@@ -48,6 +49,8 @@ SPENT = (
     "preparation_processor_seconds",
 )
 """Metrics of the router's manifest that are sums over the parts."""
+GIVEN = ".job.json"
+"""A parallel part's spec, in its folder, until its process ends. The part replaces its own, once it has accepted it."""
 ASKED = (STOPPED, -signal.SIGTERM)
 """Exit statuses of a part that was asked to stop; the second one occurs while it still imports its libraries."""
 
@@ -73,7 +76,9 @@ class MultiRun(JobRun):
         self.given_cache: Path | None = options.get("cache")
         self.parallel = self.job.partition.order == "parallel"
         self.parts = dict(enumerate(self.job.parts))
-        self.merged = MergedEvents(self.reporter, len(self.parts), self.job.train, parallel=self.parallel)
+        self.merged = MergedEvents(
+            self.reporter, len(self.parts), self.job.train, parallel=self.parallel, accepted=self._write_spec
+        )
         self._running: JobRun | None = None
 
     def stop(self, *_: Any) -> None:
@@ -92,7 +97,11 @@ class MultiRun(JobRun):
         done = {part for part, job in self.parts.items() if resume and published(job, self._folder(part), self.store)}
         for part in self.parts.keys() - done:
             self._refuse_taken_name(self.parts[part].student)
-        self._write_spec()
+        begun = any(checkpoints_in(self._folder(part)) for part in self.parts)
+        if begun and not resume:
+            raise in_use(self.folder)
+        if not begun and not (self.folder / FILE).exists():  # else once a part has accepted it
+            self._write_spec()
         partition = self._cut()
         for part in done:
             self.merged.skip(part)
@@ -175,6 +184,8 @@ class MultiRun(JobRun):
                 process.wait()
             for reader in readers:
                 reader.join()
+            for part in processes:
+                (self._folder(part) / GIVEN).unlink(missing_ok=True)
             while not events.empty():
                 self.merged.take(*events.get())
         statuses = {part: process.returncode for part, process in processes.items()}
@@ -196,7 +207,7 @@ class MultiRun(JobRun):
 
     def _launch(self, part: int, resume: bool) -> "subprocess.Popen[str]":
         folder = self._folder(part)
-        spec = folder / SPEC
+        spec = folder / GIVEN
         write_atomically(spec, self.parts[part].model_dump_json(indent=2) + "\n")
         options = {"--folder": folder, "--store": self.store.root, "--shared": self.shared}
         if self.given_cache is not None:

@@ -153,6 +153,60 @@ def test_a_stopped_job_goes_on_in_its_second_part(
     assert len(done) == 4 and events(tmp_path / "run")[-1].kind == "finished", "all was done before"
 
 
+def test_a_refused_job_leaves_the_specs_of_the_folder_and_of_its_parts(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: Trainer) -> None:
+        iterate(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def specs() -> list[str]:
+        return [path.read_text() for path in sorted((tmp_path / "run").rglob("job.json"))]
+
+    def refused(change: dict[str, Any], resume: bool) -> str:
+        store = Store(tmp_path / "store")
+        assert MultiRun(raw | change, tmp_path / "run", store).run(resume) == 1
+        return str(events(tmp_path / "run")[-1].message)
+
+    iterate = Trainer._iterate
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Trainer, "_iterate", stopped)
+        assert MultiRun(raw, tmp_path / "run", Store(tmp_path / "store")).run(resume=False) == STOPPED
+    before = specs()
+    assert len(before) == 2
+    other = {"config": raw["config"] | {"student_lr": 1e-3}}
+    assert "config.student_lr (0.01 -> 0.001)" in refused(other, resume=True)
+    assert "run holds a job's checkpoints: use --resume" in refused(other, resume=False)
+    assert "other partition settings" in refused({"partition": {"students": 2, "seed": 1}}, resume=True)
+    shutil.rmtree(tmp_path / "run" / "part-0" / "checkpoints")
+    assert "other partition settings" in refused({"partition": {"students": 2, "seed": 1}}, resume=False)
+    assert specs() == before
+    fewer = raw | {"train": raw["train"] | {"iterations": 1}}
+    assert MultiRun(fewer, tmp_path / "run", Store(tmp_path / "store")).run(resume=True) == 0
+    assert [json.loads(each)["train"]["iterations"] for each in specs()] == [1, 1, 1]
+
+
+def test_a_parallel_part_is_given_its_spec_beside_the_one_that_it_has(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the part itself knows whether it accepts the new one."""
+    given: list[dict[str, Any]] = []
+
+    def launched(command_line: list[str], **_: Any) -> subprocess.Popen[str]:
+        given.append(json.loads(Path(command_line[3]).read_text()))
+        return start([sys.executable, "-c", "raise SystemExit(1)"], stdout=subprocess.PIPE, text=True)
+
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", launched)
+    (tmp_path / "run" / "part-1").mkdir(parents=True)
+    (tmp_path / "run" / "part-1" / "job.json").write_text("{}")
+    job = raw | {"partition": {"students": 2, "order": "parallel"}}
+    assert MultiRun(job, tmp_path / "run", Store(tmp_path / "store")).run(resume=True) == 1
+    assert [each["partition"]["part"] for each in given] == [0, 1]
+    assert (tmp_path / "run" / "part-1" / "job.json").read_text() == "{}"
+    assert not list((tmp_path / "run").rglob(".job.json"))
+
+
 def test_a_name_that_was_taken_meanwhile_is_refused_before_a_resumed_job_goes_on(
     raw: dict[str, Any], whole: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
