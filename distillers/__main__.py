@@ -1,10 +1,12 @@
 """Runs one distillation job in this process.
 
-    python -m distillers JOB [--folder DIR] [--store ROOT] [--cache DIR] [--resume] [--replace] [--set train.seed=1]
-                             [--shared DIR]
-    python -m distillers check [FILE | -]       print a spec's errors, or the spec with all defaults filled in, as JSON
-    python -m distillers methods [NAME ...]     print the settings of these methods, with their defaults and meanings; or
-                                                every method with the schema of its settings, as JSON
+    python -m distillers JOB
+        run the job; its options are below
+    python -m distillers check [FILE | -]
+        print a spec's errors, or the spec with all defaults filled in, as JSON
+    python -m distillers methods [NAME ...]
+        print the settings of these methods, with their defaults and meanings; or every method with the schema of its
+        settings, as JSON
 
 JOB is a TOML or JSON file, or the name of a recipe in distillers/recipes. Events are written as JSON lines to standard
 output and to DIR/events.jsonl; on a terminal, a progress bar replaces the former. After SIGTERM or Ctrl-C the job
@@ -12,11 +14,14 @@ writes a checkpoint and exits with status 143; --resume continues from the newes
 trains several students, each in DIR/part-K.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from weights.commands import parser_of
+
+MODULE = "distillers"
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +41,7 @@ def check(arguments: list[str]) -> int:
     """
     from distillers.spec import BadSpec, check_spec, read_spec
 
-    parser = argparse.ArgumentParser(prog="python -m distillers check")
+    parser = parser_of(MODULE, "Checks a job without running it.", "check")
     parser.add_argument("spec", nargs="?", default="-", help="file, recipe, or - for JSON on standard input")
     spec = parser.parse_args(arguments).spec
     jobs: list[Any] = []
@@ -52,11 +57,14 @@ def check(arguments: list[str]) -> int:
     return 0
 
 
-def show_methods(names: list[str]) -> int:
+def show_methods(arguments: list[str]) -> int:
     """Prints the settings of the methods as text, or of every method as JSON."""
     from distillers.methods import UnknownMethod, method
     from distillers.spec import describe_methods
 
+    parser = parser_of(MODULE, "Prints the settings of methods, with their defaults and meanings.", "methods")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="methods; every one's, as JSON, if left out")
+    names = parser.parse_args(arguments).names
     if not names:
         print(json.dumps(describe_methods()))
         return 0
@@ -83,9 +91,7 @@ def _stdin_json() -> Any:
 
 def run(arguments: list[str]) -> int:
     """Runs a job."""
-    parser = argparse.ArgumentParser(
-        prog="python -m distillers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(MODULE, __doc__)
     parser.add_argument("job", help="TOML or JSON file, or a recipe's name")
     parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT if left out)")
     parser.add_argument(

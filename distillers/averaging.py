@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights.bundled import STUDENTS, resolve_base
+from weights.commands import parser_of
 from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest, check_name
 from weights.store import Store, StoreError, StudentFolder, digest_base, digest_folder
 from weights.student_files import HARMLESS, WEIGHTS
@@ -269,11 +270,7 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m distillers.averaging",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser_of("distillers.averaging", __doc__)
     made.add_argument("name", metavar="NAME", help="name of the new student")
     made.add_argument(
         "students",

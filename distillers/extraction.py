@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters, save_adapters
 from weights.bundled import STUDENTS
+from weights.commands import parser_of
 from weights.contracts import ExtractedLora, LoraSpec, StudentManifest, check_name
 from weights.families import load
 from weights.modules import architecture
@@ -172,11 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m distillers.extraction",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser_of("distillers.extraction", __doc__)
     made.add_argument("name", metavar="NAME", help="name of the new student")
     made.add_argument("student", metavar="STUDENT", help="a student of full weights")
     made.add_argument("--rank", type=int, default=RANK, help="rank of every adapter (%(default)s)")

@@ -20,6 +20,7 @@ from service.cli_jobs import settings as _settings
 from service.cli_keys import keys_app
 from service.cli_names import names_of_job, refuse_aliases
 from service.cli_trace import trace
+from weights.commands import TYPED
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,10 +41,11 @@ app.add_typer(keys_app, name="keys")
 app.command()(trace)
 
 
-def _become(module: str, arguments: list[str]) -> NoReturn:
+def _become(context: typer.Context, module: str, arguments: list[str]) -> NoReturn:
     """Replace this process with another program of this project, so that exit status and signals need no forwarding."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606
+    typed = os.environ | {TYPED: context.command_path}
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], typed)  # noqa: S606
 
 
 def _with_store(arguments: list[str]) -> list[str]:
@@ -52,10 +54,10 @@ def _with_store(arguments: list[str]) -> list[str]:
     return arguments if given else [*arguments, "--store", str(_settings().store)]
 
 
-def _publish(module: str, arguments: list[str], names: Iterable[str]) -> NoReturn:
+def _publish(context: typer.Context, module: str, names: Iterable[str]) -> NoReturn:
     """Replace this process with a program that publishes students under some of these names."""
     refuse_aliases(names, _settings().aliases)
-    _become(module, _with_store(arguments))
+    _become(context, module, _with_store(context.args))
 
 
 @app.command()
@@ -128,34 +130,34 @@ def evaluate(context: typer.Context) -> None:
     arguments = _with_store(context.args)
     if not any(argument == "--out" or argument.startswith("--out=") for argument in arguments):
         arguments += ["--out", "runs/evaluation"]
-    _become("distillers.evaluation", arguments)
+    _become(context, "distillers.evaluation", arguments)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def calibrate(context: typer.Context) -> None:
     """Find which of the base's first steps makes a student's images most diverse (see calibrate --help)."""
-    _become("distillers.evaluation.calibrate", _with_store(context.args))
+    _become(context, "distillers.evaluation.calibrate", _with_store(context.args))
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def average(context: typer.Context) -> None:
     """Publish the weighted mean of several students' weights: average NAME STUDENT[:COUNT]... (see average --help)."""
-    _publish("distillers.averaging", context.args, context.args)  # the other arguments are students, not aliases
+    _publish(context, "distillers.averaging", context.args)  # the other arguments are students, not aliases
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def extract(context: typer.Context) -> None:
     """Publish the difference of a student from its base as a small LoRA: extract NAME STUDENT (see extract --help)."""
-    _publish("distillers.extraction", context.args, context.args)  # as above
+    _publish(context, "distillers.extraction", context.args)  # as above
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def distill(context: typer.Context) -> None:
     """Run one job in this terminal: distill JOB.toml [--folder DIR] [--resume] (see distill --help)."""
     if context.args[:1] in (["check"], ["methods"]):
-        _become("distillers", context.args)
+        _become(context, "distillers", context.args)
     else:
-        _publish("distillers", context.args, names_of_job(context.args))
+        _publish(context, "distillers", names_of_job(context.args))
 
 
 @app.command()

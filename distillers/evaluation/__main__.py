@@ -30,6 +30,7 @@ from distillers.evaluation.record import check_recordable, record
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
+from weights.commands import parser_of
 from weights.store import Store, StoreError
 
 FOREIGN = (
@@ -79,11 +80,7 @@ def show(results: report.Results, folder: Path, console: Console) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command-line parser."""
-    made = argparse.ArgumentParser(
-        prog="python -m distillers.evaluation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser_of("distillers.evaluation", __doc__)
     made.add_argument(
         "names",
         nargs="*",

@@ -34,6 +34,7 @@ from distillers.evaluation.record import without_leg
 from distillers.evaluation.subjects import Model, Subject, can_hand_over
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
+from weights.commands import parser_of
 from weights.contracts import Diversity
 from weights.store import Forbidden, Store, StoreError
 
@@ -239,11 +240,7 @@ def measure(base: Model, student: Model, limits: Limits, options: argparse.Names
 
 def parser() -> argparse.ArgumentParser:
     """The command-line parser."""
-    made = argparse.ArgumentParser(
-        prog="python -m distillers.evaluation.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = parser_of("distillers.evaluation.calibrate", __doc__)
     made.add_argument("name", metavar="NAME", help="a student of the store, or a bundled one")
     made.add_argument("--write", action="store_true", help="write the choice into the student's manifest")
     made.add_argument("--quick", action="store_true", help="measure only a small sample; its result cannot be written")

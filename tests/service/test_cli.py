@@ -17,6 +17,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+import distillers.__main__ as distillers
 from service import cli_jobs, server
 from service.cli import app
 from service.client import Client, ServerError
@@ -27,6 +28,7 @@ from tests.service import live
 from tests.service.conftest import TinyBase
 from tests.service.fake_server import make_app
 from tests.service.jobs_help import ROOT, ended, open_table, until
+from weights.commands import TYPED
 from weights.contracts import DistillJob
 from weights.store import Store
 
@@ -139,10 +141,10 @@ def test_programs_get_their_arguments(
     given: list[str], module: str, passed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(os, "execv", lambda path, arguments: calls.append((path, arguments)))
+    monkeypatch.setattr(os, "execve", lambda path, arguments, named: calls.append((path, arguments, named[TYPED])))
     fewstep(*given, store=tmp_path)
     wanted = [str(tmp_path) if item == "STORE" else item for item in passed]
-    assert calls == [(sys.executable, [sys.executable, "-m", module, *wanted])]
+    assert calls == [(sys.executable, [sys.executable, "-m", module, *wanted], f"fewstep {given[0]}")]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_no_student_is_made_under_an_alias(
         write_spec(tmp_path, name)
     (tmp_path / "parts.toml").write_text('student = "parts"\nmethod = "fake"\n[partition]\nstudents = 2\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
+    monkeypatch.setattr(os, "execve", lambda *_: sys.exit(0))
     aliases = json.dumps({"taken": "emoji-average", "parts-1": "emoji-average"})
     output = fewstep(*given, status=int(refused), aliases=aliases).output
     assert ("is an alias of 'emoji-average'" in output and "FEWSTEP_ALIASES" in output) == refused
@@ -181,6 +183,18 @@ def test_distill_is_the_distillers(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "'fake'" in done.stderr
+
+
+@pytest.mark.parametrize("given", ["distill", "distill check", "distill methods"])
+def test_the_help_of_a_program_is_that_of_the_command(
+    given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def become(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        monkeypatch.setenv(TYPED, environment[TYPED])
+        distillers.main(arguments[3:])
+
+    monkeypatch.setattr(os, "execve", become)
+    assert f"usage: fewstep {given} [-h]" in fewstep(*given.split(), "--help").output + capsys.readouterr().out
 
 
 def test_a_jobs_life_from_the_terminal(address: str, tmp_path: Path) -> None:
