@@ -61,6 +61,7 @@ class FolderPictures(RealPictures):
             BadData: a file is missing or malformed.
         """
         self.size = size
+        self.metadata = folder / "metadata.jsonl"
         self.rows = {row.file_name: row for row in read_folder(folder)}
         for row in self.rows.values():
             row.check(folder)
@@ -88,12 +89,7 @@ class FolderPictures(RealPictures):
                 asked.setdefault(row.texts[0], row)
         held_out = [Prompt(row.file_name, caption) for caption, row in asked.items()][:CAPTIONS]
         train = [row.file_name for row in ordered if not row.held_out]
-        if len(held_out) < FEWEST_CAPTIONS or len(train) < FEWEST_PICTURES:
-            raise BadData(
-                f"evaluation needs at least {FEWEST_CAPTIONS} captions of images held out from training, and at least "
-                f"{FEWEST_PICTURES} other images to compare with; metadata.jsonl has {len(held_out)} such "
-                f'captions ("split": "{HELD_OUT}") and {len(train)} other images: mark a tenth, and train again'
-            )
+        self._check_enough(len(held_out), len(train))
         half = min(len(train) // 2, CAPTIONS * len(SEEDS))
         drawn = tuple(prompt.caption for prompt in held_out)
         return Protocol(
@@ -106,6 +102,19 @@ class FolderPictures(RealPictures):
             sheet=drawn[:SHEET],
             fit=FIT,
         )
+
+    def _check_enough(self, captions: int, pictures: int) -> None:
+        if captions < FEWEST_CAPTIONS:
+            raise BadData(
+                f"{self.metadata} has {captions} different captions of held-out images (of each, the first counts), and "
+                f'evaluation needs at least {FEWEST_CAPTIONS}: mark {FEWEST_CAPTIONS - captions} more with "split": '
+                f'"{HELD_OUT}" and train again, since a student has seen the images that were not marked'
+            )
+        if pictures < FEWEST_PICTURES:
+            raise BadData(
+                f"{self.metadata} has {pictures} images that are not held out, and evaluation needs at least "
+                f"{FEWEST_PICTURES} to compare with: add {FEWEST_PICTURES - pictures} more"
+            )
 
 
 def yardstick(data: Path | None, size: int, quick: bool) -> tuple[Protocol, RealPictures]:

@@ -93,10 +93,19 @@ def test_a_calibration_is_by_ones_own_captions(store: Path, tmp_path: Path, quic
     assert asked == {f"{colour} square {number}" for colour in COLOURS for number in range(8)}
 
 
-@pytest.mark.parametrize(("held_out", "train"), [(31, 64), (32, 31), (0, 64)])
-def test_too_few_are_refused_with_their_numbers(held_out: int, train: int, tmp_path: Path) -> None:
-    with pytest.raises(BadData, match=rf"has {held_out} such captions .* and {train} other images"):
-        yardstick(own_folder(tmp_path / "own", held_out, train), 16, quick=False)
+@pytest.mark.parametrize(
+    ("held_out", "train", "says"),
+    [
+        (31, 64, 'has 31 different captions .* at least 32: mark 1 more with "split": "held_out" and train again'),
+        (0, 64, "has 0 different captions .*: mark 32 more"),
+        (32, 31, "has 31 images that are not held out, and evaluation needs at least 32 .*: add 1 more"),
+    ],
+)
+def test_too_few_are_refused_with_their_numbers(held_out: int, train: int, says: str, tmp_path: Path) -> None:
+    folder = own_folder(tmp_path / "own", held_out, train)
+    for quick in (False, True):
+        with pytest.raises(BadData, match=f"own/metadata.jsonl {says}"):
+            yardstick(folder, 16, quick)
 
 
 def test_a_missing_picture_is_named_before_anything_is_drawn(
