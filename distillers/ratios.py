@@ -6,11 +6,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distillers.losses.divergences import Divergence, density_ratio
-from distillers.methods.base import MethodConfig, Setup
+from distillers.losses.divergences import Divergence, density_ratio, divergence_weight
+from distillers.methods.base import MethodConfig, Setup, Turn
 from distillers.methods.score_distillation import ScoreDistillation
 from distillers.methods.score_settings import Interval
-from distillers.processes import place, summed
+from distillers.processes import summed
 
 
 class RatioConfig(MethodConfig):
@@ -28,11 +28,9 @@ class RatioConfig(MethodConfig):
     )
     ratio_range: Interval = Field((0.1, 20.0), description="range to which r is clamped")
     ratio_bins: int = Field(10, ge=1, description="intervals of t, each with its own moving average of r")
-    ratio_decay: float = Field(0.99, ge=0, lt=1, description="decay of those averages")
+    ratio_decay: float = Field(0.99, ge=0, lt=1, description="decay of those averages, and of h's, at each step")
     normalize_weights: bool = Field(
-        True,
-        description="divide h by its mean over the batch of all processes, so that the step stays as large as without it; "
-        "a small batch takes part of the divergence away with it (about a fifth at 8 images), and one image all of it",
+        True, description="divide h by its moving average, so that the step stays as large as without it"
     )
 
     @model_validator(mode="after")
@@ -48,17 +46,26 @@ class RatioConfig(MethodConfig):
 
 
 class Ratios:
-    """r of each image, divided by a moving average for its interval of t, then clamped (as in f-distill's code).
+    """Density ratios and the weights made of them, relative to their moving averages over earlier steps.
 
-    All processes of a job share the same averages, over all of their images.
+    r is divided by an average for its interval of t, then clamped (as in f-distill's code); h by an average of its own.
+    A step of the optimizer first uses the averages, then changes them, by all images of its micro-batches and processes.
+    So an image's weight does not depend on how its batch is divided, nor on the batch's other images.
     """
 
     def __init__(self, config: RatioConfig, device: torch.device) -> None:
         self.config = config
-        self.means = torch.ones(config.ratio_bins, device=device)
+        bins = config.ratio_bins
+        self.means = torch.ones(bins, device=device)
+        """Average of r in each interval of t, ``(bins,)``."""
+        one = torch.ones(1, device=device)
+        self.weight_mean = divergence_weight(config.divergence, one)
+        """Average of h, ``(1,)``; at first that of ratios of 1."""
+        self.noted = torch.zeros(2, bins + 1, device=device)
+        """Sums, and numbers of images, since the last step: of r in each interval, and of h."""
 
     def __call__(self, logits: Tensor | None, t: Tensor) -> Tensor:
-        """Updates the averages, and returns the normalised ratios ``(B,)``, with the graph of the logits.
+        """The normalised ratios ``(B,)``, with the graph of the logits.
 
         Args:
             logits: ``(B, heads)``.
@@ -67,32 +74,32 @@ class Ratios:
         assert logits is not None, "the config lets no job without a discriminator through"
         ratio, bins = density_ratio(logits), len(self.means)
         member = torch.nn.functional.one_hot((t * bins).long().clamp(0, bins - 1), bins).to(ratio.dtype)
-        total, count = summed(torch.stack([(member * ratio.detach().unsqueeze(1)).sum(0), member.sum(0)]))
-        seen = total / count.clamp_min(1)
-        decay = torch.where(count > 0, self.config.ratio_decay, 1.0)
-        self.means.mul_(decay).add_((1 - decay) * seen)  # in place, since a captured iteration holds this tensor
+        self.noted[:, :-1] += torch.stack([(member * ratio.detach().unsqueeze(1)).sum(0), member.sum(0)])
         with torch.autocast(t.device.type, enabled=False):  # which would round the averages to bfloat16
             return (ratio / (member @ self.means)).clamp(*self.config.ratio_range)
 
+    def weights(self, ratio: Tensor) -> Tensor:
+        """h of each image ``(B,)``, divided by its average if the config says so; the average receives no gradient.
 
-def normalized(weight: Tensor) -> Tensor:
-    """``h / mean h`` over the images of all processes; the mean receives no gradient.
+        Args:
+            ratio: normalised, ``(B,)``.
+        """
+        weight = divergence_weight(self.config.divergence, ratio)
+        if not self.config.normalize_weights:
+            return weight
+        self.noted[0, -1] += weight.detach().sum()
+        self.noted[1, -1] += len(weight)
+        return weight / self.weight_mean
 
-    Args:
-        weight: h, ``(B,)``.
-
-    Raises:
-        ValueError: there is one image, whose weight would be 1 under any divergence.
-    """
-    weights = weight.detach()
-    processes = place()[1]
-    if len(weights) * processes == 1:
-        raise ValueError(
-            "normalize_weights: true divides the weight of a batch of 1 image by itself, so that the divergence would have "
-            "no effect: raise train.batch_size (micro-batches are normalised separately), or set it to false"
-        )
-    mean = weights.mean()
-    return weight / (mean if processes == 1 else summed(mean.clone()) / processes)
+    def step(self) -> None:
+        """Moves the averages towards the means of what was noted since the last step, where there was any."""
+        total, count = summed(self.noted)
+        seen = total / count.clamp_min(1)
+        share = torch.where(count > 0, 1 - self.config.ratio_decay, 0.0)
+        # In place, since a captured iteration holds these tensors.
+        self.means.lerp_(seen[:-1], share[:-1])
+        self.weight_mean.lerp_(seen[-1:], share[-1:])
+        self.noted.zero_()
 
 
 class WithRatios(ScoreDistillation):
@@ -102,8 +109,16 @@ class WithRatios(ScoreDistillation):
         super().__init__(config, setup)
         self.ratios = Ratios(config, setup.device)
 
+    def after_step(self, turn: Turn, iteration: int) -> None:
+        super().after_step(turn, iteration)
+        if "student" in turn.trains:
+            self.ratios.step()
+
     def state(self) -> dict[str, Tensor]:
-        return {"ratio_means": self.ratios.means}
+        ratios = self.ratios
+        return {"ratio_means": ratios.means, "ratio_weight_mean": ratios.weight_mean, "ratio_noted": ratios.noted}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.ratios.means.copy_(tensors["ratio_means"])
+        for name, value in self.state().items():
+            if name in tensors:  # early checkpoints of version 0.1.0 have only the first
+                value.copy_(tensors[name])

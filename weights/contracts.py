@@ -81,7 +81,7 @@ class TrainSpec(Contract):
     )
     max_minutes: float | None = Field(None, gt=0, description="stop and publish after this much training time")
     batch_size: int = Field(32, ge=1, description="images per forward pass and device")
-    gradient_accumulation: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(1, ge=1, description="forward passes whose gradients are averaged for a step")
     seed: int = Field(0, ge=0, lt=2**31)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

@@ -9,17 +9,18 @@ student at the noised image:
 
 D is DMD2's discriminator. It sees the same noised images as the score losses (``share_times``), so that r applies to
 them. As in the public code, r is divided by its moving average in each of ``ratio_bins`` intervals of t, then clamped
-to ``ratio_range``, and h is divided by its batch mean (over all processes, but not over accumulated micro-batches: the
-mean of few images follows each of them and so hides part of the divergence). For the reverse KL, h is 1 and this is
-DMD2.
+to ``ratio_range``. For the reverse KL, h is 1 and this is DMD2.
+
+Departures: h is divided by a moving average too, where the public code divides it by its mean over the batch. The mean
+of few images follows each of them and so hides part of the divergence, and accumulated micro-batches would each have
+their own. Both averages are those of earlier steps, so that a batch may be divided in any way.
 """
 
 from torch import Tensor
 
-from distillers.losses.divergences import divergence_weight
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.score_distillation import Noised
-from distillers.ratios import RatioConfig, WithRatios, normalized
+from distillers.ratios import RatioConfig, WithRatios
 
 
 class FDistillConfig(RatioConfig, DMD2Config):
@@ -35,5 +36,4 @@ class FDistill(WithRatios, DMD2):
 
     def weight(self, seen: Noised) -> Tensor:
         ratio = self.ratios(seen.logits, seen.t).detach()
-        weight = divergence_weight(self.config.divergence, ratio)
-        return normalized(weight) if self.config.normalize_weights else weight
+        return self.ratios.weights(ratio)

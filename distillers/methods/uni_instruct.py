@@ -17,11 +17,11 @@ x_t, which ``ratio_gradient = false`` drops. Times and normalisation are SiD's.
 from pydantic import Field
 from torch import Tensor
 
-from distillers.losses.divergences import Divergence, divergence_weight, weight_elasticity
+from distillers.losses.divergences import Divergence, weight_elasticity
 from distillers.losses.score_identity import score_identity_loss
 from distillers.methods.score_distillation import Noised
 from distillers.methods.sid import ScoreIdentityConfig
-from distillers.ratios import RatioConfig, WithRatios, normalized
+from distillers.ratios import RatioConfig, WithRatios
 
 
 class UniInstructConfig(RatioConfig, ScoreIdentityConfig):
@@ -51,8 +51,6 @@ class UniInstruct(WithRatios):
         ratio = self.ratios(seen.logits, seen.t)
         if not config.ratio_gradient:
             ratio = ratio.detach()
-        weight = divergence_weight(config.divergence, ratio)
-        if config.normalize_weights:
-            weight = normalized(weight)
+        weight = self.ratios.weights(ratio)
         alpha = (1 + weight_elasticity(config.divergence, ratio)) / 2
         return score_identity_loss(seen.x, seen.fake_x0, seen.teacher_x0, alpha, weight, normalize=config.normalize)

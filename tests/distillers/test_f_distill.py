@@ -9,14 +9,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-import distillers.methods.f_distill as module
 from distillers import ratios
 from distillers.losses.divergences import DIVERGENCES, DivergenceName, density_ratio
 from distillers.methods.base import Turn
 from distillers.methods.dmd2 import DMD2, DMD2Config
 from distillers.methods.f_distill import FDistill, FDistillConfig
 from distillers.methods.score_distillation import Noised
-from distillers.ratios import normalized
 from tests.distillers.mixtures import VP, distances, mixture_setup, step_of
 from weights.contracts import StepSchedule
 from weights.diffusion.mixture import Mixture, log_ratio
@@ -64,18 +62,17 @@ def weighed(method: FDistill, ratios: list[float], t: Tensor) -> Tensor:
     return method.weight(Noised(x=zeros, x_t=zeros, t=t, fake_x0=zeros, teacher_x0=zeros, logits=logits))
 
 
-def test_a_picture_is_weighed_by_its_ratio_over_its_times_average() -> None:
+def test_a_picture_is_weighed_by_its_ratio_over_its_times_average_so_far() -> None:
     method = build(
         divergence="forward_kl", normalize_weights=False, ratio_bins=2, ratio_decay=0.5, ratio_range=(0.5, 9)
     )
     t, means = torch.tensor([0.1, 0.4, 0.9]), method.ratios.means
-    weight = weighed(method, [2.0, 4.0, 1.0], t)
+    assert torch.allclose(weighed(method, [2.0, 4.0, 1.0], t), torch.tensor([2.0, 4.0, 1.0]))
+    method.after_step(STUDENT, 0)
     assert torch.allclose(method.ratios.means, torch.tensor([0.5 + 0.5 * 3.0, 1.0]))
-    assert torch.allclose(weight, torch.tensor([2 / 2.0, 4 / 2.0, 1.0]))
+    assert torch.allclose(weighed(method, [2.0, 4.0, 1.0], t), torch.tensor([2 / 2.0, 4 / 2.0, 1.0]))
     held = weighed(method, [math.exp(-9), math.exp(9), 1.0], t)
-    assert held.min() == 0.5
-    assert held[1].item() == pytest.approx(4.0, abs=0.01), "it is a quarter of its bin's average"
-    assert method.ratios.means[1] == pytest.approx(1.0)
+    assert held.tolist() == [0.5, 9.0, 1.0]
     assert method.ratios.means is means, "a captured iteration writes where it was captured"
 
 
@@ -86,29 +83,72 @@ def test_in_bfloat16_the_ratios_are_as_exact() -> None:
     assert torch.equal(found, weighed(build(divergence="forward_kl", normalize_weights=False), ratios, t))
 
 
-def test_normalized_weights_leave_the_steps_size() -> None:
-    method = build(divergence="pearson_chi2")
-    ratios = torch.randn(64, generator=torch.Generator().manual_seed(0)).exp().tolist()
-    weight = weighed(method, ratios, torch.rand(64))
-    assert weight.mean().item() == pytest.approx(1.0, abs=1e-5)
-    assert weight.std() > 0.1
+@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+def test_normalized_weights_leave_the_steps_size(divergence: DivergenceName) -> None:
+    """From the first step on where ratios are 1, and on average wherever they are."""
+    method, t = build(divergence=divergence, ratio_decay=0.9, ratio_range=(1e-3, 1e3)), torch.full((64,), 0.5)
+    assert torch.allclose(weighed(method, [1.0] * 64, t), torch.ones(64))
+    generator, means = torch.Generator().manual_seed(0), []
+    for iteration in range(200):
+        drawn = (0.5 * torch.randn(64, generator=generator)).exp()
+        means.append(weighed(method, drawn.tolist(), t).mean().item())
+        method.after_step(STUDENT, iteration)
+    assert sum(means[100:]) / 100 == pytest.approx(1.0, abs=0.06)
 
 
-def test_weights_are_normalized_over_the_pictures_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One picture's weight over itself is 1 under any divergence, and over few pictures' mean it is nearly so."""
-    with pytest.raises(ValueError, match=r"normalize_weights: .* raise train.batch_size"):
-        normalized(torch.tensor([4.0]))
-    monkeypatch.setattr(ratios, "place", lambda: (0, 2))
-    monkeypatch.setattr(ratios, "summed", lambda mine: mine.add_(2.0))  # the other process's mean
-    assert torch.equal(normalized(torch.tensor([4.0])), torch.tensor([4.0 / 3.0]))
+SHARED = {"divergence": "pearson_chi2", "ratio_bins": 3, "ratio_decay": 0.5}
+
+
+def batch() -> tuple[list[float], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(12, generator=generator).exp().tolist(), torch.rand(12, generator=generator)
+
+
+def test_an_accumulated_batch_is_the_whole_batch() -> None:
+    """In three micro-batches, one of them of one picture: the weights and what the averages become are the same."""
+    whole, parts = build(**SHARED), build(**SHARED)
+    ratios, t = batch()
+    for iteration in range(3):
+        expected = weighed(whole, ratios, t)
+        found = [weighed(parts, ratios[a:b], t[a:b]) for a, b in ((0, 7), (7, 8), (8, 12))]
+        torch.testing.assert_close(torch.cat(found), expected)
+        for method in (whole, parts):
+            method.after_step(STUDENT, iteration)
+        for name, average in whole.state().items():
+            torch.testing.assert_close(parts.state()[name], average)
+    assert whole.ratios.weight_mean > 1 and not whole.ratios.noted.any()
+
+
+def test_averages_are_over_the_pictures_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, mine, other = (build(**SHARED) for _ in range(3))
+    ratio, t = batch()
+    for method, rows in ((whole, slice(0, 12)), (mine, slice(0, 5)), (other, slice(5, 12))):
+        weighed(method, ratio[rows], t[rows])
+    whole.after_step(STUDENT, 0)
+    monkeypatch.setattr(ratios, "summed", lambda noted: noted.add_(other.ratios.noted))
+    mine.after_step(STUDENT, 0)
+    for name, average in whole.state().items():
+        torch.testing.assert_close(mine.state()[name], average)
+
+
+def test_only_the_students_step_moves_the_averages() -> None:
+    method = build()
+    weighed(method, [2.0] * 4, torch.full((4,), 0.5))
+    method.after_step(method.critic_turn(), 0)
+    assert torch.equal(method.ratios.means, torch.ones(10)) and method.ratios.noted.any()
 
 
 def test_averages_are_saved_and_come_back() -> None:
     method, other = build(), build()
     weighed(method, [2.0] * 4, torch.full((4,), 0.5))
+    method.after_step(STUDENT, 0)
     other.load_state(method.state())
     assert torch.equal(other.ratios.means, method.ratios.means)
+    assert torch.equal(other.ratios.weight_mean, method.ratios.weight_mean)
     assert not torch.equal(other.ratios.means, torch.ones(10))
+    early = build()  # of version 0.1.0
+    early.load_state({"ratio_means": method.ratios.means})
+    assert torch.equal(early.ratios.means, method.ratios.means)
 
 
 def test_the_discriminators_logits_are_the_log_ratio_of_the_densities() -> None:
@@ -161,6 +201,6 @@ def test_every_divergence_finds_the_teachers_distribution(divergence: Divergence
 
 
 def test_with_a_weight_of_the_wrong_sign_it_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.divergence_weight
-    monkeypatch.setattr(module, "divergence_weight", lambda *given: -right(*given))
+    right = FDistill.weight
+    monkeypatch.setattr(FDistill, "weight", lambda *given: -right(*given))
     assert distance_after(100, tmp_path, divergence="forward_kl", normalize_weights=False) > 0.6
