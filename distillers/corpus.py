@@ -57,14 +57,8 @@ def load_corpus(spec: DataSpec, size: int) -> Corpus:
     corpus = _emoji() if spec.source == "emoji" else _folder(Path(spec.source), size)
     if spec.prompts is None:
         return corpus
-    if spec.recombines:
-        from distillers.emoji.data import load_records
-        from distillers.emoji.recombined import recombined_prompts
-
-        lines, sheet = recombined_prompts(load_records()), corpus.sheet
-    else:
-        lines = _prompt_lines(Path(spec.prompts))
-        sheet = lines[:SHEET]
+    lines = prompts_of(None if spec.recombines else Path(spec.prompts))
+    sheet = corpus.sheet if spec.recombines else lines[:SHEET]
     captions, prompts = _numbered([corpus.captions, lines])
     return replace(corpus, captions=captions, prompts=prompts[1], sheet=sheet)
 
@@ -143,7 +137,17 @@ def _numbered(texts: list[list[str]]) -> tuple[list[str], list[list[int]]]:
     return list(number), rows
 
 
-def _prompt_lines(path: Path) -> list[str]:
+def prompts_of(path: Path | None) -> list[str]:
+    """The prompts of a file, one per line; without one, those for emoji that do not exist.
+
+    Raises:
+        BadData: the file cannot be read, or is empty.
+    """
+    if path is None:
+        from distillers.emoji.data import load_records
+        from distillers.emoji.recombined import recombined_prompts
+
+        return recombined_prompts(load_records())
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -1,11 +1,14 @@
 """Extracts the difference between a fully fine-tuned student and its base as LoRA adapters, a fraction of its size.
 
     python -m distillers.extraction fast-cat-lora fast-cat --rank 32 --store STORE
+    python -m distillers.extraction fast-cat-lora fast-cat --rank 16 --fit 300 --prompts captions.txt --store STORE
 
 The change of each weight matrix (a convolution's is ``(out, in * k * k)``) is replaced by the nearest matrix of the
 given rank, made of its largest singular values (Eckart-Young theorem, https://doi.org/10.1007/BF02288367). Much of the
-change that training makes has no visible effect, so what is left out need not show in the images. This command does not
-measure that: use `fewstep evaluate`. Every layer with a weight matrix gets adapters, including the first and last
+change that training makes has no visible effect, so what is left out need not show in the images. What does show is
+reduced by --fit, which trains the adapters for some hundred updates to predict what the student predicts
+(`distillers.fitting`); it takes nothing but prompts like those that the student is for. This command does not measure
+the images: use `fewstep evaluate`. Every layer with a weight matrix gets adapters, including the first and last
 convolutions, which LoRA jobs do not adapt: without them, a student lost half of its diversity. Norms, biases and
 depthwise convolutions, whose adapters peft cannot merge, revert to the base's.
 """
@@ -13,7 +16,9 @@ depthwise convolutions, whose adapters peft cannot merge, revert to the base's.
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,9 +29,13 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters, save_adapters
+from distillers.corpus import BadData, prompts_of
+from distillers.evaluation.record import PREFIX
+from distillers.evaluation.terminal import tracking
+from distillers.fitting import Fitting
 from weights.bundled import STUDENTS
 from weights.commands import parser_of
-from weights.contracts import ExtractedLora, LoraSpec, StudentManifest, check_name
+from weights.contracts import RECOMBINED, ExtractedLora, LoraSpec, StepSchedule, StudentManifest, check_name
 from weights.families import load
 from weights.modules import architecture
 from weights.store import Store, StoreError, digest_folder
@@ -91,8 +100,27 @@ def fit_adapters(network: nn.Module, target: nn.Module) -> float:
     return 1 - left / whole if whole else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How far adapters are fitted to the student's predictions (`distillers.fitting`)."""
+
+    updates: int
+    """At least 1."""
+    prompts: Sequence[str]
+    done: Callable[[int], None] = lambda count: None
+    """Called with 1 after each update."""
+
+
 def extract(
-    store: Store, name: str, student: str, rank: int = RANK, replace: bool = False, base: str | None = None
+    store: Store,
+    name: str,
+    student: str,
+    rank: int = RANK,
+    replace: bool = False,
+    base: str | None = None,
+    fit: Fit | None = None,
+    first: float | None = None,
+    device: str = "cpu",
 ) -> StudentManifest:
     """Publishes adapters extracted from a student under a new name.
 
@@ -103,6 +131,9 @@ def extract(
         rank: of every adapter.
         replace: replace an existing student of that name.
         base: current location of its base: a bundled name, a folder, or a hub id; that of the training when left out.
+        fit: fit the adapters to the student's predictions as well.
+        first: new time of the first step, in (0, 1], with the later ones evenly spaced; the student's own when left out.
+        device: where to compute.
 
     Returns:
         The published manifest, whose ``extracted`` names the student and the captured share of its change.
@@ -115,36 +146,43 @@ def extract(
         StoreError: as in `Store.open` and `Store.publish`.
     """
     check_name(name)
+    store.check_free(name, replace)
     folder = store.open(student)
     manifest = folder.manifest
-    if manifest.router is not None:
-        raise CannotExtract(
-            f"student {student!r} is a router, without weights of its own: name a student that it routes to"
-        )
-    if manifest.adapter == "lora":
-        raise CannotExtract(f"student {student!r} is already a LoRA: name a student of full weights")
-    try:
-        lora = LoraSpec(rank=rank)
-    except ValidationError as error:
-        raise ValueError(f"rank {rank}: {error.errors()[0]['msg'].lower()}") from error
+    lora = _adapters_for(manifest, rank)
+    if first is not None:  # a calibration of the base's first steps is for the old times
+        times = {"schedules": spaced(manifest.schedules, first), "diversity": None}
+        manifest = manifest.model_copy(update=times)
     source = base if base is not None else manifest.base.id
     check_base(folder, base_reference(source).sha256)
-    whole = load(manifest.family, source)
-    target = load_student(folder, whole).network
-    if architecture(target) != architecture(whole.network):
+    whole = load(manifest.family, source, device)
+    target = load_student(folder, whole)
+    if architecture(target.network) != architecture(whole.network):
         raise CannotExtract(
             f"student {student!r} has a network of another shape than its base's: adapters cannot turn one into the other"
         )
     adapted = whole.copy()
     add_adapters(adapted, lora, every_layer(adapted.network))
-    kept = fit_adapters(adapted.network, target)
-    origin = ExtractedLora(name=student, sha256=digest_folder(folder.path), rank=rank, kept=kept)
+    kept = fit_adapters(adapted.network, target.network)
+    differences: list[float] = []
+    if fit is not None:
+        fitting = Fitting(adapted, target, manifest.schedules, fit.prompts, manifest.guidance.default_scale)
+        differences = fitting.fit(fit.updates, fit.done)
+    origin = ExtractedLora(
+        name=student,
+        sha256=digest_folder(folder.path),
+        rank=rank,
+        kept=kept,
+        fitted=0 if fit is None else fit.updates,
+        differences=differences,
+    )
     changed = {
         "name": name,
         "created_at": datetime.now(UTC),
         "adapter": "lora",
         "lora_alpha": float(rank),
         "extracted": origin,
+        "metrics": {key: value for key, value in manifest.metrics.items() if not key.startswith(PREFIX)},
         "code_version": code_version(),
         "files": {},
     }
@@ -153,23 +191,81 @@ def extract(
         return store.publish(manifest.model_copy(update=changed), Path(temporary), replace=replace)
 
 
+def spaced(schedules: dict[int, StepSchedule], first: float) -> dict[int, StepSchedule]:
+    """The same numbers of steps with evenly spaced times from ``first`` on, which the network is told as they are.
+
+    Raises:
+        ValueError: ``first`` is not in (0, 1].
+    """
+    if not 0 < first <= 1:
+        raise ValueError(f"--first {first:g}: give a time above 0 and at most 1, such as 0.96")
+
+    def times(count: int) -> list[float]:
+        return [round(first * (count - index) / count, 6) for index in range(count)]
+
+    return {
+        count: schedule.model_copy(update={"timesteps": times(count), "conditioning": None})
+        for count, schedule in schedules.items()
+    }
+
+
+def _adapters_for(manifest: StudentManifest, rank: int) -> LoraSpec:
+    """The adapters that a student can be turned into; raises as `extract` does."""
+    if manifest.router is not None:
+        raise CannotExtract(
+            f"student {manifest.name!r} is a router, without weights of its own: name a student that it routes to"
+        )
+    if manifest.adapter == "lora":
+        raise CannotExtract(f"student {manifest.name!r} is already a LoRA: name a student of full weights")
+    try:
+        return LoraSpec(rank=rank)
+    except ValidationError as error:
+        raise ValueError(f"rank {rank}: {error.errors()[0]['msg'].lower()}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = _parser().parse_args(arguments)
     console, errors = Console(), Console(stderr=True)
     try:
-        store = Store(options.store, STUDENTS)
-        manifest = extract(store, options.name, options.student, options.rank, options.replace, options.base)
-    except (StoreError, ValueError, OSError) as error:
+        store, fits = Store(options.store, STUDENTS), options.fit > 0
+        if (options.prompts is not None) != fits or options.fit < 0:
+            raise ValueError(
+                "--fit and --prompts: give both, a number of updates of at least 1 and a file of prompts, or neither"
+            )
+        with tracking(console) if fits else nullcontext() as track:
+            fit = None
+            if track is not None:
+                prompts = prompts_of(None if options.prompts == RECOMBINED else Path(options.prompts))
+                fit = Fit(updates=options.fit, prompts=prompts, done=track("fitting", options.fit))
+            manifest = extract(
+                store,
+                options.name,
+                options.student,
+                options.rank,
+                options.replace,
+                options.base,
+                fit,
+                options.first,
+                options.device,
+            )
+    except (StoreError, BadData, ValueError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))
         return 2
-    assert manifest.extracted is not None, "extract sets it"
-    size = sum(record.size for record in manifest.files.values()) / 1e6
-    kept = manifest.extracted.kept
-    console.print(
-        Text(f"published {manifest.name}: {size:.1f} MB, {kept:.0%} of the squared change of {options.student}")
-    )
+    console.print(Text(_told(manifest)))
     return 0
+
+
+def _told(manifest: StudentManifest) -> str:
+    """What was published, and what it cost."""
+    made = manifest.extracted
+    assert made is not None, "extract sets it"
+    size = sum(record.size for record in manifest.files.values()) / 1e6
+    text = f"published {manifest.name}: {size:.1f} MB, {made.kept:.0%} of the squared change of {made.name}"
+    if made.differences:
+        before, after = made.differences
+        text += f"; fitted, the mean squared difference of predictions fell from {before:.2g} to {after:.2g}"
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,9 +273,25 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("name", metavar="NAME", help="name of the new student")
     made.add_argument("student", metavar="STUDENT", help="a student of full weights")
     made.add_argument("--rank", type=int, default=RANK, help="rank of every adapter (%(default)s)")
+    made.add_argument(
+        "--fit",
+        type=int,
+        default=0,
+        metavar="UPDATES",
+        help="then fit them to the student's predictions (300 is a start)",
+    )
+    made.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help=f"prompts for --fit, one per line; {RECOMBINED!r}: for emoji that do not exist",
+    )
+    made.add_argument(
+        "--first", type=float, metavar="TIME", help="new time of the first step, later ones evenly spaced (its own)"
+    )
     made.add_argument("--base", help="where its base is now, if it has moved")
     made.add_argument("--store", type=Path, required=True, help="the model store's folder")
     made.add_argument("--replace", action="store_true", help="replace a student of that name")
+    made.add_argument("--device", default="cpu", help="where to compute, such as cuda (%(default)s)")
     return made
 
 

@@ -303,12 +303,7 @@ class AveragedStudent(Contract):
     """One of the students that a weight average was made from."""
 
     name: Name = Field(description="name that it was published under; 'base' means the base's own weights")
-    share: float = Field(
-        gt=-1,
-        lt=2,
-        description="weight in the mean; where it extrapolates past the students, the base's is negative and the others' "
-        "add up to more than 1",
-    )
+    share: float = Field(gt=-1, lt=2, description="weight in the mean; below 0 for a base that is extrapolated from")
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest of its weight files; see store.digest_folder")
     job: DistillJob | None = Field(None, description="the job that made it")
 
@@ -319,7 +314,9 @@ class ExtractedLora(Contract):
     name: Name = Field(description="name that it was published under")
     sha256: str = Field(pattern=SHA256_PATTERN, description="digest of its weight files; see store.digest_folder")
     rank: int = Field(ge=1, description="rank of the adapters")
-    kept: float = Field(ge=0, le=1, description="share of the squared difference from the base that the adapters keep")
+    kept: float = Field(ge=0, le=1, description="share of the squared change that the nearest adapters keep")
+    fitted: int = Field(0, ge=0, description="updates in which they were then fitted to the student's predictions")
+    differences: list[float] = Field([], description="mean squared difference to these predictions, before and after")
 
 
 class StudentManifest(Contract):

@@ -172,6 +172,21 @@ class Store:
                 "there and free some space, or name another store"
             ) from error
 
+    def check_free(self, name: str, replace: bool = False) -> None:
+        """Check that a student may be published under this name, before the work that makes it.
+
+        Raises:
+            AlreadyExists: the name is taken, and is not to be replaced, or was put there by hand.
+            Forbidden: the name is a bundled base's.
+        """
+        if name in bundled_bases():
+            raise Forbidden(f"{name!r} is the bundled base, which would hide the student: choose another name")
+        link = self.root / name
+        if not replace and link.exists():
+            raise AlreadyExists(_taken(name))
+        if link.is_dir() and not link.is_symlink():
+            raise AlreadyExists(f"{link} was put there by hand and cannot be replaced atomically: delete it first")
+
     def publish(self, manifest: StudentManifest, folder: Path, replace: bool = False) -> StudentManifest:
         """Copy a student's files into the store, all or nothing.
 
@@ -193,15 +208,9 @@ class Store:
             StoreError: the folder or root cannot be read or written.
         """
         name, folder = manifest.name, Path(folder)
-        if name in bundled_bases():
-            raise Forbidden(f"{name!r} is the bundled base, which would hide the student: choose another name")
         link = self.root / name
-        taken = f"student {name!r} exists already: replace it (replace=True, --replace), or choose another name"
         with _clear_errors(name):
-            if not replace and link.exists():
-                raise AlreadyExists(taken)
-            if link.is_dir() and not link.is_symlink():
-                raise AlreadyExists(f"{link} was put there by hand and cannot be replaced atomically: delete it first")
+            self.check_free(name, replace)
             paths = publishable(folder, weights=manifest.router is None)
             for member in manifest.router.students if manifest.router is not None else []:
                 self.manifest(member)
@@ -215,7 +224,7 @@ class Store:
                 for parent, _, _ in os.walk(staging):
                     sync_folder(Path(parent))
                 # A dangling link is no student, so it may be replaced.
-                self._point(link, staging, replace or (link.is_symlink() and not link.exists()), taken)
+                self._point(link, staging, replace or (link.is_symlink() and not link.exists()), _taken(name))
         return published
 
     def amend(self, manifest: StudentManifest) -> StudentManifest:
@@ -335,6 +344,10 @@ class Store:
                     )
                 return folder
         raise NotFound(f"no student is named {name!r}; available: {', '.join(self.names()) or 'none'}")
+
+
+def _taken(name: str) -> str:
+    return f"student {name!r} exists already: replace it (replace=True, --replace), or choose another name"
 
 
 def _valid(name: str) -> bool:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from distillers.adapters import ADAPTER, add_adapters
 from distillers.extraction import CannotExtract, every_layer, extract, fit_adapters, low_rank, main
+from distillers.fitting import Fitting
 from tests.helpers import student_manifest, tiny_pipeline
-from weights.contracts import LoraSpec, Router, StudentManifest
+from weights.contracts import LoraSpec, Router, StepSchedule, StudentManifest
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.store import Store, digest_base, digest_folder
@@ -115,6 +116,47 @@ def test_no_change_is_held_whole(base: TextToImage) -> None:
     assert not any(weight.any() for name, weight in network.named_parameters() if "lora_" in name)
 
 
+# The fit
+
+
+def fitting(base: TextToImage, rank: int = 1) -> tuple[Fitting, TextToImage]:
+    """Adapters nearest to a student of the base, which they cannot hold whole, and that student."""
+    student, model = base.copy(), base.copy()
+    student.network.load_state_dict(changed(base).state_dict())
+    add_adapters(model, LoraSpec(rank=rank), every_layer(model.network))
+    fit_adapters(model.network, student.network)
+    schedules = {1: StepSchedule(timesteps=[0.9]), 2: StepSchedule(timesteps=[1.0, 0.5])}
+    return Fitting(model, student, schedules, ["a cat", "two dogs"]), student
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distillers.fitting.BATCH", 4)
+    monkeypatch.setattr("distillers.fitting.LEARNING_RATE", 2e-3)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_fit_brings_predictions_closer_than_the_nearest_weights(base: TextToImage) -> None:
+    made, student = fitting(base)
+    frozen = {name: weight.clone() for name, weight in student.network.named_parameters()}
+    before, after = made.fit(10)
+    assert 0 < after < 0.9 * before
+    assert made.difference() == after  # at the same states, whatever was drawn in between
+    assert all(torch.equal(weight, frozen[name]) for name, weight in student.network.named_parameters())
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_fit_repeats_bit_for_bit(base: TextToImage) -> None:
+    fits = [fitting(base)[0] for _ in range(2)]
+    assert fits[0].fit(2) == fits[1].fit(2)
+    assert all(torch.equal(*pair) for pair in zip(*(each.weights for each in fits), strict=True))
+
+
+def test_a_fit_needs_prompts(base: TextToImage) -> None:
+    with pytest.raises(ValueError, match="prompts: there are none"):
+        Fitting(base, base, {1: StepSchedule(timesteps=[1.0])}, [])
+
+
 # The student
 
 
@@ -159,9 +201,41 @@ def test_the_command(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert extracted.kept < 0.9
 
 
+@pytest.mark.usefixtures("small_batches")
+def test_the_command_fits(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\ntwo dogs\n")
+    fit = ["--rank", "1", "--fit", "2", "--prompts", str(prompts)]
+    assert main(["cat-lora", "cat", *fit, "--store", str(store.root)]) == 0
+    assert "the mean squared difference of predictions fell from" in " ".join(capsys.readouterr().out.split())
+    extracted = store.manifest("cat-lora").extracted
+    assert extracted is not None
+    assert (extracted.fitted, len(extracted.differences)) == (2, 2)
+
+
+def test_new_times(store: Store) -> None:
+    assert main(["cat-lora", "cat", "--rank", "1", "--first", "0.96", "--store", str(store.root)]) == 0
+    made, old = store.manifest("cat-lora"), store.manifest("cat")
+    assert {count: schedule.timesteps for count, schedule in made.schedules.items()} == {
+        count: [round(0.96 * (count - index) / count, 6) for index in range(count)] for count in old.schedules
+    }
+    assert all(schedule.network_times == schedule.timesteps for schedule in made.schedules.values())
+    assert (old.diversity is not None, made.diversity) == (True, None)
+
+
+def test_measured_quality_stays_with_the_student(store: Store, folder: Path, base: TextToImage, tmp_path: Path) -> None:
+    metrics = {"iterations": 3, "evaluation/1_steps/kernel_distance": 0.1}
+    publish(store, tmp_path / "measured", folder, changed(base, rank=1), name="measured", metrics=metrics)
+    assert extract(store, "measured-lora", "measured", rank=1).metrics == {"iterations": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cat-lora", "cat", "--fit", "2"], "--fit and --prompts: give both"),
+        (["cat-lora", "cat", "--prompts", "recombined"], "--fit and --prompts: give both"),
+        (["cat-lora", "cat", "--fit", "2", "--prompts", "no.txt"], "prompts file 'no.txt' cannot be read"),
+        (["cat-lora", "cat", "--first", "0"], "--first 0: give a time above 0 and at most 1"),
         (["cat-lora", "no"], "no student is named 'no'"),
         (["cat", "cat"], "exists already"),
         (["No Name", "cat"], "'No Name' is not a valid name"),
