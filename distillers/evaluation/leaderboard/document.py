@@ -136,7 +136,7 @@ def _legend(teacher: Teacher) -> str:
         "steps. ✓ and ✗ say whether the row meets a target: kernel distance below the teacher's at the same steps; "
         f"R-precision and diversity at least {LEAST:g} of the full teacher's. Real images score a kernel distance of "
         f"{_pm(floor, 3)} and an R-precision of {_pm(real, 3)}. '{UNTRAINED}' is the control: the teacher's own weights, "
-        "without guidance, sampled as every method's student is before its first iteration."
+        "without guidance, in evenly spaced steps from t = 1, as students take them unless their recipe has other times."
     )
 
 
