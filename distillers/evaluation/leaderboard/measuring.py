@@ -38,8 +38,8 @@ def machine(device: str) -> Machine:
 def untrained_student(base: Model, sha256: str) -> Model:
     """The base's own weights, sampled like a student: without guidance, with the students' sampler and usual times.
 
-    Every method's student starts as this control, or as the same at its recipe's times. A student that is no better has learned nothing that the protocol can
-    measure.
+    Every method's student starts as this control, or as the same at its recipe's times. A student that is no better has
+    learned nothing that the protocol can measure.
 
     Args:
         base: the teacher.
