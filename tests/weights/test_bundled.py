@@ -98,13 +98,13 @@ def test_a_bundled_student_draws_the_same_pixels_with_diffusers_alone(
         ).images
         ours = (student.decode(drawing.latents) + 1) / 2
         assert (ours - theirs).abs().mean() < 1 / 255
+    three = schedule_for(folder.manifest.schedules, 3)
+    timesteps = [round(1000 * time) - 1 for time in three.network_times]
     with pytest.raises(
-        ValueError, match=r"give that pipeline timesteps=\[999, 499, 249\] in place of num_inference_steps"
+        ValueError, match=re.escape(f"give that pipeline timesteps={timesteps} in place of num_inference_steps")
     ):
         export(store, name, tmp_path / "exported-3", 3)
-    drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], schedule_for(folder.manifest.schedules, 3))
+    drawing = draw(student, base.encode_prompts([SUNNY]), None, [7], three)
     generator = torch.Generator().manual_seed(7)
-    theirs = pipeline(
-        SUNNY, timesteps=[999, 499, 249], guidance_scale=1.0, generator=generator, output_type="pt"
-    ).images
+    theirs = pipeline(SUNNY, timesteps=timesteps, guidance_scale=1.0, generator=generator, output_type="pt").images
     assert ((student.decode(drawing.latents) + 1) / 2 - theirs).abs().mean() < 1 / 255
