@@ -36,9 +36,11 @@ from distillers.fitting import Fitting
 from weights.bundled import STUDENTS
 from weights.commands import parser_of
 from weights.contracts import RECOMBINED, ExtractedLora, LoraSpec, StepSchedule, StudentManifest, check_name
+from weights.diffusion.schedules import trailing_times
 from weights.families import load
+from weights.families.base import TextToImage
 from weights.modules import architecture
-from weights.store import Store, StoreError, digest_folder
+from weights.store import Store, StoreError, StudentFolder, digest_folder
 from weights.students import base_reference, check_base, load_student
 from weights.version import code_version
 
@@ -153,35 +155,23 @@ def extract(
     if first is not None:  # a calibration of the base's first steps is for the old times
         times = {"schedules": spaced(manifest.schedules, first), "diversity": None}
         manifest = manifest.model_copy(update=times)
-    source = base if base is not None else manifest.base.id
-    check_base(folder, base_reference(source).sha256)
-    whole = load(manifest.family, source, device)
-    target = load_student(folder, whole)
-    if architecture(target.network) != architecture(whole.network):
-        raise CannotExtract(
-            f"student {student!r} has a network of another shape than its base's: adapters cannot turn one into the other"
-        )
-    adapted = whole.copy()
-    add_adapters(adapted, lora, every_layer(adapted.network))
-    kept = fit_adapters(adapted.network, target.network)
-    differences: list[float] = []
-    if fit is not None:
-        fitting = Fitting(adapted, target, manifest.schedules, fit.prompts, manifest.guidance.default_scale)
-        differences = fitting.fit(fit.updates, fit.done)
-    origin = ExtractedLora(
+    adapted, target = _models(folder, lora, base, device)
+    made = ExtractedLora(
         name=student,
         sha256=digest_folder(folder.path),
         rank=rank,
-        kept=kept,
-        fitted=0 if fit is None else fit.updates,
-        differences=differences,
+        kept=fit_adapters(adapted.network, target.network),
     )
+    if fit is not None:
+        fitting = Fitting(adapted, target, manifest.schedules, fit.prompts, manifest.guidance.default_scale)
+        fitted = {"fitted": fit.updates, "differences": fitting.fit(fit.updates, fit.done)}
+        made = made.model_copy(update=fitted)
     changed = {
         "name": name,
         "created_at": datetime.now(UTC),
         "adapter": "lora",
         "lora_alpha": float(rank),
-        "extracted": origin,
+        "extracted": made,
         "metrics": {key: value for key, value in manifest.metrics.items() if not key.startswith(PREFIX)},
         "code_version": code_version(),
         "files": {},
@@ -189,6 +179,23 @@ def extract(
     with tempfile.TemporaryDirectory(prefix="fewstep-extract-") as temporary:
         save_adapters(adapted, Path(temporary))
         return store.publish(manifest.model_copy(update=changed), Path(temporary), replace=replace)
+
+
+def _models(folder: StudentFolder, lora: LoraSpec, base: str | None, device: str) -> tuple[TextToImage, TextToImage]:
+    """Its base with new adapters on every layer, and the student; raises as `extract` does."""
+    manifest = folder.manifest
+    source = base if base is not None else manifest.base.id
+    check_base(folder, base_reference(source).sha256)
+    whole = load(manifest.family, source, device)
+    target = load_student(folder, whole)
+    if architecture(target.network) != architecture(whole.network):
+        raise CannotExtract(
+            f"student {manifest.name!r} has a network of another shape than its base's: adapters cannot turn one into the "
+            "other"
+        )
+    adapted = whole.copy()
+    add_adapters(adapted, lora, every_layer(adapted.network))
+    return adapted, target
 
 
 def spaced(schedules: dict[int, StepSchedule], first: float) -> dict[int, StepSchedule]:
@@ -201,7 +208,7 @@ def spaced(schedules: dict[int, StepSchedule], first: float) -> dict[int, StepSc
         raise ValueError(f"--first {first:g}: give a time above 0 and at most 1, such as 0.96")
 
     def times(count: int) -> list[float]:
-        return [round(first * (count - index) / count, 6) for index in range(count)]
+        return [round(first * time, 6) for time in trailing_times(count)[:-1]]
 
     return {
         count: schedule.model_copy(update={"timesteps": times(count), "conditioning": None})
