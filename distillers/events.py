@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from weights.contracts import AnyEvent, Failed, Finished, Saved, Started
-from weights.contracts import Progress as ProgressEvent
+from weights.events import AnyEvent, Failed, Finished, Saved, Started
+from weights.events import Progress as ProgressEvent
 
 
 def now() -> datetime:

@@ -33,7 +33,8 @@ from distillers.sheets import Sheet
 from distillers.spec import BadSpec, check_spec
 from distillers.stopwatch import Stopwatch
 from distillers.trainer import Trainer
-from weights.contracts import BaseReference, DistillJob, Failed, Finished, GuidanceConvention, StudentManifest
+from weights.contracts import BaseReference, DistillJob, GuidanceConvention, StudentManifest
+from weights.events import Failed, Finished
 from weights.families import load
 from weights.families.base import TextToImage
 from weights.files import write_atomically

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distillers.events import Reporter, now
-from weights.contracts import AnyEvent, Failed, Finished, Progress, Saved, Started, TrainSpec
+from weights.contracts import TrainSpec
+from weights.events import AnyEvent, Failed, Finished, Progress, Saved, Started
 
 
 class MergedEvents:

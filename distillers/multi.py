@@ -34,7 +34,8 @@ from distillers.merging import MergedEvents, PartReporter
 from distillers.partition import FILE, Partition
 from distillers.processes import Interrupted
 from distillers.spec import BadSpec
-from weights.contracts import EVENTS, AnyEvent, StudentManifest
+from weights.contracts import StudentManifest
+from weights.events import EVENTS, AnyEvent
 from weights.families import load
 from weights.files import write_atomically
 from weights.students import base_reference

@@ -27,7 +27,8 @@ from distillers.sheets import Sheet
 from distillers.stopwatch import Stopwatch
 from distillers.trained import TrainedNetwork, TurnModule, behind
 from distillers.watch import Watch
-from weights.contracts import Progress, Saved, Started, TrainSpec
+from weights.contracts import TrainSpec
+from weights.events import Progress, Saved, Started
 
 
 class Diverged(RuntimeError):

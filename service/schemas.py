@@ -8,8 +8,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 MAX_PICTURES = 10
 MAX_NAME = 512
 """Most characters in the name of a model."""
-MAX_TRACES = 4
-"""Most images of one trace, each of which may have as many files in the response as the base has steps."""
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON parser represents exactly."""
 SIZE = re.compile(r"[1-9]\d{0,3}x[1-9]\d{0,3}")
@@ -53,11 +51,26 @@ class DiversityOptions(Body):
     base_guidance: float | None = Field(
         None, ge=0, le=50, description="guidance scale of those steps; 1.0 turns it off"
     )
+    start: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="time t that the base is told for pure noise; lower is closer to the finished image",
+    )
+    skip: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="index, from 0, of the student's step that takes over; at its own time, without until",
+    )
+    until: float | None = Field(
+        None, gt=0, lt=1, description="time t at which the student takes over; its steps are scaled to begin there"
+    )
     unprompted: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="how far, in t from 1 down, the first of them goes without the prompt; 0 turns this off",
+        description="how far, in t from start down, the first of them goes without the prompt; 0 turns this off",
     )
 
 
@@ -109,7 +122,8 @@ class ImageRequest(Body):
         Discriminator(
             _diversity_kind,
             custom_error_type="diversity",
-            custom_error_message="Input should be true, false, or an object with base_steps, base_guidance and unprompted",
+            custom_error_message="Input should be true, false, or an object with "
+            "base_steps, base_guidance, start, skip, until and unprompted",
         ),
     ] = Field(
         False, description="let the base model do the first step: as the student was calibrated, or as given here"
@@ -191,7 +205,15 @@ class DiversityUsed(BaseModel):
     base_steps: int
     base_guidance: float
     skip: int = Field(description="index, from 0, of the student's step that took over")
-    unprompted: float = Field(description="how far, in t from 1 down, the base's first step went without the prompt")
+    start: float | None = Field(
+        description="time t that the base was told for pure noise; null in a calibration: the student's own first time"
+    )
+    until: float | None = Field(
+        None, description="time t at which the student took over; null: the own time of its step skip"
+    )
+    unprompted: float = Field(
+        description="how far, in t from start down, the base's first step went without the prompt"
+    )
 
 
 class DrawingInfo(BaseModel):
@@ -269,56 +291,6 @@ class CompletedImage(StreamedImage):
         None, description="true if the safety checker flagged the image, which is then black"
     )
     model: str
-    drawing: DrawingInfo
-
-
-class TraceRequest(ImageRequest):
-    """Body of ``POST /v1/images/trace``: a request for images to be shown step by step."""
-
-    n: int = Field(1, ge=1, le=MAX_TRACES, description="number of images")
-    stream: Literal[False] = Field(False, description="a trace cannot be streamed")
-    strip: bool = Field(
-        False, description="also return one labelled PNG, with a row for each image and a column for each step"
-    )
-
-
-class TracedStep(BaseModel):
-    """What the model predicts at one step: its x_0, decoded."""
-
-    step: int = Field(description="number of the step, from 1")
-    leg: Literal["base", "student"] = Field(description="whose network made the prediction")
-    t: float = Field(description="the time that the network was conditioned on, from 1 (noise) down")
-    guidance_scale: float = Field(description="guidance scale of this step; 1.0 means no guidance")
-    b64_json: str | None = None
-    url: str | None = None
-
-
-class Trace(BaseModel):
-    """The steps of one image; the last step's prediction is the image."""
-
-    seed: int
-    flagged: Literal[True] | None = Field(
-        None, description="true if the safety checker flagged the image, which is then black"
-    )
-    steps: list[TracedStep]
-
-
-class Strip(BaseModel):
-    """The labelled PNG of a trace."""
-
-    b64_json: str | None = None
-    url: str | None = None
-
-
-class TraceResponse(BaseModel):
-    """Response to a `TraceRequest`."""
-
-    created: int = Field(description="seconds since the epoch")
-    data: list[Trace]
-    strip: Strip | None = None
-    model: str
-    size: str
-    output_format: OutputFormat
     drawing: DrawingInfo
 
 

@@ -1,4 +1,4 @@
-"""The data that crosses process boundaries: job specs, student manifests and progress events.
+"""The data that crosses process boundaries: job specs and student manifests; `weights.events` has the events of jobs.
 
 The service and the distillers exchange nothing else. The models are frozen and strict (an unknown field is an error),
 and their error messages say what was given and what is allowed.
@@ -10,7 +10,7 @@ import re
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -252,17 +252,27 @@ class GuidanceConvention(Contract):
 
 
 class Diversity(Contract):
-    """Calibration of the base's first steps, which replace the student's (see 'Distilling Diversity and Control')."""
+    """Calibration of the base's first steps, before the student's or instead of them ('Distilling Diversity and Control').
+
+    The student goes on from its step ``skip``, at this step's own time or at ``until``. In the second case its remaining
+    times are scaled to begin there, so with ``skip`` 0 the base's steps come before all of the student's.
+    """
 
     base_steps: int = Field(1, ge=1, le=8, description="steps that the base takes before the student takes over")
     base_guidance: float = Field(1.0, ge=0, description="guidance of the base's steps; any but 1.0 doubles their cost")
-    skip: int = Field(1, ge=1, description="index, from 0, of the student's step that takes over")
+    skip: int = Field(1, ge=0, description="index, from 0, of the student's step that takes over")
+    start: float | None = Field(
+        None, gt=0, le=1, description="time that the base is told for pure noise; null: the student's own first time"
+    )
+    until: float | None = Field(
+        None, gt=0, lt=1, description="time at which the student takes over; null: the own time of its step skip"
+    )
     unprompted: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="how far, in t, the base's first step goes without the prompt: from 1, pure noise, to 1 - unprompted, "
-        "in one evaluation; its other steps share the rest. 0 turns this off; otherwise base_steps must be at least 2",
+        description="how far, in t, the base's first step goes without the prompt: from start to start - unprompted, in "
+        "one evaluation; its other steps share the rest. 0 turns this off; otherwise base_steps must be at least 2",
     )
 
     @model_validator(mode="after")
@@ -352,45 +362,3 @@ class StudentManifest(Contract):
             if len(schedule.timesteps) != steps:
                 raise ValueError(f"schedules: {steps} has {len(schedule.timesteps)} timesteps; give {steps}")
         return self
-
-
-class Event(Contract):
-    """One line that a running job writes to its events file and to standard output."""
-
-    at: datetime
-    step: int = Field(ge=0)
-
-
-class Started(Event):
-    kind: Literal["started"] = "started"
-    iterations: int
-    resumed_from: int = 0
-
-
-class Progress(Event):
-    kind: Literal["progress"] = "progress"
-    iterations: int
-    metrics: dict[str, float]
-    seconds_left: float | None = None
-
-
-class Saved(Event):
-    kind: Literal["checkpoint", "samples"]
-    path: str = Field(description="relative to the job's folder")
-
-
-class Finished(Event):
-    kind: Literal["finished"] = "finished"
-    student: Name
-    seconds: float
-    metrics: dict[str, Any] = Field(default_factory=dict)
-
-
-class Failed(Event):
-    kind: Literal["failed"] = "failed"
-    message: str
-    last_checkpoint: str | None = None
-
-
-AnyEvent = Annotated[Started | Progress | Saved | Finished | Failed, Field(discriminator="kind")]
-EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

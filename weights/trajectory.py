@@ -112,29 +112,64 @@ def schedule_for(schedules: Mapping[int, StepSchedule], steps: int) -> StepSched
     )
 
 
+def own_schedule(schedule: StepSchedule, diversity: Diversity | None) -> StepSchedule:
+    """The student's own steps: those from step ``skip`` on, scaled to begin at ``until`` if that is set.
+
+    The network is told scaled times as they are, whatever ``schedule`` tells it instead of its own times.
+
+    Raises:
+        CannotDraw: the student has no step ``skip``.
+    """
+    if diversity is None:
+        return schedule
+    steps, first = len(schedule.timesteps), diversity.skip
+    if first >= steps:
+        raise CannotDraw(
+            f"the base's first step replaces the student's first {first} of {steps} step(s), which leaves none: use at "
+            f"least {first + 1} steps, set skip to 0 and until to the time at which the student takes over, or turn "
+            "diversity off"
+        )
+    times, conditioning = schedule.timesteps[first:], schedule.conditioning
+    if diversity.until is not None:
+        times, conditioning = [diversity.until * (time / times[0]) for time in times], None
+    elif conditioning is not None:
+        conditioning = conditioning[first:]
+    return schedule.model_copy(update={"timesteps": times, "conditioning": conditioning})
+
+
 def base_leg_times(schedule: StepSchedule, diversity: Diversity) -> list[float]:
-    """The base leg's ``base_steps + 1`` falling times, from 1 to the student's time at step ``skip``.
+    """The base leg's ``base_steps + 1`` falling times, from its start to the time at which the student takes over.
 
     The steps are equally long, except for a first step without the prompt, whose length is part of the calibration.
 
     Raises:
-        CannotDraw: the student has no step ``skip``, or takes over before the base uses the prompt.
+        CannotDraw: the student has no step ``skip``, or takes over before the base starts, or before it uses the prompt.
     """
-    steps = len(schedule.timesteps)
-    if diversity.skip >= steps:
+    target, start = own_schedule(schedule, diversity).timesteps[0], base_leg_start(schedule, diversity)
+    steps, count, first = len(schedule.timesteps), diversity.base_steps, diversity.unprompted
+    if start <= target:
         raise CannotDraw(
-            f"the base's first step replaces the student's first {diversity.skip} of {steps} step(s), which leaves none: "
-            f"use at least {diversity.skip + 1} steps, or turn diversity off"
+            f"the base starts at t = {start:g}, but with {steps} step(s) the student takes over at {target:g}: set start "
+            f"above {target:g}, or until below {start:g}"
         )
-    target, count, first = schedule.timesteps[diversity.skip], diversity.base_steps, diversity.unprompted
     if not first:
-        return [*_evenly(1.0, target, count), target]
-    if 1 - first <= target:
+        return [*_evenly(start, target, count), target]
+    if start - first <= target:
         raise CannotDraw(
-            f"the base goes without the prompt from t = 1 to {1 - first:g} (unprompted {first:g}), but with {steps} steps "
-            f"the student takes over at {target:g}: set unprompted below {1 - target:g}, or use fewer steps"
+            f"the base goes without the prompt from t = {start:g} to {start - first:g} (unprompted {first:g}), but with "
+            f"{steps} step(s) the student takes over at {target:g}: set unprompted below {start - target:g}, or use fewer "
+            "steps"
         )
-    return [1.0, *_evenly(1 - first, target, count - 1), target]
+    return [start, *_evenly(start - first, target, count - 1), target]
+
+
+def base_leg_start(schedule: StepSchedule, diversity: Diversity) -> float:
+    """The time that the base is told for pure noise: the calibrated one, or else the student's own first time.
+
+    A network told t = 1 may predict the same image from any noise. A student that is told an earlier time, to be more
+    diverse, would lose by a first step from 1 (docs/measured.md).
+    """
+    return schedule.timesteps[0] if diversity.start is None else diversity.start
 
 
 def _evenly(start: float, end: float, steps: int) -> list[float]:
@@ -188,17 +223,17 @@ def student_trajectory(
         schedule: the student's step schedule for this number of steps.
         guidance_scale: guidance of the student's steps; 1.0 is off. The base's is in ``diversity``.
         tells_guidance: whether the student's network embeds guidance.
-        diversity: which steps the base replaces, and how.
-        skip_only: the control for ``diversity``: pure noise enters at step ``skip``, and the base is not run at all.
+        diversity: how the base begins, and where the student takes over.
+        skip_only: the control for ``diversity``: the student takes over pure noise, and the base is not run at all.
         base_tells_guidance: whether the base's network embeds guidance.
 
     Raises:
         CannotDraw: ``diversity`` leaves the student no step of its own.
     """
-    first, start = 0, schedule.timesteps[0]
+    student, start = own_schedule(schedule, diversity), schedule.timesteps[0]
     leg: tuple[TrajectoryStep, ...] = ()
     if diversity is not None:
-        first, times = diversity.skip, base_leg_times(schedule, diversity)
+        times = base_leg_times(schedule, diversity)
         start = times[-1] if skip_only else times[0]
         if not skip_only:
             # Scale 0 means no prompt at all; without this flag, such a step would still see a negative prompt.
@@ -209,14 +244,14 @@ def student_trajectory(
     own = tuple(
         TrajectoryStep(
             leg="student",
-            t=schedule.network_times[index],
+            t=t,
             guidance_scale=guidance_scale,
             tells_guidance=tells_guidance,
-            **_weights(*few_step_update(x_t, x0, index, schedule, diffusion, eps)),
+            **_weights(*few_step_update(x_t, x0, index, student, diffusion, eps)),
         )
-        for index in range(first, len(schedule.timesteps))
+        for index, t in enumerate(student.network_times)
     )
-    skipped = sum(needs_noise(schedule, index) for index in range(first))
+    skipped = 0 if diversity is None else sum(needs_noise(schedule, index) for index in range(diversity.skip))
     return Trajectory(start=_start(diffusion, start), steps=(*leg, *own), skipped_draws=skipped)
 
 

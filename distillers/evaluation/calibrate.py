@@ -2,19 +2,22 @@
 
     python -m distillers.evaluation.calibrate emoji-average --store STORE [--quick] [--write]
 
-The candidates generate the coarse prompts with base steps in place of the student's first step, at each of the
-student's step counts. They are all combinations of base steps (1, 2, 4) and base guidance (0, 1, the base's default),
-and two base steps of which the first leaves out the prompt for 1/32, 1/16 or 1/8 of the time. The command chooses the
-candidate with the largest gain in diversity over the student alone, averaged over the step counts, that costs at most
-one more network evaluation per image and keeps prompt alignment and the distance to real images within a tolerance of
-the student's own at every step count. With --write, the choice goes into the student's manifest, for requests with
-`diversity: true`.
+The candidates generate the coarse prompts at each of the student's step counts. In most, the base replaces the
+student's first step: with all combinations of base steps (1, 2, 4) and base guidance (0, 1, the base's default); with
+two base steps of which the first leaves out the prompt for 1/32, 1/16 or 1/8 of the time; and with one or two that start
+at t = 0.9 instead of the student's own first time. In the others, one base step comes before all of the student's steps,
+which are scaled to begin at t = 0.75 or 0.6. Only these are possible at one step.
+
+The command chooses the candidate with the largest gain in diversity over the student alone, averaged over the step
+counts that all candidates have, that costs at most one more network evaluation per image (the others are not measured)
+and keeps prompt alignment and the distance to real images within a tolerance of the student's own at every step count
+that it has. With --write, the choice goes into the student's manifest, for requests with `diversity: true`.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
@@ -31,7 +34,7 @@ from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.models import load_models
 from distillers.evaluation.real import yardstick
 from distillers.evaluation.record import without_leg
-from distillers.evaluation.subjects import Model, Subject, can_hand_over
+from distillers.evaluation.subjects import Model, Subject, can_hand_over, evaluations
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
 from weights.commands import parser_of
@@ -39,8 +42,11 @@ from weights.contracts import Diversity
 from weights.store import Forbidden, Store, StoreError
 
 BASE_STEPS = (1, 2, 4)
-SKIP = 1
 UNPROMPTED = (1 / 32, 1 / 16, 1 / 8)
+START = 0.9
+"""Where the base starts if not at the student's own first time. At earlier ones it answers more to the noise."""
+UNTIL = (0.75, 0.6)
+"""Where the student takes over from a base step that comes before all of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,67 +118,90 @@ def calibrate(evaluation: Evaluation, student: Model, limits: Limits) -> Calibra
     """Tries all candidates; see the module docstring.
 
     Raises:
-        ValueError: the base cannot take the first step at any of the student's step counts.
+        ValueError: none of the candidates is within the limit of evaluations.
     """
-    counts = step_counts(student)
     base = evaluation.base
-    plain = {steps: Subject(student, base, steps) for steps in counts}
-    alone = {steps: evaluation.spread(subject) for steps, subject in plain.items()}
+    tried = {
+        candidate: counts
+        for candidate in candidates_for(base)
+        if (counts := step_counts(student, base, candidate, limits.evaluations))
+    }
+    if not tried:
+        raise ValueError(
+            f"no candidate costs student {student.name!r} at most {limits.evaluations} more network evaluation(s) per "
+            "image: raise --extra-evaluations"
+        )
+    trials = spreads(evaluation, student, tried)
 
     @cache
     def own_quality(steps: int) -> Quality:
-        return evaluation.quality(plain[steps])
+        return evaluation.quality(Subject(student, base, steps))
 
-    tried = {
-        candidate: [
-            Trial(
-                steps=steps,
-                diversity=candidate,
-                spread=evaluation.spread(Subject(student, base, steps, "base first step", candidate)),
-                plain=alone[steps],
-            )
-            for steps in counts
-        ]
-        for candidate in candidates_for(student, base, counts)
-    }
-    gains = {candidate: fmean(trial.gain.value for trial in trials) for candidate, trials in tried.items()}
+    gains = mean_gains(trials)
     chosen = None
     for candidate in sorted(gains, key=lambda each: gains[each], reverse=True):
-        if gains[candidate] <= 1 or any(trial.extra > limits.evaluations for trial in tried[candidate]):
-            continue
-        for place, trial in enumerate(tried[candidate]):
+        if gains[candidate] <= 1:
+            break
+        for place, trial in enumerate(trials[candidate]):
             quality, own = evaluation.quality(trial.spread.subject), own_quality(trial.steps)
-            tried[candidate][place] = measured = replace(trial, quality=quality, plain_quality=own)
+            trials[candidate][place] = measured = replace(trial, quality=quality, plain_quality=own)
             if not measured.keeps_quality(limits):
                 break  # the other step counts cannot change the decision, and take minutes
         else:
             chosen = candidate
             break
-    return Calibration(trials=[trial for trials in tried.values() for trial in trials], chosen=chosen)
+    return Calibration(trials=[trial for own in trials.values() for trial in own], chosen=chosen)
 
 
-def candidates_for(student: Model, base: Model, counts: Sequence[int]) -> list[Diversity]:
-    """The candidates: all that can hand over to the student at each of these step counts."""
+def spreads(
+    evaluation: Evaluation, student: Model, tried: Mapping[Diversity, Sequence[int]]
+) -> dict[Diversity, list[Trial]]:
+    """The diversity of each candidate at its step counts, beside the student alone; quality is not measured."""
+    base = evaluation.base
+
+    @cache
+    def alone(steps: int) -> Spread:
+        return evaluation.spread(Subject(student, base, steps))
+
+    def trial(steps: int, candidate: Diversity) -> Trial:
+        subject = Subject(student, base, steps, "base first step", candidate)
+        return Trial(steps=steps, diversity=candidate, spread=evaluation.spread(subject), plain=alone(steps))
+
+    return {candidate: [trial(steps, candidate) for steps in counts] for candidate, counts in tried.items()}
+
+
+def mean_gains(trials: Mapping[Diversity, Sequence[Trial]]) -> dict[Diversity, float]:
+    """Each candidate's gain, averaged over the step counts that all have, so that they can be compared."""
+    common = set.intersection(*({trial.steps for trial in own} for own in trials.values()))
+    return {
+        candidate: fmean(trial.gain.value for trial in own if trial.steps in common)
+        for candidate, own in trials.items()
+    }
+
+
+def candidates_for(base: Model) -> list[Diversity]:
+    """All candidates, whether or not a student can use them."""
     guidances = dict.fromkeys((0.0, 1.0, base.pipeline.default_guidance))
-    found = [
-        Diversity(base_steps=steps, base_guidance=guidance, skip=SKIP) for guidance in guidances for steps in BASE_STEPS
-    ]
-    found += [Diversity(base_steps=2, base_guidance=1.0, skip=SKIP, unprompted=time) for time in UNPROMPTED]
-    return [each for each in found if all(can_hand_over(student, steps, each) for steps in counts)]
+    found = [Diversity(base_steps=steps, base_guidance=guidance) for guidance in guidances for steps in BASE_STEPS]
+    found += [Diversity(base_steps=2, unprompted=time) for time in UNPROMPTED]
+    found += [Diversity(base_steps=steps, start=START) for steps in (1, 2)]
+    return found + [Diversity(start=start, skip=0, until=until) for start in (None, START) for until in UNTIL]
 
 
-def step_counts(student: Model) -> list[int]:
-    """The student's step counts at which its base can take the first step.
+def step_counts(student: Model, base: Model, candidate: Diversity, extra: int) -> list[int]:
+    """The student's step counts for which a candidate is to be measured.
 
-    Raises:
-        ValueError: there are none.
+    These are all at which the base can hand over. A candidate that replaces student steps needs several, so one step is
+    left out; but if it cannot hand over at another, or costs more than ``extra`` network evaluations, there are none.
     """
     assert student.manifest is not None, "a student"
-    schedules = student.manifest.schedules
-    counts = [steps for steps in student.steps if can_hand_over(student, steps, Diversity(skip=SKIP))]
-    if not counts:
-        has = ", ".join(map(str, sorted(schedules)))
-        raise ValueError(f"student {student.name!r} supports {has} step(s): none of them can be left to its base")
+    counts = [steps for steps in student.steps if steps > candidate.skip]
+    for steps in counts:
+        if not can_hand_over(student, steps, candidate):
+            return []
+        alone, led = (evaluations(student, base, steps, diversity) for diversity in (None, candidate))
+        if led - alone > extra:
+            return []
     return counts
 
 
@@ -271,12 +300,20 @@ def parser() -> argparse.ArgumentParser:
 
 def described(diversity: Diversity) -> str:
     """A readable description of a calibration."""
-    return ", ".join(f"{name} {value:g}" for name, value in diversity.model_dump().items())
+    return ", ".join(f"{name} {value:g}" for name, value in diversity.model_dump().items() if value is not None)
 
 
 def table(result: Calibration, student: Model) -> Table:
     """The table for the terminal."""
-    made = Table("steps", "base steps", "guidance", "unprompted", title=f"{student.name}: the base's first steps")
+    made = Table(
+        "steps",
+        "base steps",
+        "guidance",
+        "start",
+        "until",
+        "unprompted",
+        title=f"{student.name}: the base's first steps",
+    )
     for name in (
         "diversity",
         "/ alone",
@@ -294,14 +331,14 @@ def table(result: Calibration, student: Model) -> Table:
             shown.add(trial.steps)
             plain = trial.plain
             cost = (str(plain.evaluations), f"{plain.milliseconds:.1f}")
-            made.add_row(
-                str(trial.steps), "-", "-", "-", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone"
-            )
+            made.add_row(str(trial.steps), *"-----", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone")
         gain = trial.gain
         made.add_row(
             str(trial.steps),
             str(trial.diversity.base_steps),
             f"{trial.diversity.base_guidance:g}",
+            _own_unless(trial.diversity.start),
+            _own_unless(trial.diversity.until),
             f"{trial.diversity.unprompted:g}",
             f"{trial.spread.distance.value:.2f}",
             f"{gain.value:.3f}",
@@ -313,6 +350,10 @@ def table(result: Calibration, student: Model) -> Table:
             "chosen" if trial.diversity == result.chosen else "",
         )
     return made
+
+
+def _own_unless(time: float | None) -> str:
+    return "own" if time is None else f"{time:g}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from weights.contracts import Diversity, StudentManifest
 from weights.drawing import draw, draw_base
 from weights.families.base import TextToImage
 from weights.students import RoutedStudent
-from weights.trajectory import CannotDraw, base_leg_times, schedule_for
+from weights.trajectory import CannotDraw, base_leg_times, schedule_for, student_trajectory
 
 Leg = Literal["plain", "base first step", "first step skipped"]
 STEPS = (1, 2, 4)
@@ -179,16 +179,34 @@ def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
 
 
 def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None) -> bool:
-    """Whether the base can take the student's first step(s) at this step count, and leave it at least one.
+    """Whether the base can begin, and hand over to the student, at this step count.
 
     ``diversity`` defaults to the student's own calibration, or else to the usual one.
     """
     if student.manifest is None:
         return False
     try:
-        times = base_leg_times(
+        base_leg_times(
             schedule_for(student.manifest.schedules, steps), diversity or student.manifest.diversity or Diversity()
         )
     except CannotDraw:
         return False
-    return times[-1] < 1
+    return True
+
+
+def evaluations(student: Model, base: Model, steps: int, diversity: Diversity | None) -> int:
+    """Network evaluations per image of a student, with the base's first step(s) if ``diversity`` is given.
+
+    Raises:
+        CannotDraw: the base cannot hand over to the student.
+    """
+    manifest = student.manifest
+    assert manifest is not None, "a student"
+    return student_trajectory(
+        student.pipeline.denoiser.schedule,
+        schedule_for(manifest.schedules, steps),
+        manifest.guidance.default_scale,
+        tells_guidance=manifest.guidance.embedded is not None,
+        diversity=diversity,
+        base_tells_guidance=base.pipeline.denoiser.embeds_guidance,
+    ).evaluations

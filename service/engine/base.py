@@ -17,6 +17,10 @@ class DiversityWish:
 
     base_steps: int | None = None
     base_guidance: float | None = None
+    start: float | None = None
+    skip: int | None = None
+    """Without `until`, the student takes over at this step's own time, whatever the calibration says."""
+    until: float | None = None
     unprompted: float | None = None
 
 

@@ -8,6 +8,7 @@ from weights.trajectory import (
     CannotDraw,
     base_leg_evaluations,
     base_leg_scales,
+    base_leg_start,
     base_leg_times,
     evaluations_per_call,
     schedule_for,
@@ -88,7 +89,7 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
             "guidance_scale",
         )
     cost = evaluations_per_call(scale) if embedded is None else 1
-    diversity = _diversity(request, manifest)
+    diversity = _diversity(request, manifest, schedule)
     evaluations = steps * cost
     if diversity is not None:
         try:
@@ -107,8 +108,8 @@ def plan_student(request: DrawRequest, manifest: StudentManifest) -> Plan:
     )
 
 
-def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | None:
-    """The student's calibration, overridden by the values in the request.
+def _diversity(request: DrawRequest, manifest: StudentManifest, schedule: StepSchedule) -> Diversity | None:
+    """The student's calibration, overridden by the values in the request; its start is always a number.
 
     If the request asks for a single base step, there is no room for a calibrated step without the prompt: it is left
     out.
@@ -130,10 +131,13 @@ def _diversity(request: DrawRequest, manifest: StudentManifest) -> Diversity | N
             "set base_guidance to 0",
             "diversity",
         )
+    start = base_leg_start(schedule, calibrated) if wish.start is None else wish.start
     return Diversity(
         base_steps=base_steps,
         base_guidance=calibrated.base_guidance if wish.base_guidance is None else wish.base_guidance,
-        skip=calibrated.skip,
+        start=start,
+        skip=calibrated.skip if wish.skip is None else wish.skip,
+        until=calibrated.until if wish.skip is None and wish.until is None else wish.until,
         unprompted=unprompted,
     )
 

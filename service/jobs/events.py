@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.jobs.base import JobEvent, Progress
-from weights.contracts import EVENTS
+from weights.events import EVENTS
 
 EVENTS_FILE = "events.jsonl"
 

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from service.pictures import encode
 from service.routes import ERRORS, NO_OTHER_QUERY, drawing_info, engine_of, files_of, settings_of, size_of, told_facts
 from service.routes.images import draw_request, finished, handed_out
-from service.schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
+from service.trace_schemas import Strip, Trace, TracedStep, TraceRequest, TraceResponse
 from service.tracing import Way, draw_strip, title_of, trace
 
 router = APIRouter(prefix="/v1/images", tags=["images"], responses=ERRORS, dependencies=NO_OTHER_QUERY)

@@ -8,8 +8,9 @@ import torch
 from distillers.extraction import extract
 from distillers.job import JobRun
 from tests.helpers import picture_folder, student_manifest, tiny_pipeline
-from weights.contracts import EVENTS, StepSchedule
+from weights.contracts import StepSchedule
 from weights.drawing import draw
+from weights.events import EVENTS
 from weights.families import TextToImage
 from weights.store import Store
 from weights.students import load_student

@@ -12,11 +12,12 @@ from distillers.critics import guided_x0
 from distillers.job import JobRun
 from distillers.methods import method
 from tests.helpers import picture_folder, tiny_flux_pipeline, tiny_schnell_pipeline
-from weights.contracts import EVENTS, GuidanceConvention, StepSchedule
+from weights.contracts import GuidanceConvention, StepSchedule
 from weights.denoiser import GUIDANCE
 from weights.diffusion.conversion import Converted
 from weights.diffusion.guidance import EmbeddedGuidance
 from weights.drawing import draw
+from weights.events import EVENTS
 from weights.families import TextToImage, load
 from weights.pipelines import LORA_FILE
 from weights.store import Store

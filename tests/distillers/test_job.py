@@ -26,7 +26,8 @@ from distillers.spec import BadSpec, check_spec, describe_methods, fingerprint, 
 from distillers.trainer import Trainer
 from tests.distillers.jobs import events, job_inputs, job_spec
 from tests.helpers import tiny_pipeline, tiny_sd15_pipeline
-from weights.contracts import DataSpec, Failed
+from weights.contracts import DataSpec
+from weights.events import Failed
 from weights.families.stable_diffusion import StableDiffusion
 from weights.store import Store
 from weights.students import load_student

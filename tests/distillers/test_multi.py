@@ -25,7 +25,8 @@ from distillers.partition import FILE
 from distillers.spec import BadSpec, check_spec, fingerprint
 from distillers.trainer import Trainer
 from tests.distillers.jobs import events, job_inputs, job_spec
-from weights.contracts import DataSpec, Failed, Finished, Progress, Saved, Started, TrainSpec
+from weights.contracts import DataSpec, TrainSpec
+from weights.events import Failed, Finished, Progress, Saved, Started
 from weights.families.stable_diffusion import StableDiffusion
 from weights.store import Store
 from weights.students import route_prompts

@@ -11,7 +11,7 @@ from distillers.job import JobRun
 from distillers.methods import methods
 from tests.distillers.jobs import extracted_from_every_layer, trained_as_stored
 from tests.helpers import picture_folder, tiny_sd3_pipeline
-from weights.contracts import EVENTS
+from weights.events import EVENTS
 from weights.families import TextToImage, load
 from weights.pipelines import LORA_FILE
 from weights.store import Store

@@ -107,7 +107,7 @@ class FakeEngine:
                 model=request.model or "student",
                 steps=request.steps or 4,
                 guidance_scale=1.0,
-                diversity=Diversity() if request.diversity else None,
+                diversity=Diversity(start=1.0) if request.diversity else None,
                 evaluations=4,
                 seconds=0.01,
                 index=index,

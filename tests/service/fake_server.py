@@ -62,7 +62,7 @@ class PaintingEngine:
                 model=info.id,
                 steps=steps,
                 guidance_scale=1.0,
-                diversity=Diversity() if request.diversity else None,
+                diversity=Diversity(start=1.0) if request.diversity else None,
                 evaluations=steps,
                 seconds=0.01 * steps * len(request.seeds),
                 index=index,

@@ -126,16 +126,44 @@ def test_prompt_guidance_and_negative_prompt_change_the_picture(harness: Harness
 
 def test_the_bases_first_step(harness: Harness) -> None:
     async def scenario(engine: StepEngine) -> list[Drawn]:
-        wishes = [None, DiversityWish(), DiversityWish(base_guidance=1.0), DiversityWish(base_steps=3)]
+        wishes = [
+            None,
+            DiversityWish(),
+            DiversityWish(base_guidance=1.0),
+            DiversityWish(base_steps=3),
+            DiversityWish(start=0.9),
+        ]
         return [(await engine.generate(request(diversity=wish)))[0] for wish in wishes]
 
     harness.publish(diversity=Diversity(base_steps=1, base_guidance=3.0))
-    plain, calibrated, unguided, longer = harness.run(scenario)
-    assert [each.evaluations for each in (plain, calibrated, unguided, longer)] == [4, 5, 4, 9]
-    assert calibrated.diversity == Diversity(base_steps=1, base_guidance=3.0)
-    assert unguided.diversity == Diversity(base_steps=1, base_guidance=1.0)
-    assert longer.diversity == Diversity(base_steps=3, base_guidance=3.0)
-    assert len(set(pixels([plain, calibrated, unguided, longer]))) == 4
+    _, calibrated, unguided, longer, later = drawn = harness.run(scenario)
+    assert [each.evaluations for each in drawn] == [4, 5, 4, 9, 5]
+    assert calibrated.diversity == Diversity(base_steps=1, base_guidance=3.0, start=1.0), "the student's own first time"
+    assert unguided.diversity == Diversity(base_steps=1, base_guidance=1.0, start=1.0)
+    assert longer.diversity == Diversity(base_steps=3, base_guidance=3.0, start=1.0)
+    assert later.diversity == Diversity(base_steps=1, base_guidance=3.0, start=0.9)
+    assert [each.path[0].t for each in drawn] == [1.0, 1.0, 1.0, 1.0, 0.9]
+    assert len(set(pixels(drawn))) == 5
+
+
+def test_the_bases_step_comes_before_all_of_the_students(harness: Harness) -> None:
+    async def scenario(engine: StepEngine) -> list[Drawn]:
+        one, two = {"steps": 1}, {"steps": 2}
+        wishes: list[tuple[dict[str, Any], DiversityWish]] = [
+            (one, DiversityWish()),
+            (two, DiversityWish()),
+            (two, DiversityWish(until=0.5)),
+            (two, DiversityWish(skip=1)),
+        ]
+        return [(await engine.generate(request(**steps, diversity=wish)))[0] for steps, wish in wishes]
+
+    harness.publish(diversity=Diversity(skip=0, until=0.8))
+    drawn = harness.run(scenario)
+    assert [each.evaluations for each in drawn] == [2, 3, 3, 2]
+    assert [[step.t for step in each.path] for each in drawn] == [
+        pytest.approx(times) for times in ([1.0, 0.8], [1.0, 0.8, 0.4], [1.0, 0.5, 0.25], [1.0, 0.5])
+    ]
+    assert drawn[3].diversity == Diversity(start=1.0), "skip alone: at the step's own time"
 
 
 def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
@@ -151,10 +179,10 @@ def test_the_bases_first_step_without_the_prompt(harness: Harness) -> None:
     harness.publish(diversity=Diversity(base_steps=2, unprompted=0.1))
     calibrated, prompted, short, longer = harness.run(scenario)
     assert [each.evaluations for each in (calibrated, prompted, short, longer)] == [5, 5, 4, 5]
-    assert calibrated.diversity == Diversity(base_steps=2, unprompted=0.1)
-    assert prompted.diversity == Diversity(base_steps=2)
-    assert short.diversity == Diversity(base_steps=1), "the request's one step leaves no room for it"
-    assert longer.diversity == Diversity(base_steps=2, unprompted=0.2)
+    assert calibrated.diversity == Diversity(base_steps=2, start=1.0, unprompted=0.1)
+    assert prompted.diversity == Diversity(base_steps=2, start=1.0)
+    assert short.diversity == Diversity(base_steps=1, start=1.0), "the request's one step leaves no room for it"
+    assert longer.diversity == Diversity(base_steps=2, start=1.0, unprompted=0.2)
     assert len(set(pixels([calibrated, prompted, short, longer]))) == 4
     assert plan_student(request(diversity=DiversityWish()), harness.store.open("tiny").manifest).needs_uncond
 
@@ -208,6 +236,7 @@ def test_what_goes_without_the_prompt_goes_without_the_negative_prompt(harness: 
             "diversity",
             "student takes over at 0.75: set unprompted below 0.25",
         ),
+        ({"steps": 4, "diversity": DiversityWish(start=0.7)}, "diversity", "set start above 0.75, or until below 0.7"),
         ({"model": "BASE", "diversity": DiversityWish()}, "diversity", "is a base model"),
         ({"model": "BASE", "steps": 101}, "steps", "1 to 100 steps, not 101"),
         ({"model": "BASE", "size": (16, 16)}, "size", "not 16x16"),

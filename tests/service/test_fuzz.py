@@ -19,8 +19,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from service.app import create_app
-from service.schemas import ImageRequest, TraceRequest
+from service.schemas import ImageRequest
 from service.settings import Settings
+from service.trace_schemas import TraceRequest
 from tests.service.conftest import TinyBase
 from tests.service.fake_server import PaintingEngine, make_app
 from tests.service.served import Served, served

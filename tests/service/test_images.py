@@ -48,14 +48,16 @@ def test_every_extension_reaches_the_engine(client: TestClient, engine: FakeEngi
         seed=[5, 9],
         steps=2,
         size="32x32",
-        diversity={"base_steps": 2, "base_guidance": 1.5, "unprompted": 0.25},
+        diversity={"base_steps": 2, "base_guidance": 1.5, "start": 0.9, "skip": 0, "until": 0.5, "unprompted": 0.25},
         guidance_scale=3,
         negative_prompt="blue",
         deterministic=True,
     )
     (asked,) = engine.asked
     assert (asked.seeds, asked.steps, asked.size) == ((5, 9), 2, (32, 32))
-    assert asked.diversity == DiversityWish(base_steps=2, base_guidance=1.5, unprompted=0.25)
+    assert asked.diversity == DiversityWish(
+        base_steps=2, base_guidance=1.5, start=0.9, skip=0, until=0.5, unprompted=0.25
+    )
     assert (asked.guidance_scale, asked.negative_prompt, asked.deterministic) == (3, "blue", True)
 
 
@@ -98,7 +100,7 @@ def test_seeds_are_random_where_none_is_given(client: TestClient) -> None:
 
 def test_the_switch_for_diversity(client: TestClient, engine: FakeEngine) -> None:
     used = ask(client, diversity=True)["drawing"]["diversity"]
-    assert used == {"base_steps": 1, "base_guidance": 1.0, "skip": 1, "unprompted": 0.0}
+    assert used == {"base_steps": 1, "base_guidance": 1.0, "skip": 1, "start": 1.0, "unprompted": 0.0}
     assert "diversity" not in ask(client, diversity=False)["drawing"]
     assert [asked.diversity for asked in engine.asked] == [DiversityWish(), None]
 
@@ -219,9 +221,11 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         (
             {"diversity": "on"},
             "diversity",
-            "true, false, or an object with base_steps, base_guidance and unprompted, got 'on'",
+            "true, false, or an object with base_steps, base_guidance, start, skip, until and unprompted, got 'on'",
         ),
         ({"diversity": {"base_steps": 9}}, "diversity.base_steps", "less than or equal to 8, got 9"),
+        ({"diversity": {"until": 1}}, "diversity.until", "less than 1, got 1"),
+        ({"diversity": {"start": 0}}, "diversity.start", "greater than 0, got 0"),
         ({"diversity": {"unprompted": 1}}, "diversity.unprompted", "less than 1, got 1"),
         ({"diversity": {"steps": 1}}, "diversity.steps", "'diversity.steps': use one of base_steps, base_guidance"),
         ({"setps": 2}, "setps", "unknown parameter(s): 'setps': did you mean steps? Use one of prompt, model, n, "),

@@ -42,7 +42,8 @@ from tests.service.jobs_help import (
     supervised,
     until,
 )  # fmt: skip
-from weights.contracts import EVENTS, DistillJob
+from weights.contracts import DistillJob
+from weights.events import EVENTS
 
 
 @pytest.fixture

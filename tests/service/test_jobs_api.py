@@ -23,7 +23,8 @@ from service.settings import Settings
 from tests.service.answers import UNREADABLE
 from tests.service.fake_server import PaintingEngine, make_app
 from tests.service.jobs_help import PATIENCE
-from weights.contracts import BaseReference, DistillJob, Progress, StepSchedule, StudentManifest
+from weights.contracts import BaseReference, DistillJob, StepSchedule, StudentManifest
+from weights.events import Progress
 from weights.store import Store
 
 JOBS = "/v1/distillation/jobs"

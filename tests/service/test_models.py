@@ -15,7 +15,14 @@ def test_a_student(client: TestClient) -> None:
     assert (model["kind"], model["base"], model["method"]) == ("student", "org/base", "dmd2")
     assert (model["steps"], model["max_steps"], model["default_steps"]) == ([1, 4], 4, 4)
     assert (model["size"], model["metrics"], model["owned_by"]) == ("32x32", {"kernel_distance": 0.1}, "fewstep")
-    assert model["diversity"] == {"base_steps": 1, "base_guidance": 0.0, "skip": 1, "unprompted": 0.0}
+    assert model["diversity"] == {
+        "base_steps": 1,
+        "base_guidance": 0.0,
+        "skip": 1,
+        "start": None,
+        "until": None,
+        "unprompted": 0.0,
+    }
 
 
 def test_a_base_whose_name_has_a_slash(client: TestClient) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weights.contracts import Diversity, StepSchedule
 from weights.denoiser import Cond, Denoiser
-from weights.diffusion.samplers import ImageNoise, few_step, initial_state, sample_ode, trailing_times
+from weights.diffusion.samplers import ImageNoise, ddim_step, few_step, initial_state, sample_ode, trailing_times
 from weights.diffusion.schedules import EDM, DiscreteVP, RectifiedFlow, Schedule, TrigFlow
 from weights.trajectory import (
     CannotDraw,
@@ -19,6 +19,7 @@ from weights.trajectory import (
     base_leg_evaluations,
     base_leg_times,
     base_trajectory,
+    own_schedule,
     schedule_for,
     student_trajectory,
 )
@@ -160,8 +161,80 @@ def test_the_prompt_is_told_before_the_student_takes_over(first: float, fits: bo
     if fits:
         assert base_leg_times(four, diversity) == pytest.approx([1.0, 0.76, 0.75])
         return
-    with pytest.raises(CannotDraw, match=r"4 steps the student takes over at 0\.75: set unprompted below 0\.25"):
+    with pytest.raises(CannotDraw, match=r"4 step\(s\) the student takes over at 0\.75: set unprompted below 0\.25"):
         base_leg_times(four, diversity)
+
+
+@pytest.mark.parametrize(
+    ("first", "diversity", "times"),
+    [
+        (1.0, Diversity(), [1.0, 0.5]),
+        (0.96, Diversity(), [0.96, 0.5]),
+        (0.96, Diversity(start=1.0), [1.0, 0.5]),
+        (1.0, Diversity(start=0.9, base_steps=2), [0.9, 0.7, 0.5]),
+        (0.96, Diversity(base_steps=3, unprompted=0.06), [0.96, 0.9, 0.7, 0.5]),
+    ],
+)
+def test_the_base_starts_where_the_student_would_unless_it_is_told_otherwise(
+    first: float, diversity: Diversity, times: list[float]
+) -> None:
+    diffusion, two = SCHEDULES[0], StepSchedule(timesteps=[first, 0.5])
+    assert base_leg_times(two, diversity) == pytest.approx(times)
+    trajectory = student_trajectory(diffusion, two, diversity=diversity)
+    assert [step.t for step in trajectory.steps] == pytest.approx(times)
+    noise = torch.ones(1, 1)
+    assert torch.equal(trajectory.first_state(noise), initial_state(noise, diffusion, times[0]))
+
+
+TWO_TOLD = StepSchedule(timesteps=[1.0, 0.5], conditioning=[0.9, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "diversity", "times", "told"),
+    [
+        (StepSchedule(timesteps=[1.0]), Diversity(skip=0, until=0.6), [0.6], [0.6]),
+        (StepSchedule(timesteps=[0.96, 0.48]), Diversity(skip=0, until=0.6), [0.6, 0.3], [0.6, 0.3]),
+        (
+            StepSchedule(timesteps=[1.0, 0.75, 0.5, 0.25]),
+            Diversity(skip=1, until=0.6),
+            [0.6, 0.4, 0.2],
+            [0.6, 0.4, 0.2],
+        ),
+        (StepSchedule(timesteps=[0.96, 0.48]), Diversity(skip=0, start=1.0), [0.96, 0.48], [0.96, 0.48]),
+        (TWO_TOLD, Diversity(skip=0, until=0.6), [0.6, 0.3], [0.6, 0.3]),
+        (TWO_TOLD, Diversity(), [0.5], [0.5]),
+        (TWO_TOLD, None, [1.0, 0.5], [0.9, 0.5]),
+    ],
+)
+def test_the_student_takes_over_with_all_of_its_steps_or_some(
+    schedule: StepSchedule, diversity: Diversity | None, times: list[float], told: list[float]
+) -> None:
+    own = own_schedule(schedule, diversity)
+    assert own.timesteps == pytest.approx(times)
+    assert own.network_times == pytest.approx(told)
+    assert (own.sampler, own.eta) == (schedule.sampler, schedule.eta)
+
+
+@settings(max_examples=20)
+@given(times=st.integers(1, 5).flatmap(falling), until=st.floats(0.05, 0.9))
+def test_the_student_goes_on_from_what_the_base_leaves(times: list[float], until: float) -> None:
+    """With `until`, the base's DDIM step and the student's sampler from there on, in the two's own code."""
+    diffusion, schedule = SCHEDULES[0], StepSchedule(timesteps=times)
+    trajectory = student_trajectory(diffusion, schedule, diversity=Diversity(start=0.95, skip=0, until=until))
+    assert [step.leg for step in trajectory.steps] == ["base"] + ["student"] * len(times)
+    denoiser, noise = Bent(diffusion), ImageNoise([3], SHAPE)
+    state = initial_state(noise(), diffusion, 0.95)
+    t, s = torch.tensor([0.95]), torch.tensor([until])
+    state = ddim_step(state, denoiser(state, t, {}), t, s, diffusion)
+    scaled = StepSchedule(timesteps=[until * time / times[0] for time in times])
+    expected = few_step(denoiser, state, scaled, {}, noise)
+    torch.testing.assert_close(follow(trajectory, denoiser, ImageNoise([3], SHAPE)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [0.4, 0.5])
+def test_the_base_starts_before_the_student_takes_over(start: float) -> None:
+    with pytest.raises(CannotDraw, match=rf"starts at t = {start:g}, but with 2 .* over at 0\.5: set start above 0\.5"):
+        base_leg_times(StepSchedule(timesteps=[1.0, 0.5]), Diversity(start=start))
 
 
 def step(keep: float, estimate: float, fresh: float) -> TrajectoryStep:

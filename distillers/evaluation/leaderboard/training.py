@@ -22,7 +22,7 @@ from typing import Any, Literal
 from distillers.evaluation.leaderboard.entries import Entry
 from distillers.evaluation.leaderboard.records import OFF, Probe, Settings, Training, read
 from distillers.evaluation.watch import Watched, watched
-from weights.contracts import EVENTS, AnyEvent, Failed, Finished
+from weights.events import EVENTS, AnyEvent, Failed, Finished
 
 COST = "cost.json"
 """File for the result of a probe; the probe's own spec is probe.json."""

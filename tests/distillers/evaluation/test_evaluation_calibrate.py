@@ -9,7 +9,7 @@ import torch
 
 from distillers.evaluation import calibrate as command
 from distillers.evaluation import protocol as protocol_
-from distillers.evaluation.calibrate import Limits, Trial, calibrate, step_counts
+from distillers.evaluation.calibrate import Limits, Trial, calibrate
 from distillers.evaluation.features import EfficientNetLite0
 from distillers.evaluation.measure import Distances, Quality, Spread
 from distillers.evaluation.metrics import Estimate
@@ -37,12 +37,14 @@ def quick_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Key = tuple[float, ...]
-"""Base steps and guidance, and the time without the prompt where there is one."""
+"""Base steps and guidance; the time without the prompt where there is one; start (0: the own) and until, if one is set."""
 
 
 def key_of(diversity: Diversity) -> Key:
-    time = (diversity.unprompted,) if diversity.unprompted else ()
-    return (diversity.base_steps, diversity.base_guidance, *time)
+    times: Key = (diversity.unprompted,) if diversity.unprompted else ()
+    if diversity.start or diversity.until:
+        times = (diversity.start or 0.0, diversity.until or 0.0)
+    return (diversity.base_steps, diversity.base_guidance, *times)
 
 
 class Scripted:
@@ -88,7 +90,13 @@ GAINS: dict[Key, float] = {
     (1, 1.0): 1.1, (2, 1.0): 1.2, (4, 1.0): 1.8,
     (1, 2.0): 1.05, (2, 2.0): 1.7, (4, 2.0): 0.9,
     (2, 1.0, 1 / 32): 1.01, (2, 1.0, 1 / 16): 1.02, (2, 1.0, 1 / 8): 1.03,
+    (1, 1.0, 0.9, 0.0): 1.04, (2, 1.0, 0.9, 0.0): 1.06,
+    (1, 1.0, 0.0, 0.75): 1.07, (1, 1.0, 0.0, 0.6): 1.08, (1, 1.0, 0.9, 0.75): 1.09, (1, 1.0, 0.9, 0.6): 1.12,
 }  # fmt: skip
+COST = {key: key[0] * (2 if key[1] == 2 else 1) - (0 if key[3:] and key[3] else 1) for key in GAINS}
+"""Evaluations beyond the student's own: a guided step takes two, and the student is spared one unless it takes all."""
+BEFORE = {key for key in GAINS if len(key) == 4 and key[3]}
+"""Those that leave all of the steps to the student."""
 
 
 @pytest.mark.parametrize(
@@ -100,9 +108,10 @@ GAINS: dict[Key, float] = {
         ({(2, 0.0): (1.0, 1.2), (1, 0.0): (0.94, 1.0)}, LIMITS, (2, 1.0)),
         ({}, dataclasses.replace(LIMITS, evaluations=3), (4, 0.0)),
         ({}, dataclasses.replace(LIMITS, evaluations=0), (1, 0.0)),
-        ({}, dataclasses.replace(LIMITS, evaluations=-1), None),
         (dict.fromkeys(GAINS, (0.5, 1.0)), LIMITS, None),
-        (dict.fromkeys([key for key in GAINS if len(key) == 2], (0.5, 1.0)), LIMITS, (2, 1.0, 1 / 8)),
+        (dict.fromkeys([key for key in GAINS if len(key) == 2], (0.5, 1.0)), LIMITS, (1, 1.0, 0.9, 0.6)),
+        (dict.fromkeys([key for key in GAINS if key not in BEFORE], (1.0, 1.2)), LIMITS, (1, 1.0, 0.9, 0.6)),
+        (dict.fromkeys([key for key in GAINS if len(key) != 3], (0.5, 1.0)), LIMITS, (2, 1.0, 1 / 8)),
     ],
 )
 def test_the_most_diverse_within_the_limits_is_chosen(
@@ -115,13 +124,36 @@ def test_the_most_diverse_within_the_limits_is_chosen(
     result = calibrate(evaluation, student, limits)
     assert (None if result.chosen is None else key_of(result.chosen)) == chosen
     tried = {(trial.steps, key_of(trial.diversity)) for trial in result.trials}
-    assert tried == {(steps, key) for steps in (2, 4) for key in GAINS}
+    affordable = {key for key, cost in COST.items() if cost <= limits.evaluations}
+    assert tried == {(steps, key) for key in affordable for steps in ((1, 2, 4) if key in BEFORE else (2, 4))}
     if chosen is not None:
-        assert {steps for steps, key in evaluation.drawn if key == chosen} == {2, 4}, "it is held at every step count"
-    dear = [(4, 0.0), (4, 1.0), (2, 2.0)]
-    assert limits.evaluations > 1 or not any(key in dear for _, key in evaluation.drawn), (
-        "what costs too much is not held"
-    )
+        held = {steps for steps, key in evaluation.drawn if key == chosen}
+        assert held == ({1, 2, 4} if chosen in BEFORE else {2, 4}), "it is held at every step count"
+
+
+def test_a_limit_below_every_candidate_is_refused(base_folder: Path) -> None:
+    pipeline = load("stable_diffusion", base_folder)
+    student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
+    evaluation: Any = Scripted(Model("base", pipeline), GAINS, {})
+    with pytest.raises(ValueError, match=r"at most -1 more network evaluation\(s\) .* raise --extra-evaluations"):
+        calibrate(evaluation, student, dataclasses.replace(LIMITS, evaluations=-1))
+
+
+def test_candidates_are_compared_at_the_step_counts_that_all_have(base_folder: Path) -> None:
+    """At one step only some are possible, and gains there are of another size."""
+    pipeline = load("stable_diffusion", base_folder)
+    student = Model("student", pipeline, manifest(base_folder, schedules=SCHEDULES))
+
+    class Singular(Scripted):
+        def spread(self, subject: Subject) -> Spread:
+            made = super().spread(subject)
+            if subject.steps > 1 or subject.diversity is None:
+                return made
+            return dataclasses.replace(made, distance=Estimate(1000, (900, 1100)))
+
+    evaluation: Any = Singular(Model("base", pipeline), GAINS, {})
+    chosen = calibrate(evaluation, student, LIMITS).chosen
+    assert chosen is not None and key_of(chosen) == (2, 0.0)
 
 
 def test_what_fails_at_one_step_count_is_not_measured_at_others(base_folder: Path) -> None:
@@ -156,12 +188,13 @@ def test_no_candidate_goes_without_the_prompt_for_all_of_the_leg(base_folder: Pa
     assert unprompted == {0, 1 / 32, 1 / 16}, "the student takes over at 7/8"
 
 
-def test_step_counts_with_a_step_to_hand_over(base_folder: Path) -> None:
+def test_a_student_of_one_step_can_only_follow_the_base(base_folder: Path) -> None:
     pipeline = load("stable_diffusion", base_folder)
-    assert step_counts(Model("a", pipeline, manifest(base_folder, schedules=SCHEDULES))) == [2, 4]
     single = Model("single", pipeline, manifest(base_folder, schedules={1: SCHEDULES[1]}))
-    with pytest.raises(ValueError, match=r"'single' supports 1 step\(s\)"):
-        step_counts(single)
+    evaluation: Any = Scripted(Model("base", pipeline), GAINS, {})
+    result = calibrate(evaluation, single, LIMITS)
+    assert {key_of(trial.diversity) for trial in result.trials} == BEFORE
+    assert result.chosen == Diversity(start=0.9, skip=0, until=0.6)
 
 
 def arguments(store: Path, cache: Path, *more: str) -> list[str]:
@@ -179,7 +212,7 @@ def test_the_command_measures_and_writes_nothing_unasked(
     assert (status == 0) == ("chosen: base_steps" in shown)
     assert (status == 1) == ("nothing is chosen" in shown)
     rows = [line for line in shown.splitlines() if line.startswith("│ 4")]
-    assert len(rows) == 1 + 9 + 3, "the student alone, and every candidate"
+    assert len(rows) == 1 + len(GAINS), "the student alone, and every candidate"
     for base_steps in (1, 2, 4):
         assert f"{3 + base_steps} ({base_steps - 1:+d})" in shown
         assert f"{3 + 2 * base_steps} ({2 * base_steps - 1:+d})" in shown

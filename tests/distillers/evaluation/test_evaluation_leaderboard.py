@@ -24,7 +24,7 @@ from distillers.evaluation.watch import Watched, watched
 from distillers.events import now
 from tests.distillers.evaluation.test_evaluation_run import Colours, tiny_protocol
 from tests.helpers import picture_folder, tiny_pipeline
-from weights.contracts import Finished
+from weights.events import Finished
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
