@@ -188,9 +188,10 @@ def variants(models: Sequence[dict[str, Any]], fresh: str, minutes: float) -> li
     bundled = [name for name in _bundled_names() if name in by_name and by_name[name]["base"] == base]
     students.update({name: f"bundled student {name}" for name in bundled[:1]})
     for name, label in students.items():
+        replaced = (by_name[name]["diversity"] or {"skip": 1})["skip"]
         for steps in sorted(set(STUDENT_STEPS) & set(by_name[name]["steps"])):
             found.append(Variant(label=label, model=name, steps=steps))
-            if steps > 1:
+            if steps > replaced:
                 found.append(Variant(label=f"{label} + diversity", model=name, steps=steps, diversity=True))
     return found
 

@@ -85,7 +85,7 @@ class Drawn:
     seed: int
     model: str
     steps: int
-    """Steps of the schedule; the first of them are the base's if ``diversity`` is set."""
+    """Steps of the schedule; ``diversity`` says how many of a student's are left to its base."""
     guidance_scale: float
     diversity: Diversity | None
     evaluations: int

@@ -94,15 +94,17 @@ def test_small_things() -> None:
     assert _plain("\x1b[32mINFO\x1b[0m: up") == "INFO: up"
 
 
-def model(name: str, base: str | None = "emoji-base", steps: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
-    return {"id": name, "base": base, "steps": list(steps)}
+def model(
+    name: str, base: str | None = "emoji-base", steps: tuple[int, ...] = (1, 2, 4), skip: int | None = None
+) -> dict[str, Any]:
+    return {"id": name, "base": base, "steps": list(steps), "diversity": None if skip is None else {"skip": skip}}
 
 
 def test_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.demo._bundled_names", lambda: ["emoji-average", "of-another-base"])
     models = [
         model("emoji-base", None, ()),
-        model("emoji-average"),
+        model("emoji-average", skip=0),
         model("of-another-base", "x"),
         model("fresh", steps=(1, 4)),
     ]
@@ -113,6 +115,7 @@ def test_what_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         ("fresh", 4, False),
         ("fresh", 4, True),
         ("emoji-average", 1, False),
+        ("emoji-average", 1, True),
         ("emoji-average", 2, False),
         ("emoji-average", 2, True),
         ("emoji-average", 4, False),

@@ -180,7 +180,7 @@ class Board:
         trainee.probe()  # raises Stale for files of another version of the recipe
         known = read(Result, path)
         if known is not None and known.failure is None:
-            return known
+            return known if known.control else self._with_control(known).write(path)
         about = {
             "name": entry.name,
             "method": entry.job.method,
@@ -200,7 +200,10 @@ class Board:
             self.teacher(measure=True)  # first, since all others are compared with it
             rows = measurer.student(entry.student)
             done = Result(**about, training=training, rows=rows, machine=machine(self.options.device))
-            return done.write(path)
+            return self._with_control(done).write(path)
+
+    def _with_control(self, result: Result) -> Result:
+        return result.model_copy(update={"control": self.measurer.control(result.student)})
 
     @property
     def measurer(self) -> Measurer:

@@ -13,7 +13,7 @@ from distillers.evaluation.leaderboard.bars import (
     of_same,
 )
 from distillers.evaluation.leaderboard.records import OFF, UNTRAINED, Result, Row, Settings, Teacher
-from distillers.evaluation.metrics import Estimate
+from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import counted
 
@@ -53,7 +53,7 @@ def markdown(
             [
                 *_rows(f"`{teacher.name}`", teacher.rows, teacher, marked=False),
                 *_rows(UNTRAINED, teacher.untrained, teacher),
-                *(row for result in measured for row in _rows(f"**{result.name}**", result.rows, teacher)),
+                *(row for result in measured for row in _method_rows(result, teacher)),
             ],
         ),
         "## Targets",
@@ -121,6 +121,7 @@ _HEAD = (
     "kernel distance",
     "/ teacher's, full",
     "/ teacher's, same steps",
+    "/ untrained, same times",
     "Fréchet distance",
     "R-precision",
     "/ teacher's, full",
@@ -136,11 +137,12 @@ def _legend(teacher: Teacher) -> str:
         "steps. ✓ and ✗ say whether the row meets a target: kernel distance below the teacher's at the same steps; "
         f"R-precision and diversity at least {LEAST:g} of the full teacher's. Real images score a kernel distance of "
         f"{_pm(floor, 3)} and an R-precision of {_pm(real, 3)}. '{UNTRAINED}' is the control: the teacher's own weights, "
-        "without guidance, in evenly spaced steps from t = 1, as students take them unless their recipe has other times."
+        "without guidance, in evenly spaced steps from t = 1, as students take them unless their recipe has other times. "
+        f"'/ {UNTRAINED}' is the ratio to the same at the recipe's own times: what the training has changed."
     )
 
 
-def _cells(row: Row, teacher: Teacher, *, marked: bool) -> tuple[str, ...]:
+def _cells(row: Row, teacher: Teacher, control: Row | None, *, marked: bool) -> tuple[str, ...]:
     def share(value: Estimate | None, holds: Callable[[Estimate], bool] | None = None) -> str:
         if value is None:
             return ""
@@ -153,6 +155,7 @@ def _cells(row: Row, teacher: Teacher, *, marked: bool) -> tuple[str, ...]:
         _pm(row.kernel_distance, 3),
         share(of_full(row, teacher)),
         share(same, beats) if marked else "",
+        "" if control is None else _pm(ratio(row.kernel_distance, control.kernel_distance)),
         f"{row.frechet_distance:.0f}",
         _pm(row.r_precision, 3),
         share(kept, keeps),
@@ -162,8 +165,17 @@ def _cells(row: Row, teacher: Teacher, *, marked: bool) -> tuple[str, ...]:
 
 
 def _rows(name: str, rows: Sequence[Row], teacher: Teacher, *, marked: bool = True) -> Iterable[tuple[str, ...]]:
-    for row in sorted(rows, key=lambda row: -row.steps):
-        yield (name, *_cells(row, teacher, marked=marked))
+    for row in _falling(rows):
+        yield (name, *_cells(row, teacher, None, marked=marked))
+
+
+def _method_rows(result: Result, teacher: Teacher) -> Iterable[tuple[str, ...]]:
+    for row in _falling(result.rows):
+        yield (f"**{result.name}**", *_cells(row, teacher, result.untrained_at(row.steps), marked=True))
+
+
+def _falling(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: -row.steps)
 
 
 def _training(settings: Settings, results: Sequence[Result]) -> str:

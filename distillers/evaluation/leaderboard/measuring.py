@@ -1,5 +1,6 @@
 """Measures the teacher and the students of a board with one protocol (`distillers.evaluation.measure`)."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import STEPS, Model, Subject
 from distillers.methods.few_step import default_schedules
 from weights.bundled import resolve_base
-from weights.contracts import BaseReference, StudentManifest
+from weights.contracts import BaseReference, StepSchedule, StudentManifest
 from weights.families import load
 from weights.store import Store, digest_base
 from weights.students import check_base
@@ -35,15 +36,16 @@ def machine(device: str) -> Machine:
     )
 
 
-def untrained_student(base: Model, sha256: str) -> Model:
-    """The base's own weights, sampled like a student: without guidance, with the students' sampler and usual times.
+def untrained_student(base: Model, sha256: str, schedules: Mapping[int, StepSchedule]) -> Model:
+    """The base's own weights, sampled like a student, without guidance.
 
-    Every method's student starts as this control, or as the same at its recipe's times. A student that is no better has
-    learned nothing that the protocol can measure.
+    Every method's student starts as this control, at its recipe's times. A student that is no better has learned nothing
+    that the protocol can measure.
 
     Args:
         base: the teacher.
         sha256: of its folder.
+        schedules: by number of steps.
     """
     manifest = StudentManifest(
         name=UNTRAINED,
@@ -51,7 +53,7 @@ def untrained_student(base: Model, sha256: str) -> Model:
         method=UNTRAINED,
         family=base.pipeline.family,
         base=BaseReference(id=base.name, sha256=sha256),
-        schedules=default_schedules(),
+        schedules=dict(schedules),
         code_version=code_version(),
     )
     return Model(UNTRAINED, base.pipeline, manifest)
@@ -96,13 +98,12 @@ class Measurer:
         few, between = ([steps for steps in some if steps < full] for some in (STEPS, CURVE_STEPS))
         rows = [self._row(self.base, steps, with_diversity=True) for steps in (full, *few)]
         rows += [self._row(self.base, steps, with_diversity=False) for steps in between]
-        untrained = untrained_student(self.base, self.sha256)
         real = self.evaluation.real()
         return Teacher(
             name=self.base.name,
             guidance=self.base.pipeline.default_guidance,
             rows=rows,
-            untrained=[self._row(untrained, steps, with_diversity=True) for steps in untrained.steps],
+            untrained=self._untrained(default_schedules()),
             floor_kernel_distance=real.floor[self.extractor.name].kernel_distance,
             real_r_precision=real.r_precision,
             machine=machine(self.device),
@@ -114,6 +115,14 @@ class Measurer:
         check_base(folder, self.sha256)
         student = student_model(self.store, folder, self.base.pipeline)
         return [self._row(student, steps, with_diversity=True) for steps in student.steps]
+
+    def control(self, name: str) -> list[Row]:
+        """Measures the teacher's own weights as this student is sampled: in the same steps, at the same times."""
+        return self._untrained(self.store.manifest(name).schedules)
+
+    def _untrained(self, schedules: Mapping[int, StepSchedule]) -> list[Row]:
+        model = untrained_student(self.base, self.sha256, schedules)
+        return [self._row(model, steps, with_diversity=True) for steps in model.steps]
 
     def _row(self, model: Model, steps: int, *, with_diversity: bool) -> Row:
         subject = Subject(model, self.base, steps)

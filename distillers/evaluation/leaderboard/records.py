@@ -115,7 +115,7 @@ class Teacher(Record):
     name: str
     guidance: float
     rows: list[Row]
-    untrained: list[Row] = Field(description="its own weights as a student's: where every method starts")
+    untrained: list[Row] = Field(description="its own weights, sampled as a student's by default")
     floor_kernel_distance: Figure
     real_r_precision: Figure
     machine: Machine
@@ -138,11 +138,19 @@ class Result(Record):
     recipe_sha256: str
     training: Training | None = None
     rows: list[Row] = []
+    control: list[Row] = Field(
+        [],
+        description="the teacher's own weights, sampled as the student is; empty in records of before it was measured",
+    )
     failure: str | None = Field(None, description="why it could not be trained")
     machine: Machine
 
     def at(self, steps: int) -> Row | None:
         return next((row for row in self.rows if row.steps == steps), None)
+
+    def untrained_at(self, steps: int) -> Row | None:
+        """The row of the control at as many steps."""
+        return next((row for row in self.control if row.steps == steps), None)
 
 
 class Kept(Record):

@@ -141,13 +141,21 @@ class TestDocument:
         settings = SETTINGS.model_copy(update=changes)
         return document.markdown(settings, tiny_protocol(), teacher(), results, [("late", "it goes on from | another")])
 
+    def test_each_method_is_compared_with_its_own_control(self) -> None:
+        moved = GOOD.model_copy(update={"control": [row(1, 0.16), row(4, 0.10)]})
+        at = {line.split("|")[2]: line for line in self.text([moved]).splitlines() if line.startswith("| **good**")}
+        expected = ratio(figure_of(0.05), figure_of(0.10))
+        assert f"| 0.33 ✓ | 0.50 ± {expected.high - expected.value:.2f} | 50 |" in at[" 4 "]
+        assert "| 0.50 ± " in at[" 1 "]
+        assert "| 0.35 ✓ |  |" in at[" 2 "], "the control was not measured there"
+
     def test_it_says_everything(self) -> None:
         text = self.text([result("worse", [row(1, 0.31), row(4, 0.2, alignment=0.1)], seconds=300), GOOD])
         lines = text.splitlines()
-        at = {line.split("|")[1].strip() + line.split("|")[2]: line for line in lines if line.count("|") == 12}
+        at = {line.split("|")[1].strip() + line.split("|")[2]: line for line in lines if line.count("|") == 13}
         assert "10 minutes of training on 1 thread" in text and "processor time" in text
         assert "a processor, 2 cores" in text and "2026-01-02" in text
-        assert "0.050 ± 0.005 | 0.50 | 0.33 ✓ | 50 | 0.200" in at["**good** 4 "]
+        assert "0.050 ± 0.005 | 0.50 | 0.33 ✓ |  | 50 | 0.200" in at["**good** 4 "]
         assert "1.33 ✗" in at["**worse** 4 "] and "| 0.50 ✗ |" in at["**worse** 4 "]
         assert "1.03 ✗" in at["**worse** 1 "]
         assert "1.20 | 0.80 ✓" in at["untrained 4 "] and "1.07 ✗" in at["untrained 1 "] and "is the control" in text
@@ -398,8 +406,15 @@ def test_the_board_trains_measures_and_goes_on(
     known = read(Teacher, out / "teacher.json")
     assert known is not None and [r.steps for r in known.rows] == [3, 1, 2]  # full first; 4 is more than that
     assert [(r.steps, r.evaluations) for r in known.untrained] == [(1, 1), (2, 2), (4, 4)]  # as a student draws
+    alike = [row.kernel_distance for row in known.untrained]
+    assert [row.kernel_distance for row in good.control] == alike, "the recipe has the usual times"
 
     runs.jobs = []
+    good.model_copy(update={"control": []}).write(out / "good" / "result.json")  # as before there was a control
+    assert board(recipes, out, "--only", "good") == 0
+    completed = read(Result, out / "good" / "result.json")
+    assert completed is not None and [row.kernel_distance for row in completed.control] == alike and runs.jobs == []
+    good.write(out / "good" / "result.json")
     (docs / "leaderboard.md").unlink()
     assert board(recipes, out, "--table-only") == 0
     assert (docs / "leaderboard.md").read_text() == text and runs.jobs == []
