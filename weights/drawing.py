@@ -99,7 +99,7 @@ def draw(
     empty: Cond | None = None,
     on_step: OnStep | None = None,
 ) -> Drawing:
-    """Generate with a student, in the steps of its schedule; optionally, the base replaces its first ones.
+    """Generate with a student, in the steps of its schedule; optionally, the base begins.
 
     Args:
         student: the student.
@@ -110,8 +110,8 @@ def draw(
         guidance_scale: the student's guidance; 1.0 is off, except for a student that embeds guidance, which takes one
             of the scales it was trained for. The base leg's guidance is in ``diversity``.
         base: the student's base, with the same noise schedule; runs the base leg if ``diversity`` is given.
-        diversity: which steps the base replaces, and how.
-        skip_only: the control for ``diversity``: pure noise enters at step ``skip``, and the base is not run at all.
+        diversity: how the base begins, and where the student takes over.
+        skip_only: the control for ``diversity``: the student takes over pure noise, and the base is not run at all.
         empty: a single row, for the empty prompt, used where ``diversity`` leaves the prompt out; by default
             ``uncond``, which is the same unless it is a negative prompt.
         on_step: called after each step, including the base leg's, with its index from 0 and the estimate of x_0.

@@ -90,14 +90,14 @@ def _diversity_bars(spread: Spread, spreads: Sequence[Spread]) -> list[Bar]:
         for s in spreads
         if s.subject.model is subject.model and s.subject.steps == subject.steps and s.subject.leg == "plain"
     )
-    extra = Estimate(float(spread.evaluations - plain.evaluations), ())
+    extra, at = Estimate(float(spread.evaluations - plain.evaluations), ()), counted(subject.steps, "step")
     return [
         Bar(
             subject.model.name,
-            "diversity with the base's first step / base's",
+            f"diversity with the base's first step / base's, {at}",
             ratio(spread.distance, spreads[0].distance),
             1.04,
             False,
         ),
-        Bar(subject.model.name, "extra network evaluations for it", extra, 1.0, True),
+        Bar(subject.model.name, f"extra network evaluations for it, {at}", extra, 1.0, True),
     ]

@@ -157,25 +157,31 @@ def specific_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
     """Subjects for the specific captions: the base with its full steps (first: the teacher) and with few, and all
     students.
 
-    Students are also measured with the base's first step at their largest step count, for its cost in quality.
+    Students are also measured with the base's first step, for its cost in quality, at every step count that has one.
     """
     subjects = [Subject(base, base, steps) for steps in [base.pipeline.default_steps, *base.steps]]
     for student in students:
         subjects += [Subject(student, base, steps) for steps in student.steps]
-        if can_hand_over(student, student.steps[-1]):
-            subjects.append(Subject(student, base, student.steps[-1], "base first step"))
+        subjects += [Subject(student, base, steps, "base first step") for steps in _led(student)]
     return subjects
 
 
 def coarse_subjects(base: Model, students: Sequence[Model]) -> list[Subject]:
-    """Subjects for the coarse prompts: the base, and students at their step counts, at the largest with each leg."""
+    """Subjects for the coarse prompts: the base, and students at their step counts, alone and with the base's first
+    step. The control, without that step, is only at the largest.
+    """
     subjects = [Subject(base, base, base.pipeline.default_steps)]
     for student in students:
         subjects += [Subject(student, base, steps) for steps in reversed(student.steps)]
-        if can_hand_over(student, student.steps[-1]):
-            legs: tuple[Leg, ...] = ("base first step", "first step skipped")
-            subjects += [Subject(student, base, student.steps[-1], leg) for leg in legs]
+        led = _led(student)[::-1]
+        subjects += [Subject(student, base, steps, "base first step") for steps in led]
+        subjects += [Subject(student, base, steps, "first step skipped") for steps in led[:1]]
     return subjects
+
+
+def _led(student: Model) -> list[int]:
+    """The step counts at which the base can begin."""
+    return [steps for steps in student.steps if can_hand_over(student, steps)]
 
 
 def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None) -> bool:

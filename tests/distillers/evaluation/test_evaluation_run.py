@@ -18,7 +18,7 @@ from distillers.evaluation.measure import Distances, Quality, Real
 from distillers.evaluation.metrics import Estimate
 from distillers.evaluation.subjects import Model, Subject, can_hand_over, coarse_subjects, specific_subjects
 from tests.helpers import student_manifest, tiny_pipeline
-from weights.contracts import Router, StepSchedule, StudentManifest
+from weights.contracts import Diversity, Router, StepSchedule, StudentManifest
 from weights.families import load
 from weights.store import NotFound, Store
 from weights.students import WrongBase, load_student, route_prompts
@@ -218,6 +218,12 @@ def test_a_one_step_student_has_no_step_to_hand_over(base_folder: Path) -> None:
     several = Model("several", pipeline, manifest(base_folder, schedules=SCHEDULES))
     drawn = [(s.steps, s.leg) for s in coarse_subjects(base, [several])[1:]]
     assert drawn == [*((steps, "plain") for steps in (4, 1)), (4, "base first step"), (4, "first step skipped")]
+    before = manifest(base_folder, schedules=SCHEDULES, diversity=Diversity(skip=0, until=0.75))
+    led = Model("led", pipeline, before)
+    drawn = [(s.steps, s.leg) for s in coarse_subjects(base, [led])[3:]]
+    assert drawn == [(4, "base first step"), (1, "base first step"), (4, "first step skipped")]
+    legs = [s.steps for s in specific_subjects(base, [led]) if s.leg == "base first step"]
+    assert legs == [1, 4], "what it costs is measured wherever a request may ask for it"
 
 
 def test_a_subject_draws_seeds_not_batches(base_folder: Path, store: Path) -> None:
