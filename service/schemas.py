@@ -64,7 +64,7 @@ class DiversityOptions(Body):
         description="index, from 0, of the student's step that takes over; at its own time, without until",
     )
     until: float | None = Field(
-        None, gt=0, lt=1, description="time t at which the student takes over; its steps are scaled to begin there"
+        None, ge=1e-3, lt=1, description="time t at which the student takes over; its steps are scaled to begin there"
     )
     unprompted: float | None = Field(
         None,

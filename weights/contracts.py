@@ -262,10 +262,10 @@ class Diversity(Contract):
     base_guidance: float = Field(1.0, ge=0, description="guidance of the base's steps; any but 1.0 doubles their cost")
     skip: int = Field(1, ge=0, description="index, from 0, of the student's step that takes over")
     start: float | None = Field(
-        None, gt=0, le=1, description="time that the base is told for pure noise; null: the student's own first time"
+        None, ge=1e-3, le=1, description="time that the base is told for pure noise; null: the student's own first time"
     )
     until: float | None = Field(
-        None, gt=0, lt=1, description="time at which the student takes over; null: the own time of its step skip"
+        None, ge=1e-3, lt=1, description="time at which the student takes over; null: the own time of its step skip"
     )
     unprompted: float = Field(
         0.0,

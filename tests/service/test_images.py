@@ -225,7 +225,7 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         ),
         ({"diversity": {"base_steps": 9}}, "diversity.base_steps", "less than or equal to 8, got 9"),
         ({"diversity": {"until": 1}}, "diversity.until", "less than 1, got 1"),
-        ({"diversity": {"start": 0}}, "diversity.start", "greater than 0, got 0"),
+        ({"diversity": {"start": 0}}, "diversity.start", "greater than or equal to 0.001, got 0"),
         ({"diversity": {"unprompted": 1}}, "diversity.unprompted", "less than 1, got 1"),
         ({"diversity": {"steps": 1}}, "diversity.steps", "'diversity.steps': use one of base_steps, base_guidance"),
         ({"setps": 2}, "setps", "unknown parameter(s): 'setps': did you mean steps? Use one of prompt, model, n, "),
