@@ -53,7 +53,7 @@ class DiversityOptions(Body):
     )
     start: float | None = Field(
         None,
-        gt=0,
+        ge=1e-3,
         le=1,
         description="time t that the base is told for pure noise; lower is closer to the finished image",
     )
