@@ -293,6 +293,23 @@ def test_a_truncated_file_is_found(published: Store) -> None:
         published.open("fast-cat")
 
 
+@pytest.mark.parametrize("unreadable", ["student.json", Path(WEIGHTS).name])
+def test_what_the_disk_does_not_give_is_a_fault_of_the_student(
+    published: Store, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    """A bad block, a network disk that is gone, or files of another user: the other students are still served."""
+    stat = Path.stat
+
+    def failing(path: Path, **how: bool) -> os.stat_result:
+        if path.name == unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    with pytest.raises(Corrupt, match=r"student 'fast-cat' cannot be read .*Input/output error"):
+        published.open("fast-cat")
+
+
 def test_a_changed_byte_is_found_though_the_file_was_verified_before(published: Store) -> None:
     file = published.open("fast-cat").path / WEIGHTS
     content = bytearray(file.read_bytes())
