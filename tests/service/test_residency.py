@@ -453,6 +453,27 @@ def test_loras_are_merged_at_their_scale(place: Place) -> None:
     assert torch.equal(x0(base), plain), "the base stays as it was"
 
 
+def test_there_is_room_before_loras_are_merged_into_a_base(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy takes as much as a student, and the device may have no more than the budget."""
+    place.publish("a")
+    place.publish_lora("style")
+    made = place.residency(place.base_bytes + place.network_bytes)
+    made.get("a", "x")
+    with_loras, there = place.base.model.with_loras, []
+
+    def watched(_: TextToImage, loras: Any) -> TextToImage:
+        there.append(names(made))
+        return with_loras(loras)
+
+    monkeypatch.setattr(type(place.base.model), "with_loras", watched)
+    made.get(place.base.id, "x", (("style", 1.0),))
+    assert there == [[]]
+    made._shelf.budget = place.base_bytes
+    with pytest.raises(TooLarge):
+        made.get(place.base.id, "x", (("style", 0.5),))
+    assert len(there) == 1, "what cannot fit is not even made"
+
+
 def test_loras_add_up_on_a_student_and_are_kept_like_any_model(place: Place) -> None:
     place.publish("a")
     place.publish_lora("one", seed=1)
