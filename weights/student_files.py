@@ -140,7 +140,7 @@ def _manifest(written: _Content, name: str) -> StudentManifest:
     file = written.path
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
         raise Corrupt(f"{file} cannot be read as JSON ({error}): publish the student again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

@@ -394,7 +394,9 @@ def test_a_manifest_that_lies_is_refused_and_hides_no_other(
     assert value(published) == 2
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff\xfe", b"", b"[" * 100_000], ids=["cut", "list", "bytes", "empty", "deep"]
+)
 def test_a_manifest_that_is_no_json_object_is_refused(published: Store, content: bytes) -> None:
     (published.root / "fast-cat" / "student.json").write_bytes(content)
     with pytest.raises(Corrupt, match=r"student\.json"):
