@@ -131,7 +131,7 @@ class Residency:
         except EngineError:
             raise
         except Exception as error:  # foreign files can make a loader raise anything
-            raise broken(wanted.key.name) from error
+            raise broken(wanted.key.label) from error  # with its LoRAs, which may be to blame
         return _told(held.value, wanted)
 
     def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:

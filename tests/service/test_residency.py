@@ -527,3 +527,14 @@ def test_loras_that_cannot_be_used(place: Place) -> None:
     made.check_loras("full", (("style", 1.0),))  # files are looked at when they are loaded
     with pytest.raises(ModelBroken, match="'style'"):
         made.get("full", "x", (("style", 1.0),))
+
+
+def test_loras_that_cannot_be_merged_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that they were to be merged into is not broken."""
+    place.publish("a")
+    place.publish_lora("style")
+    made = place.residency()
+    monkeypatch.setattr(type(place.base.model), "with_loras", lambda *_: 1 / 0)
+    with pytest.raises(ModelBroken, match=r"'a\+style:0\.5' cannot be loaded"):
+        made.get("a", "x", (("style", 0.5),))
+    assert made.get("a", "x").loras == ()
