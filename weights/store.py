@@ -39,6 +39,7 @@ from weights.student_files import (
     Forbidden,
     NotFound,
     StoreError,
+    Unreadable,
     copy_file,
     digest_base,
     digest_folder,
@@ -57,6 +58,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StudentFolder",
+    "Unreadable",
     "digest_base",
     "digest_folder",
     "file_sha256",
@@ -367,7 +369,7 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Corrupt(
+        raise Unreadable(
             f"the files of student {name!r} cannot be read ({error}): check the disk, let this process's user read them, or "
             "publish the student again"
         ) from error

@@ -31,6 +31,7 @@ from weights.store import (
     NotFound,
     Store,
     StoreError,
+    Unreadable,
     digest_base,
     digest_folder,
     file_sha256,
@@ -306,7 +307,7 @@ def test_what_the_disk_does_not_give_is_a_fault_of_the_student(
         return stat(path, **how)
 
     monkeypatch.setattr(Path, "stat", failing)
-    with pytest.raises(Corrupt, match=r"student 'fast-cat' cannot be read .*Input/output error"):
+    with pytest.raises(Unreadable, match=r"student 'fast-cat' cannot be read .*Input/output error"):
         published.open("fast-cat")
 
 
