@@ -9,6 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from service import errors, reference
 from service.access import Access
+from service.engine.aside import Aside
 from service.engine.base import Engine
 from service.guard import GuardedEngine
 from service.jobs.base import Jobs
@@ -32,6 +33,8 @@ EXPOSED = (
     *(f"x-ratelimit-{a}-{b}" for a in ("limit", "remaining", "reset") for b in ("requests", "images")),
 )
 """Response headers that web pages of other origins may read."""
+DELETIONS = 2
+"""Most models that are deleted at the same time."""
 
 
 def _limits(settings: Settings, ring: KeyRing | None, client: str) -> Limits:
@@ -95,6 +98,7 @@ def create_app(
     app.state.metrics = counts
     app.state.pictures = PictureStore(settings.picture_bytes, settings.picture_seconds)
     app.state.running = Running()
+    app.state.deletions = Aside(DELETIONS)
     app.state.draining = asyncio.Event()
     # The middleware added last is the outermost: so every response has a request id, and web pages can read refusals.
     app.add_middleware(BodyLimit, largest=settings.max_body_bytes, seconds=settings.read_seconds)

@@ -178,7 +178,7 @@ def _describe(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # our own validators include the value themselves
         return f"{param}: {message}" if param else message
-    return f"{param}: {message[:1].lower()}{message[1:]}, got {shorten(error['input'])}"
+    return f"{param or 'the body'}: {message[:1].lower()}{message[1:]}, got {shorten(error['input'])}"
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:

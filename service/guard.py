@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from typing import Literal, cast
 
@@ -63,6 +63,10 @@ class GuardedEngine:
         self._aside = Aside(CHECKS)
         self._drains = False
         self._stopped = False
+        self._checking = 0
+        """Requests whose images are drawn, which the engine has forgotten, and not all checked."""
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def ready(self) -> bool:
@@ -79,9 +83,12 @@ class GuardedEngine:
         await self._engine.start()
 
     async def drain(self, seconds: float) -> None:
-        """See `Engine.drain`."""
+        """See `Engine.drain`. A request is finished once its images are checked."""
         self._drains = True
-        await self._engine.drain(seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._engine.drain(seconds)
+                await self._idle.wait()
 
     async def stop(self) -> None:
         """See `Engine.stop`. Both the draining server and the app may call it; the second call has no effect."""
@@ -108,9 +115,11 @@ class GuardedEngine:
         hides = self._check_of(request)
         with self._admitted(request):
             drawn = await self._engine.generate(request)
-        return [
-            replace(item, image=_black(item.image), flagged=True) if await hides(item.image) else item for item in drawn
-        ]
+        with self._checks():
+            return [
+                replace(item, image=_black(item.image), flagged=True) if await hides(item.image) else item
+                for item in drawn
+            ]
 
     async def stream(self, request: DrawRequest) -> AsyncIterator[Preview | Drawn]:
         """See `Engine.stream` and `generate`."""
@@ -137,6 +146,17 @@ class GuardedEngine:
         except UNDRAWN:
             self._rates.give_pictures(request.client, len(request.seeds))
             raise
+
+    @contextmanager
+    def _checks(self) -> Iterator[None]:
+        self._checking += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._checking -= 1
+            if not self._checking:
+                self._idle.set()
 
     def _check_of(self, request: DrawRequest) -> Callable[[Image], Awaitable[bool]]:
         """Return a function that tells whether an image of this request is to be replaced by a black one.

@@ -92,7 +92,9 @@ class ImageRequest(Body):
         "b64_json", description="images in the response itself, or as links"
     )
     output_format: OutputFormat = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="quality of a jpeg or webp; 100 by default")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="quality of a jpeg or webp; 100 by default, and for a png"
+    )
     user: str | None = Field(None, max_length=512, description="accepted but ignored")
     safety_identifier: str | None = Field(None, max_length=512, description="accepted but ignored")
     quality: Literal["auto", "standard", "hd", "low", "medium", "high"] = Field(
@@ -179,8 +181,12 @@ class ImageRequest(Body):
     def _fields_agree(self) -> Self:
         if isinstance(self.seed, list) and len(self.seed) != self.n:
             raise ValueError(f"seed: {len(self.seed)} seed(s) for n = {self.n} image(s); give {self.n}")
-        if self.output_compression is not None and self.output_format == "png":
-            raise ValueError("output_compression: a png has none; leave it out, or use jpeg or webp")
+        # OpenAI's API takes 100, its default, with a png as well, and clients send it always.
+        if self.output_compression not in (None, 100) and self.output_format == "png":
+            raise ValueError(
+                f"output_compression: {self.output_compression} is not supported for a png, which loses nothing; use 100, "
+                "leave it out, or use jpeg or webp"
+            )
         if self.partial_images and not self.stream:
             raise ValueError("partial_images: only a stream can send partial images; set stream to true")
         if self.stream and self.response_format == "url":

@@ -39,6 +39,7 @@ from weights.student_files import (
     Forbidden,
     NotFound,
     StoreError,
+    Unreadable,
     copy_file,
     digest_base,
     digest_folder,
@@ -57,6 +58,7 @@ __all__ = [
     "Store",
     "StoreError",
     "StudentFolder",
+    "Unreadable",
     "digest_base",
     "digest_folder",
     "file_sha256",
@@ -149,10 +151,11 @@ class Store:
         Raises:
             NotFound: no student has that name.
             Forbidden: as in `manifest`, or a file is a symlink, or an unlisted file could be loaded.
-            Corrupt: as in `manifest`, or a file is missing, truncated, or not what was published.
+            Corrupt: as in `manifest`, or a file is missing, unreadable, truncated, or not what was published.
         """
         found = self.find(name)
-        verify(found.path, found.manifest)
+        with _readable(name):
+            verify(found.path, found.manifest)
         return found
 
     def check_writable(self) -> None:
@@ -336,7 +339,9 @@ class Store:
         except ValueError as error:
             raise Forbidden(str(error)) from error
         for place in self._places():
-            if (place / name / MANIFEST).is_file():
+            with _readable(name):
+                there = (place / name / MANIFEST).is_file()
+            if there:
                 folder, home = (place / name).resolve(), place.resolve()
                 if folder not in (home / name, home / _VERSIONS / folder.name):
                     raise Forbidden(
@@ -356,6 +361,18 @@ def _valid(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Make files that cannot be read a fault of the student, which others need not share."""
+    try:
+        yield
+    except OSError as error:
+        raise Unreadable(
+            f"the files of student {name!r} cannot be read ({error}): check the disk, let this process's user read them, or "
+            "publish the student again"
+        ) from error
 
 
 @contextmanager

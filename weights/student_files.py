@@ -40,6 +40,10 @@ class Corrupt(StoreError):
     """The files are not as published."""
 
 
+class Unreadable(Corrupt):
+    """The disk does not give the files, which may be as published."""
+
+
 class Forbidden(StoreError):
     """The request could leave the folder, run code, or change what is read-only."""
 
@@ -132,7 +136,7 @@ def read_manifest(folder: Path, name: str) -> StudentManifest:
     try:
         return _manifest(_Content.of(file), name)
     except OSError as error:
-        raise Corrupt(f"{file} cannot be read ({error}): publish the student again") from error
+        raise Unreadable(f"{file} cannot be read ({error}): publish the student again") from error
 
 
 @lru_cache(maxsize=1024)
@@ -140,7 +144,7 @@ def _manifest(written: _Content, name: str) -> StudentManifest:
     file = written.path
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
         raise Corrupt(f"{file} cannot be read as JSON ({error}): publish the student again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

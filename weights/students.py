@@ -95,9 +95,12 @@ def check_lora(folder: StudentFolder, base: BaseReference) -> None:
         )
 
 
-def network_bytes(folder: StudentFolder, base: TextToImage) -> int:
-    """Memory that a student will need in addition to its base, known before it is loaded."""
-    if folder.manifest.adapter == "lora":
+def network_bytes(folder: StudentFolder | None, base: TextToImage) -> int:
+    """Memory that a student will need in addition to its base, known before it is loaded.
+
+    None stands for the base with adapters, which are merged into a copy of its network.
+    """
+    if folder is None or folder.manifest.adapter == "lora":
         return sum(storages([base.network]).values())
     files = [folder.path / path for path in folder.manifest.files if path.endswith(".safetensors")]
     return stored_numbers(files) * base.dtype.itemsize

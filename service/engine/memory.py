@@ -131,14 +131,14 @@ class Shelf(Generic[V]):
         """Add an entry, replacing any other version of it, and evict others until all fit into the budget.
 
         Raises:
-            TooLarge: it does not fit beside the entries that must stay; it is not added, and no other entry is evicted.
+            TooLarge: it does not fit beside the entries that must stay; it is not added, and nothing is evicted, not even
+                another version of it.
         """
         with self._lock:
-            for kept in (self._entries, self._versions):
-                kept.pop(key, None)
             victims = self._victims({**self._entries, key: held}, 0, {key, held.needs}, held.label)
             self._drop(victims)
             self._entries[key], self._versions[key] = held, version
+            self._entries.move_to_end(key)
 
     def make_room(self, key: Key, needed: int, label: str, keep: Collection[Key] = ()) -> None:
         """Evict entries until ``needed`` bytes fit in place of the entry of this key.

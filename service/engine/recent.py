@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from weights.store import Store, StoreError, StudentFolder
+from weights.store import Store, StoreError, StudentFolder, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,10 @@ class Recent:
         return folder
 
     def look_again(self) -> None:
-        """Refresh all students in use; forget those that have not been asked for in a while, or no longer exist."""
+        """Refresh all students in use; forget those that have not been asked for in a while, or no longer exist.
+
+        What the disk fails to tell now stays as it was last known.
+        """
         now = self._clock()
         for name, seen in list(self._seen.items()):
             if now - seen.used > IN_USE_SECONDS:
@@ -115,7 +118,9 @@ class Recent:
                 continue
             try:
                 self._look(name, used=seen.used)
-            except (StoreError, OSError):
+            except (Unreadable, OSError) as error:  # a disk that fails says nothing about the student
+                log.debug("student %r could not be checked: %s", name, error)
+            except StoreError:
                 self._forget(name)  # whoever asks next gets the error
 
     def _known(self, name: str, now: float) -> _Seen | None:

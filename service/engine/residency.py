@@ -131,7 +131,7 @@ class Residency:
         except EngineError:
             raise
         except Exception as error:  # foreign files can make a loader raise anything
-            raise broken(wanted.key.name) from error
+            raise broken(wanted.key.label) from error  # with its LoRAs, which may be to blame
         return _told(held.value, wanted)
 
     def find(self, name: str, prompt: str, loras: Loras = ()) -> Found:
@@ -257,12 +257,9 @@ class Residency:
 
     def _make(self, wanted: Wanted) -> Held[Resident]:
         self._look_at_pinned()
-        if wanted.folder is None:
-            base = self._base(wanted.base)
-        else:
-            base = self._base_of(wanted.folder)
-            needed = network_bytes(wanted.folder, base.raw_base)
-            self._shelf.make_room(wanted.key, needed, wanted.key.label, [wanted.base])
+        base = self._base(wanted.base) if wanted.folder is None else self._base_of(wanted.folder)
+        needed = network_bytes(wanted.folder, base.raw_base)
+        self._shelf.make_room(wanted.key, needed, wanted.key.label, [wanted.base])
         return _held(wanted.key, self._maker.derived(wanted, base), wanted.base)
 
     def _base_info(self, name: str) -> ModelInfo:

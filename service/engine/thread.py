@@ -10,6 +10,7 @@ from service.engine.admission import Admission
 from service.engine.base import DrawRequest, EngineError
 from service.engine.costs import Costs
 from service.engine.gate import Gate
+from service.engine.leaving import wait_at_the_end
 from service.engine.line import Line
 from service.engine.loading import Loader, Wait
 from service.engine.loop import DrawingLoop
@@ -25,7 +26,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
-"""How long a model that is being loaded may delay the engine's stop."""
+"""How long the call in progress, or a model that is being loaded, may delay the engine's stop."""
 
 
 class EngineThread:
@@ -78,14 +79,18 @@ class EngineThread:
         self._inbox.put(ticket)
 
     def stop(self) -> None:
-        """Stop after the current call, and wait for it.
+        """Stop after the current call, and wait for it, but only for a limited time.
 
-        A model that is being loaded is waited for only for a limited time.
+        The same goes for a model that is being loaded, and for the models of the start, whose loading, converting and
+        warming up can take minutes. A thread that is still busy then is waited for when the interpreter exits.
         """
         self._inbox.put(None)
         self._loader.stop(STOP_SECONDS)
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(STOP_SECONDS)
+            if self._thread.is_alive():
+                log.warning("stopping while the engine is still busy")
+                wait_at_the_end(self._thread)
         self._residency.clear()
 
     def _work(self) -> None:

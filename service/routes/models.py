@@ -1,11 +1,11 @@
 """``/v1/models``: listing and deleting models."""
 
-import asyncio
 import logging
 
 from fastapi import APIRouter, Request
 
 from service.deletion import NoSuchModel, StillNeeded, delete_student
+from service.engine.aside import Aside
 from service.engine.base import ModelInfo
 from service.errors import ApiError, shorten
 from service.jobs.base import Jobs, JobsUnavailable
@@ -48,13 +48,22 @@ async def delete_model(model_id: str, request: Request) -> DeletedModel:
     try:
         job = None if jobs is None else await jobs.needing(model_id)
         needed_by = None if job is None else job.id
-        await asyncio.to_thread(delete_student, model_id, Store(settings.store, STUDENTS), settings, needed_by)
+        # Not in asyncio's threads, which also encode images, and which the process waits for when it exits.
+        aside: Aside = request.app.state.deletions
+        store = Store(settings.store, STUDENTS)
+        await aside.within(settings.request_timeout, delete_student, model_id, store, settings, needed_by)
     except JobsUnavailable as error:
         raise unavailable(error) from error
     except NoSuchModel as error:
         raise ApiError(404, str(error), param="model", code="model_not_found") from error
     except StillNeeded as error:
         raise ApiError(409, str(error), param="model", code="model_needed") from error
+    except TimeoutError as error:
+        message = (
+            f"the model store did not respond within {settings.request_timeout:g} s: see /v1/models for whether "
+            f"{shorten(model_id)} is deleted yet, and check what is holding up the store's disk"
+        )
+        raise ApiError(504, message, code="timeout") from error
     except StoreError as error:
         log.exception("model %r cannot be deleted", model_id)
         message = f"model {shorten(model_id)} could not be deleted; the server's log says why"

@@ -1,5 +1,6 @@
 """Students that are deleted, over HTTP and from the terminal; what is still needed stays, and drawings are finished."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,26 @@ def test_a_store_that_fails_is_our_fault(
     error = client.delete(f"{MODELS}/mine").json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "store_failed")
     assert "Read-only" in caplog.text and "Read-only" not in error["message"]
+
+
+def test_a_store_that_hangs_keeps_nobody_else_waiting(
+    settings: Settings, engine: FakeEngine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for an image, which other threads encode, nor for the end of the process."""
+    hangs, threads = threading.Event(), []
+
+    def hang(*_: object) -> None:
+        threads.append(threading.current_thread())
+        assert hangs.wait(60)
+
+    monkeypatch.setattr(Store, "delete", hang)
+    try:
+        with TestClient(create_app(settings.model_copy(update={"request_timeout": 0.2}), engine)) as client:
+            answer = client.delete(f"{MODELS}/mine")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert [thread.daemon for thread in threads] == [True]
+    finally:
+        hangs.set()
 
 
 def test_only_admins_delete(settings: Settings, engine: FakeEngine, store: Store, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_a_body_that_grows_too_large(client: TestClient, engine: FakeEngine) -> 
         (b"3", "invalid_value", "must be a JSON object"),
         (b"null", None, ""),
         (b"{}", "missing_required_parameter", "prompt is required"),
+        (b'{"\\ud800": 1}', "invalid_value", "the body: input should be a valid string"),
     ],
 )
 def test_a_body_that_is_no_request(client: TestClient, content: bytes, code: str | None, says: str) -> None:

@@ -244,6 +244,34 @@ def test_nothing_new_is_drawn_once_it_drains(engine: FakeEngine) -> None:
     assert engine.asked == []
 
 
+def test_a_drain_waits_for_checks(engine: FakeEngine) -> None:
+    """The engine, which has drawn the images, is idle."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(image: Image.Image, prompt: str) -> bool:
+        begun.set()
+        assert may_end.wait(60)
+        return False
+
+    async def scenario() -> None:
+        guarded = guard(engine, slow)
+        asked = asyncio.create_task(guarded.generate(REQUEST))
+        assert await asyncio.to_thread(begun.wait, 60)
+        await guarded.drain(0.05)
+        assert not asked.done(), "it waits no longer than it may"
+        draining = asyncio.create_task(guarded.drain(60))
+        await asyncio.sleep(0.05)
+        assert not draining.done()
+        may_end.set()
+        await draining
+        assert len(await asked) == len(REQUEST.seeds)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        may_end.set()
+
+
 @pytest.mark.usefixtures("offered")
 def test_a_loaded_checker_is_the_function() -> None:
     checker = load_checker("two")

@@ -85,6 +85,7 @@ def test_openai_fields_and_nulls_are_accepted(client: TestClient) -> None:
         output_compression=None,
     )
     assert len(body["data"]) == 1
+    assert picture(ask(client, output_format="png", output_compression=100)["data"][0]).format == "PNG"
 
 
 def test_seeds_count_up_from_one_number(client: TestClient) -> None:
@@ -204,7 +205,7 @@ def test_pictures_expire_and_the_oldest_go_first() -> None:
         ({"response_format": "file"}, "response_format", "'b64_json' or 'url', got 'file'"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp', got 'gif'"),
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "less than or equal to 100"),
-        ({"output_compression": 50}, "output_compression", "output_compression: a png has none"),
+        ({"output_compression": 50}, "output_compression", "output_compression: 50 is not supported for a png"),
         ({"background": "transparent"}, "background", "these models fill every pixel"),
         (
             {"partial_images": 2},

@@ -249,6 +249,29 @@ def test_a_server_that_stops_does_not_wait_for_a_load_for_ever(
     harness.run(scenario)
 
 
+def test_a_server_that_stops_does_not_wait_for_its_start_for_ever(
+    harness: Harness, brake: Brake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Converting and compiling the models can take minutes, which nobody needs any more."""
+    monkeypatch.setattr(thread, "STOP_SECONDS", 0.1)
+    brake.on = True
+
+    async def scenario() -> None:
+        engine = harness.engine
+        await engine.start()
+        await brake.holds("tiny")
+        stopping = asyncio.create_task(engine.stop())
+        try:
+            await until(lambda: "still busy" in caplog.text)
+            assert engine._thread._thread.is_alive()
+        finally:
+            brake.let_go()
+            await stopping
+        await until(lambda: not engine._thread._thread.is_alive())
+
+    asyncio.run(scenario())
+
+
 def test_a_loader_is_stopped_while_its_thread_starts() -> None:
     """A thread has its identity before it may be joined, and the engine's thread starts what another one stops."""
     begins, may_begin = threading.Event(), threading.Event()

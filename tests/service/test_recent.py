@@ -18,7 +18,7 @@ from service.engine.step_engine import LOOKS, StepEngine
 from tests.service.conftest import TinyBase
 from tests.service.engine_help import Harness, request, until
 from tests.service.live import serving
-from weights.store import NotFound, Store, StudentFolder
+from weights.store import Corrupt, NotFound, Store, StudentFolder, Unreadable
 
 
 class Slow(Store):
@@ -87,6 +87,22 @@ def test_what_is_there_no_more_is_an_error_once_it_is_not_fresh(recent: Recent, 
     assert not recent.knows("tiny")
     with pytest.raises(NotFound):
         recent.find("tiny")
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [(Unreadable("EIO"), True), (OSError("EIO"), True), (Corrupt("damaged"), False), (NotFound("deleted"), False)],
+)
+def test_a_disk_that_fails_takes_no_student_from_those_who_use_it(
+    recent: Recent, store: Slow, monkeypatch: pytest.MonkeyPatch, error: Exception, known: bool
+) -> None:
+    def fail(_: str) -> StudentFolder:
+        raise error
+
+    recent.find("tiny")
+    monkeypatch.setattr(store, "find", fail)
+    recent.look_again()
+    assert recent.knows("tiny") == known
 
 
 def test_what_is_in_use_stays_fresh_until_nobody_asks(recent: Recent, clock: Clock) -> None:

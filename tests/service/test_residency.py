@@ -273,6 +273,20 @@ def test_memory_that_a_backend_takes_may_be_too_much(place: Place) -> None:
     assert names(made) == []
 
 
+def test_a_new_version_that_does_not_fit_leaves_the_old_one(place: Place) -> None:
+    place.publish("a")
+    made = place.residency()
+    old = made.get("a", "x")
+    made._shelf.budget = place.base_bytes + place.network_bytes + 999
+    made._maker._prepare = Prepared(extra=1000)
+    place.publish("a", change=0.8)
+    with pytest.raises(TooLarge):
+        made.get("a", "x")
+    found = made.find("a", "x")
+    assert found.resident is old
+    assert found.newer is not None
+
+
 @pytest.mark.parametrize(("limit", "share"), [("1000", 500), ("max", None), (None, None)])
 def test_the_budget_knows_of_a_containers_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, share: int | None
@@ -307,7 +321,7 @@ def test_a_shelf_never_holds_more_than_its_budget(budget: int, asked: list[tuple
         try:
             shelf.put(key, Held(label=str(key), value=key, models=(blob,), needs=needs.get(key)))
         except TooLarge:
-            assert shelf.bytes_by_label() == {k: v for k, v in before.items() if k != str(key)}, "nobody went for it"
+            assert shelf.bytes_by_label() == before, "nobody went for it"
         else:
             after = shelf.bytes_by_label()
             assert after[str(key)] == size
@@ -439,6 +453,27 @@ def test_loras_are_merged_at_their_scale(place: Place) -> None:
     assert torch.equal(x0(base), plain), "the base stays as it was"
 
 
+def test_there_is_room_before_loras_are_merged_into_a_base(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy takes as much as a student, and the device may have no more than the budget."""
+    place.publish("a")
+    place.publish_lora("style")
+    made = place.residency(place.base_bytes + place.network_bytes)
+    made.get("a", "x")
+    with_loras, there = place.base.model.with_loras, []
+
+    def watched(_: TextToImage, loras: Any) -> TextToImage:
+        there.append(names(made))
+        return with_loras(loras)
+
+    monkeypatch.setattr(type(place.base.model), "with_loras", watched)
+    made.get(place.base.id, "x", (("style", 1.0),))
+    assert there == [[]]
+    made._shelf.budget = place.base_bytes
+    with pytest.raises(TooLarge):
+        made.get(place.base.id, "x", (("style", 0.5),))
+    assert len(there) == 1, "what cannot fit is not even made"
+
+
 def test_loras_add_up_on_a_student_and_are_kept_like_any_model(place: Place) -> None:
     place.publish("a")
     place.publish_lora("one", seed=1)
@@ -492,3 +527,14 @@ def test_loras_that_cannot_be_used(place: Place) -> None:
     made.check_loras("full", (("style", 1.0),))  # files are looked at when they are loaded
     with pytest.raises(ModelBroken, match="'style'"):
         made.get("full", "x", (("style", 1.0),))
+
+
+def test_loras_that_cannot_be_merged_are_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that they were to be merged into is not broken."""
+    place.publish("a")
+    place.publish_lora("style")
+    made = place.residency()
+    monkeypatch.setattr(type(place.base.model), "with_loras", lambda *_: 1 / 0)
+    with pytest.raises(ModelBroken, match=r"'a\+style:0\.5' cannot be loaded"):
+        made.get("a", "x", (("style", 0.5),))
+    assert made.get("a", "x").loras == ()

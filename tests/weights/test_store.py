@@ -31,6 +31,7 @@ from weights.store import (
     NotFound,
     Store,
     StoreError,
+    Unreadable,
     digest_base,
     digest_folder,
     file_sha256,
@@ -293,6 +294,23 @@ def test_a_truncated_file_is_found(published: Store) -> None:
         published.open("fast-cat")
 
 
+@pytest.mark.parametrize("unreadable", ["student.json", Path(WEIGHTS).name])
+def test_what_the_disk_does_not_give_is_a_fault_of_the_student(
+    published: Store, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    """A bad block, a network disk that is gone, or files of another user: the other students are still served."""
+    stat = Path.stat
+
+    def failing(path: Path, **how: bool) -> os.stat_result:
+        if path.name == unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", failing)
+    with pytest.raises(Unreadable, match=r"student 'fast-cat' cannot be read .*Input/output error"):
+        published.open("fast-cat")
+
+
 def test_a_changed_byte_is_found_though_the_file_was_verified_before(published: Store) -> None:
     file = published.open("fast-cat").path / WEIGHTS
     content = bytearray(file.read_bytes())
@@ -377,7 +395,9 @@ def test_a_manifest_that_lies_is_refused_and_hides_no_other(
     assert value(published) == 2
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"\xff\xfe", b"", b"[" * 100_000], ids=["cut", "list", "bytes", "empty", "deep"]
+)
 def test_a_manifest_that_is_no_json_object_is_refused(published: Store, content: bytes) -> None:
     (published.root / "fast-cat" / "student.json").write_bytes(content)
     with pytest.raises(Corrupt, match=r"student\.json"):
