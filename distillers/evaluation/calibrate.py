@@ -316,8 +316,7 @@ def table(result: Calibration, student: Model) -> Table:
     )
     for name in (
         "diversity",
-        "/ alone",
-        "95%",
+        "/ alone, 95%",
         "evaluations",
         "ms",
         "R-precision / alone",
@@ -331,7 +330,7 @@ def table(result: Calibration, student: Model) -> Table:
             shown.add(trial.steps)
             plain = trial.plain
             cost = (str(plain.evaluations), f"{plain.milliseconds:.1f}")
-            made.add_row(str(trial.steps), *"-----", f"{plain.distance.value:.2f}", "1", "", *cost, "1", "", "alone")
+            made.add_row(str(trial.steps), *"-----", f"{plain.distance.value:.2f}", "1", *cost, "1", "", "alone")
         gain = trial.gain
         made.add_row(
             str(trial.steps),
@@ -341,8 +340,7 @@ def table(result: Calibration, student: Model) -> Table:
             _own_unless(trial.diversity.until),
             f"{trial.diversity.unprompted:g}",
             f"{trial.spread.distance.value:.2f}",
-            f"{gain.value:.3f}",
-            f"{gain.low:.3f} to {gain.high:.3f}",
+            f"{gain.value:.3f} ± {gain.high - gain.value:.3f}",
             f"{trial.spread.evaluations} ({trial.extra:+d})",
             f"{trial.spread.milliseconds:.1f}",
             "" if trial.alignment is None else f"{trial.alignment:.3f}",
