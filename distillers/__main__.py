@@ -95,13 +95,22 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("job", help="TOML or JSON file, or a recipe's name")
     parser.add_argument("--folder", type=Path, help="the job's folder (runs/STUDENT if left out)")
     parser.add_argument(
-        "--store", type=Path, default=Path("~/.local/share/fewstep/students"), help="the model store's folder"
+        "--store",
+        type=Path,
+        default=Path("~/.local/share/fewstep/students"),
+        help="the model store's folder (with `fewstep`, FEWSTEP_STORE's; otherwise %(default)s)",
     )
     parser.add_argument("--cache", type=Path, help="folder for encoded data, shared between jobs")
     parser.add_argument("--shared", type=Path, help="folder for what a partition's parts share (--folder if left out)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument("--replace", action="store_true", help="replace a published student of that name")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a field of the job")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a field of the job, such as train.iterations=10; repeat it for more",
+    )
     options = parser.parse_args(arguments)
 
     from distillers.spec import BadSpec, read_spec

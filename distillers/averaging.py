@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from weights.bundled import STUDENTS, resolve_base
-from weights.commands import parser_of
+from weights.commands import add_store, parser_of
 from weights.contracts import AveragedStudent, BaseReference, FileRecord, StudentManifest, check_name
 from weights.store import Store, StoreError, StudentFolder, digest_base, digest_folder
 from weights.student_files import HARMLESS, WEIGHTS
@@ -286,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the base's own weights, in (-1, 1) (0); a negative one extrapolates past the students, away from it",
     )
     made.add_argument("--base-at", metavar="BASE", help="where the base is now, if it has moved")
-    made.add_argument("--store", type=Path, required=True, help="the model store's folder")
+    add_store(made)
     made.add_argument("--replace", action="store_true", help="replace a student of that name")
     return made
 

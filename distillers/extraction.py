@@ -33,8 +33,9 @@ from distillers.corpus import BadData, prompts_of
 from distillers.evaluation.record import PREFIX
 from distillers.evaluation.terminal import tracking
 from distillers.fitting import Fitting
+from distillers.precision import device_name
 from weights.bundled import STUDENTS
-from weights.commands import parser_of
+from weights.commands import add_store, parser_of
 from weights.contracts import RECOMBINED, ExtractedLora, LoraSpec, StepSchedule, StudentManifest, check_name
 from weights.diffusion.schedules import trailing_times
 from weights.families import load
@@ -296,9 +297,9 @@ def _parser() -> argparse.ArgumentParser:
         "--first", type=float, metavar="TIME", help="new time of the first step, later ones evenly spaced (its own)"
     )
     made.add_argument("--base", help="where its base is now, if it has moved")
-    made.add_argument("--store", type=Path, required=True, help="the model store's folder")
+    add_store(made)
     made.add_argument("--replace", action="store_true", help="replace a student of that name")
-    made.add_argument("--device", default="cpu", help="where to compute, such as cuda (%(default)s)")
+    made.add_argument("--device", type=device_name, default="cpu", help="where to compute, such as cuda (%(default)s)")
     return made
 
 

@@ -1,5 +1,6 @@
 """Number formats for training: bfloat16 if the processor supports it natively, float32 otherwise."""
 
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,12 +18,20 @@ def device_name(text: str) -> str:
     """The device of a command-line option.
 
     Raises:
-        ArgumentTypeError: it cannot compute in float64.
+        ArgumentTypeError: it cannot compute in float64, or this machine has no such device.
     """
-    if text.partition(":")[0] == "mps":
+    kind, _, index = text.partition(":")
+    if kind == "mps":
         raise ArgumentTypeError(
             f"{text!r} is an Apple GPU, which cannot compute in float64, as the conversions between noise and image do: "
             "use 'cpu', 'cuda' or 'cuda:N'"
+        )
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", text):
+        raise ArgumentTypeError(f"{text!r} is no device: use 'cpu', 'cuda' or 'cuda:N'")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ArgumentTypeError(
+            f"{text!r} was requested, but torch finds {count} CUDA GPU(s): use one of these, or 'cpu'"
         )
     return text
 

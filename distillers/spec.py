@@ -74,6 +74,8 @@ def read_spec(source: str, overrides: list[str] | None = None) -> dict[str, Any]
         raw = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise BadSpec([_error("job", f"{path} cannot be read as {path.suffix or 'TOML'}: {error}")]) from error
+    if not isinstance(raw, dict):
+        raise BadSpec([_error("job", f"{path} is not a job: give an object with its fields")])
     for override in overrides or []:
         _override(raw, override)
     return raw
@@ -85,7 +87,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise BadSpec([_error("--set", f"{override!r} must look like train.iterations=10")])
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if text.startswith(("{", "[")):  # a table or an array, of which a string would be called the wrong type
+            message = (
+                f"{override!r} is not TOML ({error}): write it in one line, such as betas=[0.9, 0.99] or a={{ b = 1 }}"
+            )
+            raise BadSpec([_error("--set", message)]) from error
         value = text
     *parents, last = name.split(".")
     for parent in parents:

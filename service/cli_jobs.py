@@ -78,10 +78,10 @@ def read_spec(source: str) -> dict[str, Any]:
     path = Path(source) if Path(source).is_file() else recipes.get(source)
     if path is None:
         raise ValueError(f"{source!r} is neither a file nor a recipe; available: {', '.join(recipes)}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         spec: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(spec, dict):
         raise ValueError(f'{path} is not a job: give an object with its fields, or a batch {{"jobs": [...]}}')

@@ -251,7 +251,12 @@ def run_demo(
     """
     console = console or Console(stderr=True)
     folder = (folder or Path("runs", f"demo-{datetime.now():%Y%m%d-%H%M%S}")).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoFailed(
+            f"the folder {folder} cannot be made ({error.strerror}): give another with --folder"
+        ) from error
     command = command or (sys.executable, "-m", "service.cli", "serve")
     log = folder / "server.log"
     base = str(spec.get("base", DEFAULT_BASE))

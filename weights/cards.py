@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from weights.commands import parser_of
 from weights.files import write_atomically
 from weights.student_files import NotFound, digest_base
 
@@ -65,11 +66,19 @@ def check_weights(folder: Path, card: dict[str, Any]) -> None:
         )
 
 
-def main(folders: list[str]) -> None:
-    """The command in the module's docstring."""
-    for folder in map(Path, folders):
-        write_card(folder, read_card(folder))
+def main(arguments: list[str]) -> int:
+    """Runs the command in the module's docstring and returns its exit status."""
+    parser = parser_of("weights.cards", __doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a diffusers pipeline")
+    try:
+        for folder in parser.parse_args(arguments).folders:
+            write_card(folder, read_card(folder))
+            print(folder / CARD_FILE)
+    except (NotFound, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ another keeps nothing else but its arguments.
 
 import argparse
 import os
+from pathlib import Path
 
 TYPED = "_FEWSTEP_TYPED"
 """The environment variable: what the user typed in place of ``python -m MODULE``, such as "fewstep distill"."""
@@ -25,4 +26,14 @@ def parser_of(module: str, description: str | None, subcommand: str = "") -> arg
         prog=f"{typed} {subcommand}".rstrip(),
         description=description and description.replace(default, typed),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Add --store, without which a program does not run by itself; the ``fewstep`` command adds the settings' store."""
+    parser.add_argument(
+        "--store",
+        type=Path,
+        required=TYPED not in os.environ,
+        help="the model store's folder; with `fewstep`, FEWSTEP_STORE's if left out",
     )

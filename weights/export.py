@@ -54,9 +54,11 @@ def export(store: Store, name: str, target: Path, steps: int, base: str | None =
     source = resolve_base(base if base is not None else folder.manifest.base.id)
     check_base(folder, digest_base(source))
     student = load_student(folder, load(folder.manifest.family, source))
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}-{uuid.uuid4().hex}"
-    staging.mkdir()  # not by tempfile, whose folders are for the owner alone
+    try:
+        staging.mkdir(parents=True)  # not by tempfile, whose folders are for the owner alone
+    except OSError as error:
+        raise OSError(f"{target} cannot be made ({error.strerror}): export to a place that you can write to") from error
     try:
         student.export(staging, schedule)
         for terms in licence_files(source):

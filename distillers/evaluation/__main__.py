@@ -30,7 +30,7 @@ from distillers.evaluation.record import check_recordable, record
 from distillers.evaluation.subjects import Model, coarse_subjects, specific_subjects
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
-from weights.commands import parser_of
+from weights.commands import TYPED, parser_of
 from weights.store import Store, StoreError
 
 FOREIGN = (
@@ -89,7 +89,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(made)
     made.add_argument(
-        "--out", type=Path, required=True, help="folder for the report, from which a restart also resumes"
+        "--out",
+        type=Path,
+        required=TYPED not in os.environ,
+        help="folder for the report, from which a restart also resumes; with `fewstep`, runs/evaluation if left out",
     )
     made.add_argument(
         "--quick", action="store_true", help="measure only a small sample, too noisy to judge any target by"

@@ -17,7 +17,11 @@ from distillers.precision import device_name
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the common options."""
     parser.add_argument("--base", help="bundled base, pipeline folder or hub id; the students' own if left out")
-    parser.add_argument("--store", type=Path, help="the model store's folder; only bundled students if left out")
+    parser.add_argument(
+        "--store",
+        type=Path,
+        help="the model store's folder; if left out, with `fewstep` FEWSTEP_STORE's, and otherwise only bundled students",
+    )
     parser.add_argument(
         "--cache", type=Path, default=default_root(), help="cache of what depends only on the base (%(default)s)"
     )
@@ -27,7 +31,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="folder of images and captions, in the format of training data (the bundled emoji if left out): captions with "
         '"split": "held_out" are the prompts, and the other images are the real ones',
     )
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device that generates and measures: cpu, cuda or cuda:N (%(default)s)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice if left out")
     parser.add_argument("--batch", type=int, default=64, help="images generated at a time (%(default)s)")
 

@@ -178,8 +178,17 @@ def test_recipes_check_and_overrides_change_them() -> None:
     assert (changed["train"]["iterations"], changed["student"], changed["config"]["guidance_scale"]) == (7, "mine", 3.5)
     with pytest.raises(BadSpec, match=r"train\.iterations=10"):
         read_spec("demo", ["nonsense"])
+    for value in ("{ 1 = 2,\n 2 = 1 }", "[1.0"):
+        with pytest.raises(BadSpec, match=r"is not TOML .*: write it in one line"):
+            read_spec("demo", [f"config.step_weights={value}"])
     with pytest.raises(BadSpec, match="emoji_dmd2"):
         read_spec("no_such_recipe")
+
+
+def test_a_file_that_holds_no_object_is_no_job(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("[1]")
+    with pytest.raises(BadSpec, match="is not a job: give an object with its fields"):
+        read_spec(str(tmp_path / "job.json"), ["train.iterations=7"])
 
 
 def test_the_fingerprint_ignores_how_far_a_job_goes_and_knows_its_base(raw: dict[str, Any]) -> None:

@@ -240,8 +240,9 @@ def test_refusals_are_shown(address: str, tmp_path: Path) -> None:
     missing = fewstep("jobs", "submit", tmp_path / "none.toml", *at, status=2).output
     assert "is neither a file nor a recipe" in missing
     broken = tmp_path / "broken.toml"
-    broken.write_text("student = ")
-    assert "cannot be read" in fewstep("jobs", "submit", broken, *at, status=2).output
+    for content in (b"student = ", b"\xff"):
+        broken.write_bytes(content)
+        assert f"{broken} cannot be read" in fewstep("jobs", "submit", broken, *at, status=2).output
 
 
 def test_no_server(tmp_path: Path) -> None:

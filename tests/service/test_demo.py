@@ -198,3 +198,9 @@ def test_a_server_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
         wait_until_ready(client, process, seconds=0.3)
     assert process.returncode == -15
     assert 1024 <= free_port() <= 65535
+
+
+def test_a_folder_that_cannot_be_made_fails_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DemoFailed, match=r"file cannot be made \(File exists\): give another with --folder"):
+        run_demo(tmp_path / "file", SPEC, Console(file=io.StringIO()), FAKE_SERVER)

@@ -42,6 +42,16 @@ def test_weights_that_are_not_the_cards_are_refused(folder: Path) -> None:
         load("auto", folder)
 
 
+def test_the_command_says_what_is_wrong(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere holds no .safetensors file" in capsys.readouterr().err
+    (folder / CARD_FILE).write_text("{")
+    assert main([str(folder)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([])
+
+
 def test_a_card_without_a_digest_vouches_for_nothing(folder: Path) -> None:
     change(folder)
     assert load("auto", folder).licence == "CC0-1.0"

@@ -405,6 +405,9 @@ def test_export_refuses_what_diffusers_cannot_run(base: PipelineModel, base_fold
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="new folder"):
         export(store, "student", tmp_path / "out", 4)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/out cannot be made \(Not a directory\): export to"):
+        export(store, "student", tmp_path / "file" / "out", 4)
 
 
 def test_lora_adapters_are_merged_into_a_copy_of_the_network(unet_base: StableDiffusion, tmp_path: Path) -> None:
