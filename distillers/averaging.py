@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -101,9 +102,11 @@ def _check(one: StudentManifest, first: StudentManifest) -> None:
             f"student {one.name!r} is a LoRA, and the mean of adapters is not the adapter of the mean: name full students"
         )
     for field in ALIKE:
-        ours, theirs = getattr(one, field), getattr(first, field)
-        if ours != theirs:
-            raise CannotAverage(f"{one.name!r} and {first.name!r} differ in {field}: {ours} and {theirs}")
+        if getattr(one, field) != getattr(first, field):
+            ours, theirs = _plain(one, field), _plain(first, field)
+            raise CannotAverage(
+                f"{one.name!r} and {first.name!r} differ in {field}: {ours} and {theirs}; name students that have the same"
+            )
     if (one.guidance.default_scale, one.guidance.embedded) != (first.guidance.default_scale, first.guidance.embedded):
         raise CannotAverage(f"{one.name!r} and {first.name!r} differ in guidance: {one.guidance} and {first.guidance}")
     files, others = _loaded(one), _loaded(first)
@@ -113,6 +116,12 @@ def _check(one: StudentManifest, first: StudentManifest) -> None:
     for path, record in files.items():
         if not path.endswith(WEIGHTS) and record.sha256 != others[path].sha256:
             raise CannotAverage(f"{one.name!r} and {first.name!r} have different kinds of networks: {path} differs")
+
+
+def _plain(manifest: StudentManifest, field: str) -> Any:
+    """A field as the manifest's file writes it, without what has its default value."""
+    given = manifest.model_dump(mode="json", include={field}, exclude_defaults=True)
+    return given.get(field, getattr(manifest, field))
 
 
 def _loaded(manifest: StudentManifest) -> dict[str, FileRecord]:

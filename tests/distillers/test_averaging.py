@@ -163,7 +163,7 @@ def test_the_shares_are_one_whole(tmp_path_factory: pytest.TempPathFactory, coun
         ({"router": {"students": ["a"], "centroids": [[1.0]]}}, "student 'b' is a router, without weights of its own"),
         ({"base": {"id": "line", "sha256": "1" * 64}}, "'b' and 'a' differ in base"),
         ({"family": "stable_diffusion"}, "differ in family"),
-        ({"schedules": {1: StepSchedule(timesteps=[0.9])}}, "differ in schedules"),
+        ({"schedules": {1: StepSchedule(timesteps=[0.9])}}, r"schedules: \{'1': \{'timesteps': \[0\.9\]\}\} and \{'1'"),
         ({"licence": "CC-BY-4.0"}, "differ in licence: CC-BY-4.0 and MIT"),
         ({"guidance": {"default_scale": 2.0}}, "differ in guidance"),
         ({"config": '{"blocks": 2}'}, r"different kinds of networks: unet/config\.json differs"),
