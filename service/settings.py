@@ -115,7 +115,6 @@ class Settings(BaseSettings):
 
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description="Device that generates images: cpu, cuda or cuda:N; auto is cuda if there is such a GPU, and else cpu.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -298,13 +297,15 @@ class Settings(BaseSettings):
                 raise ValueError(f"{alias[:40]!r}... has {len(alias)} characters: give 1 to {MAX_NAME}")
         return aliases
 
-    @field_validator("device", mode="before")
+    @field_validator("device")
     @classmethod
-    def _computes_in_float64(cls, device: Any) -> Any:
+    def _is_a_device(cls, device: str) -> str:
         if device == "mps":
             raise ValueError(
                 "an Apple GPU cannot compute in float64, as the conversions between noise and image do: use cpu or auto"
             )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device: use auto, cpu, cuda or cuda:N")
         return device
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ def test_folders_are_absolute_and_below_the_home(own_home: Path) -> None:
     [
         ("FEWSTEP_PORT", "70000", "FEWSTEP_PORT: Input should be less than or equal to 65535, got '70000'"),
         ("FEWSTEP_PORT", "http", "FEWSTEP_PORT: Input should be a valid integer"),
-        ("FEWSTEP_DEVICE", "tpu", "FEWSTEP_DEVICE: String should match pattern"),
+        ("FEWSTEP_DEVICE", "tpu", "FEWSTEP_DEVICE: 'tpu' is no device: use auto, cpu, cuda or cuda:N"),
         ("FEWSTEP_DEVICE", "mps", "FEWSTEP_DEVICE: an Apple GPU cannot compute in float64"),
         ("FEWSTEP_DTYPE", "int8", "FEWSTEP_DTYPE: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ("FEWSTEP_BASES", "emoji-base", "write lists and objects as JSON, such as [\"emoji-base\"], got 'emoji-base'"),
