@@ -34,12 +34,13 @@ from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.models import load_models
 from distillers.evaluation.real import yardstick
 from distillers.evaluation.record import without_leg
-from distillers.evaluation.subjects import Model, Subject, can_hand_over, evaluations
+from distillers.evaluation.subjects import Model, Subject, evaluations
 from distillers.evaluation.terminal import add_options, check_batch, make_console, tracking
 from weights.bundled import STUDENTS
 from weights.commands import parser_of
 from weights.contracts import Diversity
 from weights.store import Forbidden, Store, StoreError
+from weights.trajectory import CannotDraw
 
 BASE_STEPS = (1, 2, 4)
 UNPROMPTED = (1 / 32, 1 / 16, 1 / 8)
@@ -197,9 +198,10 @@ def step_counts(student: Model, base: Model, candidate: Diversity, extra: int) -
     assert student.manifest is not None, "a student"
     counts = [steps for steps in student.steps if steps > candidate.skip]
     for steps in counts:
-        if not can_hand_over(student, steps, candidate):
+        try:
+            led, alone = (evaluations(student, base, steps, diversity) for diversity in (candidate, None))
+        except CannotDraw:
             return []
-        alone, led = (evaluations(student, base, steps, diversity) for diversity in (None, candidate))
         if led - alone > extra:
             return []
     return counts

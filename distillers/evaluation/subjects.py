@@ -184,17 +184,12 @@ def _led(student: Model) -> list[int]:
     return [steps for steps in student.steps if can_hand_over(student, steps)]
 
 
-def can_hand_over(student: Model, steps: int, diversity: Diversity | None = None) -> bool:
-    """Whether the base can begin, and hand over to the student, at this step count.
-
-    ``diversity`` defaults to the student's own calibration, or else to the usual one.
-    """
+def can_hand_over(student: Model, steps: int) -> bool:
+    """Whether the base can begin, and hand over to the student, at this step count: as calibrated, or else as usual."""
     if student.manifest is None:
         return False
     try:
-        base_leg_times(
-            schedule_for(student.manifest.schedules, steps), diversity or student.manifest.diversity or Diversity()
-        )
+        base_leg_times(schedule_for(student.manifest.schedules, steps), student.manifest.diversity or Diversity())
     except CannotDraw:
         return False
     return True

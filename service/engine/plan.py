@@ -1,6 +1,6 @@
 """Turns a request and a model into a plan: all values filled in, and wrong ones refused. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from service.engine.base import BadRequest, DrawRequest, ModelInfo
 from weights.contracts import Diversity, StepSchedule, StudentManifest
@@ -119,27 +119,21 @@ def _diversity(request: DrawRequest, manifest: StudentManifest, schedule: StepSc
     """
     if request.diversity is None:
         return None
-    calibrated = manifest.diversity or Diversity()
-    wish = request.diversity
-    base_steps = calibrated.base_steps if wish.base_steps is None else wish.base_steps
-    unprompted = calibrated.unprompted if wish.unprompted is None else wish.unprompted
-    if wish.unprompted is None and base_steps == 1:
-        unprompted = 0.0
-    if unprompted and base_steps == 1:
-        raise BadRequest(
-            f"diversity: unprompted {unprompted:g} needs base_steps of at least 2; for a single step without the prompt, "
-            "set base_guidance to 0",
-            "diversity",
-        )
-    start = base_leg_start(schedule, calibrated) if wish.start is None else wish.start
-    return Diversity(
-        base_steps=base_steps,
-        base_guidance=calibrated.base_guidance if wish.base_guidance is None else wish.base_guidance,
-        start=start,
-        skip=calibrated.skip if wish.skip is None else wish.skip,
-        until=calibrated.until if wish.skip is None and wish.until is None else wish.until,
-        unprompted=unprompted,
-    )
+    wished = {name: value for name, value in asdict(request.diversity).items() if value is not None}
+    if "skip" in wished:
+        wished.setdefault("until", None)  # at that step's own time, whatever the calibration says
+    values = (manifest.diversity or Diversity()).model_dump() | wished
+    if values["base_steps"] == 1:
+        if "unprompted" not in wished:
+            values["unprompted"] = 0.0
+        elif values["unprompted"]:
+            raise BadRequest(
+                f"diversity: unprompted {values['unprompted']:g} needs base_steps of at least 2; for a single step without "
+                "the prompt, set base_guidance to 0",
+                "diversity",
+            )
+    used = Diversity(**values)
+    return used.model_copy(update={"start": base_leg_start(schedule, used)})
 
 
 def check_size(request: DrawRequest, model: str, size: int | None) -> None:

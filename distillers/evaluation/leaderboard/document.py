@@ -12,7 +12,7 @@ from distillers.evaluation.leaderboard.bars import (
     of_full,
     of_same,
 )
-from distillers.evaluation.leaderboard.records import OFF, UNTRAINED, Result, Row, Settings, Teacher
+from distillers.evaluation.leaderboard.records import OFF, UNTRAINED, Result, Row, Settings, Teacher, row_at
 from distillers.evaluation.metrics import Estimate, ratio
 from distillers.evaluation.protocol import Protocol
 from distillers.evaluation.subjects import counted
@@ -53,7 +53,7 @@ def markdown(
             [
                 *_rows(f"`{teacher.name}`", teacher.rows, teacher, marked=False),
                 *_rows(UNTRAINED, teacher.untrained, teacher),
-                *(row for result in measured for row in _method_rows(result, teacher)),
+                *(row for e in measured for row in _rows(f"**{e.name}**", e.rows, teacher, e.control)),
             ],
         ),
         "## Targets",
@@ -164,18 +164,11 @@ def _cells(row: Row, teacher: Teacher, control: Row | None, *, marked: bool) -> 
     )
 
 
-def _rows(name: str, rows: Sequence[Row], teacher: Teacher, *, marked: bool = True) -> Iterable[tuple[str, ...]]:
-    for row in _falling(rows):
-        yield (name, *_cells(row, teacher, None, marked=marked))
-
-
-def _method_rows(result: Result, teacher: Teacher) -> Iterable[tuple[str, ...]]:
-    for row in _falling(result.rows):
-        yield (f"**{result.name}**", *_cells(row, teacher, result.untrained_at(row.steps), marked=True))
-
-
-def _falling(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: -row.steps)
+def _rows(
+    name: str, rows: Sequence[Row], teacher: Teacher, control: Sequence[Row] = (), *, marked: bool = True
+) -> Iterable[tuple[str, ...]]:
+    for row in sorted(rows, key=lambda row: -row.steps):
+        yield (name, *_cells(row, teacher, row_at(control, row.steps), marked=marked))
 
 
 def _training(settings: Settings, results: Sequence[Result]) -> str:

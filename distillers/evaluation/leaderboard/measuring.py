@@ -113,15 +113,16 @@ class Measurer:
         """Measures a published student at those of 1, 2 and 4 steps that it has."""
         folder = self.store.open(name)
         check_base(folder, self.sha256)
-        student = student_model(self.store, folder, self.base.pipeline)
-        return [self._row(student, steps, with_diversity=True) for steps in student.steps]
+        return self._rows(student_model(self.store, folder, self.base.pipeline))
 
     def control(self, name: str) -> list[Row]:
         """Measures the teacher's own weights as this student is sampled: in the same steps, at the same times."""
         return self._untrained(self.store.manifest(name).schedules)
 
     def _untrained(self, schedules: Mapping[int, StepSchedule]) -> list[Row]:
-        model = untrained_student(self.base, self.sha256, schedules)
+        return self._rows(untrained_student(self.base, self.sha256, schedules))
+
+    def _rows(self, model: Model) -> list[Row]:
         return [self._row(model, steps, with_diversity=True) for steps in model.steps]
 
     def _row(self, model: Model, steps: int, *, with_diversity: bool) -> Row:

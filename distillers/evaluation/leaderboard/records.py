@@ -1,5 +1,6 @@
 """Records of the leaderboard on disk: the settings of a board, and each method's training and figures, as JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -99,6 +100,11 @@ class Row(Record):
     diversity: Figure | None = Field(description="mean pairwise distance over coarse prompts; None: not measured")
 
 
+def row_at(rows: Sequence[Row], steps: int) -> Row | None:
+    """The row at this number of steps, if there is one."""
+    return next((row for row in rows if row.steps == steps), None)
+
+
 class Machine(Record):
     """Where and when something was measured."""
 
@@ -126,7 +132,7 @@ class Teacher(Record):
         return self.rows[0]
 
     def at(self, steps: int) -> Row | None:
-        return next((row for row in self.rows if row.steps == steps), None)
+        return row_at(self.rows, steps)
 
 
 class Result(Record):
@@ -146,11 +152,7 @@ class Result(Record):
     machine: Machine
 
     def at(self, steps: int) -> Row | None:
-        return next((row for row in self.rows if row.steps == steps), None)
-
-    def untrained_at(self, steps: int) -> Row | None:
-        """The row of the control at as many steps."""
-        return next((row for row in self.control if row.steps == steps), None)
+        return row_at(self.rows, steps)
 
 
 class Kept(Record):
